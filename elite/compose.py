@@ -1,0 +1,128 @@
+"""Hydra's side of the configuration: composing it, composing it again with other choices, and saying plainly what is wrong with it."""
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from elite.config import CONF_DIR, TIERS, RunConfig, build, schema
+from elite.errors import ConfigError, EliteError
+
+ConfigStore.instance().store(name="schema", node=schema())
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A run as composed from groups and overrides, and the means to compose a neighbour of it."""
+
+    config: RunConfig
+    overrides: tuple[str, ...]
+    """As typed on the command line, or chosen by the sweep."""
+    job: str | None = None
+    """Output folder of this job in a multirun."""
+
+    def again(self, *overrides: str) -> "Composed":
+        """The same request with further overrides, which win."""
+        config = build(hydra.compose("config", [*self.overrides, *overrides]))
+        return replace(self, config=_placed(config, self.job), overrides=(*self.overrides, *overrides))
+
+
+def from_hydra(composed: DictConfig) -> Composed:
+    """What `hydra.main` hands to the program."""
+    context = HydraConfig.get()
+    job = context.runtime.output_dir if context.mode is RunMode.MULTIRUN else None
+    return Composed(_placed(build(composed), job), tuple(context.overrides.task), job)
+
+
+def from_overrides(*overrides: str) -> Composed:
+    """Compose outside `hydra.main` (tests, notebooks)."""
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return Composed(build(hydra.compose("config", list(overrides))), overrides)
+
+
+def _placed(config: RunConfig, job: str | None) -> RunConfig:
+    """Jobs of a multirun write where Hydra numbers them, and form one group in the tracker."""
+    if job is None:
+        return config
+    sweep = Path(job).parent
+    group = config.logger.group or f"{sweep.parent.name}_{sweep.name}"
+    return replace(config, output=replace(config.output, folder=job), logger=replace(config.logger, group=group))
+
+
+TIER_OPTIONS = ["auto", *TIERS]
+
+
+def options(group: str) -> list[str]:
+    """The options of a configuration group."""
+    return sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml"))
+
+
+def known_keys() -> list[str]:
+    """Every dotted field name, and every group: what an override may start with."""
+
+    def walk(node: DictConfig, prefix: str) -> list[str]:
+        names = []
+        for key in node:
+            names.append(f"{prefix}{key}")
+            child = node._get_node(key)
+            if isinstance(child, DictConfig):
+                names += walk(child, f"{prefix}{key}.")
+        return names
+
+    return walk(schema(), "") + sorted(folder.name for folder in CONF_DIR.iterdir() if folder.is_dir())
+
+
+def explain(error: Exception) -> ConfigError:
+    """Hydra's or OmegaConf's complaint as value, rule and remedy."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        return ConfigError(f"{group}={option} is unknown", _suggest(option, options(group)) or f"one of {', '.join(options(group))}")
+    unknown = re.match(r"Could not override '([^']+)'", lines[0])
+    if unknown:
+        key = unknown[1]
+        return ConfigError(f"{key} is not a field or group", _suggest(key, known_keys()) or "python train.py --cfg job shows every field")
+    if len(lines) > 1 and lines[0].startswith("Error merging"):
+        return ConfigError(f"{lines[0].removeprefix('Error merging override ')}: {lines[1]}", "python train.py --cfg job shows every field")
+    return ConfigError(lines[0], "python train.py --help")
+
+
+def _suggest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else ""
+
+
+def show(error: EliteError) -> None:
+    """Print an error once, on stderr."""
+    if not getattr(error, "shown", False):
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        error.shown = True  # type: ignore[attr-defined]
+
+
+def at_the_edge(program: Callable[[], None]) -> None:
+    """Run a `hydra.main` program and end the process: 0, an error's exit code (2 unless it says otherwise), 130 when interrupted."""
+    # Hydra prints and swallows errors itself otherwise, with exit code 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        program()
+    except EliteError as error:
+        show(error)
+        sys.exit(error.exit_code)
+    except (HydraException, OmegaConfBaseException) as error:
+        show(explain(error))
+        sys.exit(ConfigError.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command continues from the last checkpoint")
+        sys.exit(130)

@@ -1,0 +1,38 @@
+"""repository → documents → tokens → packed sequences.
+
+`sources` reads the files that git tracks (or jsonl, or a local data set) through `filters`; `harvest` drops copies and holds files out;
+`tokens` turns text into a memory-mapped store, once; `packing` cuts and packs its spans; `batches` deals them to ranks as tensors;
+`validation` puts a repository before its held-out files.
+"""
+
+from elite.data.batches import IGNORE, Batch, TrainStream, collate
+from elite.data.harvest import Harvest, estimate, harvest
+from elite.data.packing import Piece, Sequence, Span, pack, pieces, utilisation
+from elite.data.sources import Document, find_repositories
+from elite.data.tokens import TokenFile, TokenStore, cached, tokenise
+from elite.data.validation import Completion, completion_example, validation_batches
+
+__all__ = [
+    "IGNORE",
+    "Batch",
+    "Completion",
+    "Document",
+    "Harvest",
+    "Piece",
+    "Sequence",
+    "Span",
+    "TokenFile",
+    "TokenStore",
+    "TrainStream",
+    "cached",
+    "collate",
+    "completion_example",
+    "estimate",
+    "find_repositories",
+    "harvest",
+    "pack",
+    "pieces",
+    "tokenise",
+    "utilisation",
+    "validation_batches",
+]

@@ -1,0 +1,1 @@
+"""More than one process: launching them, and what they tell each other."""

@@ -1,0 +1,58 @@
+"""Start the training in child processes, one a GPU, through torch's elastic launcher."""
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from pathlib import Path
+
+from elite.errors import EliteError
+
+
+class WorkerError(EliteError):
+    """A child process ended with an error that it has already shown."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"the run ended with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+def launch(folder: Path, processes: int) -> None:
+    """Run `elite.worker` on `folder` in `processes` children and wait for them.
+
+    Each run is thus a process of its own, also in a multirun: peak memory is its own and trackers don't mix.
+
+    Raises:
+        WorkerError: a child failed; the root cause was printed by the child itself, once.
+        KeyboardInterrupt: the user interrupted; the children have saved and ended.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The launcher would report a failed child a second and third time.
+    for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1",
+        max_restarts=0,
+        monitor_interval=0.2,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+        shutdown_timeout=120,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "elite.worker", str(folder))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        raise WorkerError(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode) from error
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from error
+        raise WorkerError(128 + error.sigval) from error

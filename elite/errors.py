@@ -1,0 +1,48 @@
+"""Errors a user can act on: what was given, the rule it breaks, what to do instead.
+
+They reach the terminal as one to three lines and exit code 2; anything else that escapes is a defect of ours and keeps its traceback.
+"""
+
+
+class EliteError(Exception):
+    """Base of every error caused by input or circumstances rather than by a defect.
+
+    Args:
+        problem: the value and the rule it breaks, one line.
+        remedy: what to type or change, one line.
+    """
+
+    exit_code = 2
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        self.problem = problem
+        self.remedy = remedy
+        super().__init__(f"{problem}\n  remedy: {remedy}" if remedy else problem)
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        # Exceptions are pickled by their args, which here are the joined text; rebuild from the parts instead.
+        return type(self), (self.problem, self.remedy)
+
+
+class ConfigError(EliteError):
+    """A value in the configuration is unknown, of the wrong type or out of range."""
+
+
+class PlanError(EliteError):
+    """The run as configured cannot work on the hardware, or two of its parts exclude each other."""
+
+
+class DataError(EliteError):
+    """The corpus is missing, unreadable or too small."""
+
+
+class ModelError(EliteError):
+    """The model or its tokenizer cannot be found or is of an unsupported kind."""
+
+
+class CheckpointError(EliteError):
+    """A checkpoint is missing, incomplete or belongs to another run."""
+
+
+class LoggerError(EliteError):
+    """A logger that was asked for does not start."""

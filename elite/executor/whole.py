@@ -1,0 +1,38 @@
+"""The whole executor: one ordinary forward and backward over the entire sequence."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elite.data.batches import IGNORE, Batch
+
+
+class WholeExecutor:
+    """Losses of a batch, by the model's own forward.
+
+    Args:
+        model: a causal language model that uses one of `elite.attention`'s functions; possibly wrapped by DDP.
+        compute_dtype: of matrix products; float32 runs without autocast.
+    """
+
+    def __init__(self, model: nn.Module, compute_dtype: torch.dtype) -> None:
+        self.model = model
+        self.compute_dtype = compute_dtype
+
+    def loss_sum(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
+        """Sum of the token losses in nats, fp32 scalar.
+
+        Args:
+            batch: on the model's device.
+            keep: positions [T] whose logits are formed; None forms all. Validation scores the end of a long context.
+        """
+        with torch.autocast(batch.input_ids.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            logits = self.model(
+                input_ids=batch.input_ids,
+                position_ids=batch.position_ids,
+                documents=batch.documents,
+                use_cache=False,
+                **({} if keep is None else {"logits_to_keep": keep}),
+            ).logits
+        labels = batch.labels if keep is None else batch.labels[:, keep]
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")

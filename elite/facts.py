@@ -1,0 +1,107 @@
+"""What a plan knows before anything is allocated: plain numbers, units in the names, no torch.
+
+Optimizations read these to say whether they can act and what they save; the planner fills them in.
+"""
+
+from dataclasses import dataclass, field
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """One linear map of a decoder layer: `name` as in the layer (`self_attn.q_proj`), weight of shape [outputs, inputs]."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A causal language model as the arithmetic sees it. Parameter counts are exact: read off the model built without memory."""
+
+    name: str
+    model_type: str
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    layer_linears: tuple[LinearShape, ...]
+    layer_params: int
+    """Parameters of one decoder layer."""
+    total_params: int
+    """All parameters, a tied head counted once."""
+
+    @property
+    def linear_params(self) -> int:
+        """Weights of all decoder layers' linear maps: what LoRA attaches to and NF4 packs."""
+        return self.num_hidden_layers * sum(linear.inputs * linear.outputs for linear in self.layer_linears)
+
+    def lora_params(self, rank: int) -> int:
+        """Trainable parameters of rank-`rank` adapters on every linear map of every decoder layer (Hu et al. 2021: r(in + out) each)."""
+        return self.num_hidden_layers * sum(rank * (linear.inputs + linear.outputs) for linear in self.layer_linears)
+
+
+@dataclass(frozen=True)
+class Device:
+    """The machine a run is planned for. `present` is False for a preset that is planned without the card."""
+
+    name: str
+    kind: str
+    """`cuda` or `cpu`."""
+    present: bool
+    count: int
+    memory_total_bytes: int
+    memory_usable_bytes: int
+    """What a run may take: total less the CUDA context and a display reserve; on a CPU, free host memory."""
+    compute_capability: tuple[int, int] | None
+    supports_bf16: bool
+    matmul_flops_per_s: float
+    """Sustained dense rate in the compute dtype with fp32 accumulation."""
+    memory_bytes_per_s: float
+    host_link_bytes_per_s: float
+    host_ram_bytes: int
+    cores: int
+    capped: bool = False
+    """The process is held to `memory_usable_bytes` on a larger card."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What the data source holds after filtering, de-duplication and the validation split."""
+
+    origin: str
+    train_files: int
+    val_files: int
+    train_tokens: int
+    val_tokens: int
+    bytes: int
+    count_method: str
+    """`exact`, or how the token counts were estimated."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Files left out, by reason."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything an optimization may ask before the run exists."""
+
+    model: ModelShape
+    device: Device
+    context: int
+    """Tokens in one sequence."""
+    micro_batch: int
+    """Sequences in one forward pass."""
+    trainable_params: int
+    adapter: str
+    """`lora` or `full`."""
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens in one forward pass."""
+        return self.context * self.micro_batch

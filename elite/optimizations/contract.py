@@ -1,0 +1,148 @@
+"""What every optimization declares, and what the planner and the run do with it.
+
+An optimization is one file: its docstring (What, How, Memory, Source), a frozen `Config`, and a subclass of `Optimization`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any, ClassVar
+
+from elite.facts import Facts
+
+
+class Stage(Enum):
+    """When an optimization acts; `apply` is handed that stage's target (types in `targets.py`)."""
+
+    data = "data"
+    """A `BatchLayout`, before sequences are packed."""
+    runtime = "runtime"
+    """A `Runtime`, before the model is loaded."""
+    model = "model"
+    """The loaded model, before adapters are attached."""
+    executor = "executor"
+    """The model with its adapters."""
+    optimizer = "optimizer"
+    """An `OptimizerBuild`, before the optimizer exists."""
+
+
+class Exactness(Enum):
+    """How far a result may differ from the same run without the optimization (a test holds each to it)."""
+
+    EXACT = "EXACT"
+    """The same sums, possibly in another order: fp32 max |Δloss| ≤ 1e-3, mean drift ≤ 1e-5 over 50 steps."""
+    EQUAL = "EQUAL"
+    """The same mathematics, other rounding: bf16 max |Δloss| ≤ 1.5e-2, mean drift ≤ 1e-3 over 50 steps."""
+    APPROX = "APPROX"
+    """Other mathematics: the effect on validation loss is measured and printed."""
+
+
+class Site(Enum):
+    """A place in the run that one optimization at most may occupy."""
+
+    BATCH_LAYOUT = "how documents share a sequence"
+    COMPUTE_DTYPE = "dtype of computation"
+    BASE_WEIGHTS = "storage of frozen weights"
+    ATTENTION = "attention kernel"
+    LAYER_ACTIVATIONS = "what a layer keeps for its backward"
+    OPTIMIZER_STATE = "storage of optimizer state"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peak device memory by component, in bytes. Starts with everything off; each active optimization maps it to a new one."""
+
+    linear_weights: float = 0.0
+    """Weights of the decoder layers' linear maps."""
+    other_weights: float = 0.0
+    """Embedding, head, norms, biases."""
+    trainable_copy: float = 0.0
+    """Adapters, which exist beside the weights (full fine-tuning trains the weights themselves)."""
+    gradients: float = 0.0
+    optimizer_state: float = 0.0
+    saved_activations: float = 0.0
+    """What all decoder layers keep from forward to backward."""
+    attention_scores: float = 0.0
+    """Attention matrices [heads, S, S] where the kernel forms them, all layers."""
+    layer_workspace: float = 0.0
+    """Transient tensors of the one layer at work."""
+    loss_workspace: float = 0.0
+    """Logits, their fp32 copy and their gradient."""
+    batch: float = 0.0
+    runtime: float = 0.0
+    """Library workspaces (matrix products, attention)."""
+
+    @property
+    def total(self) -> float:
+        """Sum of all components, in bytes."""
+        return sum(self.by_component().values())
+
+    def by_component(self) -> dict[str, float]:
+        """Bytes by component name, in declaration order."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Applied:
+    """Proof that an optimization acted."""
+
+    count: int
+    """On how many modules, parameters or other things; 0 is an error."""
+    detail: str
+    """What was counted, for people."""
+    undo: Callable[[], None] | None = None
+    """Restores what was touched; None where the original is gone (quantised weights)."""
+
+
+@dataclass(frozen=True)
+class OptimizationConfig:
+    """Base of every optimization's options."""
+
+    enabled: bool = False
+
+
+class Optimization(ABC):
+    """One switch of the `optimizations` group."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    row: ClassVar[int]
+    """Its number in the feature table."""
+    stage: ClassVar[Stage]
+    exactness: ClassVar[Exactness]
+    claims: ClassVar[frozenset[Site]]
+    source: ClassVar[str]
+    """Paper or library that does the work."""
+    Config: ClassVar[type[OptimizationConfig]] = OptimizationConfig
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @abstractmethod
+    def check(self, facts: Facts) -> str | None:
+        """The reason why this cannot act on this model and machine, or None if it can."""
+
+    @abstractmethod
+    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
+        """The estimate with this optimization active. Pure."""
+
+    @abstractmethod
+    def apply(self, target: Any) -> Applied:
+        """Act on the stage's target."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What became of one optimization in a run."""
+
+    optimization: Optimization = field(repr=False)
+    requested: bool
+    active: bool
+    reason: str
+    """Why it is inactive although requested; empty otherwise."""
+
+    @property
+    def name(self) -> str:
+        """Name of the optimization."""
+        return self.optimization.name

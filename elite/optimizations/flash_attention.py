@@ -1,0 +1,44 @@
+"""Flash attention.
+
+What:   attention without the matrix of scores.
+How:    torch's scaled_dot_product_attention picks the fastest fused kernel the machine has (FlashAttention-2, cuDNN,
+        memory-efficient); documents of a packed sequence are attended one by one, so no mask is ever formed.
+Memory: no [heads, S, S] scores: the layer keeps its output and one log-sum-exp a query instead.
+Source: Dao 2023, arXiv:2307.08691; torch.nn.functional.scaled_dot_product_attention.
+"""
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from elite.facts import Facts
+from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
+
+
+class FlashAttention(Optimization):
+    """See the module's docstring."""
+
+    name = "flash_attention"
+    title = "fused attention (FlashAttention-2 and its peers)"
+    row = 1
+    stage = Stage.model
+    exactness = Exactness.EQUAL
+    claims: ClassVar[frozenset[Site]] = frozenset({Site.ATTENTION})
+    source = "Dao 2023"
+
+    def check(self, facts: Facts) -> str | None:
+        return None
+
+    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
+        return replace(estimate, attention_scores=0.0)
+
+    def apply(self, target: Any) -> Applied:
+        from elite.attention import DOCUMENT_SDPA
+
+        before = target.config._attn_implementation
+        target.set_attn_implementation(DOCUMENT_SDPA)
+        count = len(target.get_decoder().layers)
+
+        def undo() -> None:
+            target.set_attn_implementation(before)
+
+        return Applied(count, "decoder layers", undo)

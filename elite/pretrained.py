@@ -1,0 +1,131 @@
+"""Where a model's weights and tokenizer are: a folder, an installed package, the hub's cache, the hub."""
+
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from elite.config import ModelConfig, Weights
+from elite.errors import ModelError
+
+log = logging.getLogger("elite.model")
+WEIGHT_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt")
+
+
+def locate(model: ModelConfig, cache: Path, download: bool) -> Path | None:
+    """The folder with this model's files in transformers' own layout, or None if it is not on this machine.
+
+    Args:
+        download: whether the hub may be asked.
+
+    Raises:
+        ModelError: `model.path` is not a folder, or the hub was asked and did not answer.
+    """
+    if model.path is not None:
+        folder = Path(model.path).expanduser()
+        if not folder.is_dir():
+            raise ModelError(f"model.path={model.path} is not a folder", "give the folder that holds config.json and the weights")
+        return _converted(folder / model.gguf_file, cache) if model.gguf_file and (folder / model.gguf_file).is_file() else folder
+    package = importlib.util.find_spec(model.package) if model.package else None
+    if package is not None and package.submodule_search_locations and model.gguf_file:
+        return _converted(Path(package.submodule_search_locations[0]) / model.gguf_file, cache)
+    return _from_hub(model, download) if model.hub else None
+
+
+def _from_hub(model: ModelConfig, download: bool) -> Path | None:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
+
+    assert model.hub is not None
+    try:
+        folder = Path(snapshot_download(model.hub, local_files_only=True))
+        if any(folder.glob("*.safetensors")):
+            return folder
+    except LocalEntryNotFoundError:
+        pass
+    if not download:
+        return None
+    missing = f"model={model.name}: {model.hub} is not on this machine"
+    try:
+        # One question with a time limit: the download itself would retry for a minute before it gives up.
+        HfApi().model_info(model.hub, timeout=10)
+    except HfHubHTTPError as error:
+        raise ModelError(f"{missing} and the hub refuses it: {str(error).splitlines()[0]}", "log in with `hf auth login`, or model.path=FOLDER") from error
+    except OSError as error:
+        raise ModelError(f"{missing} and the hub cannot be reached", _offline_remedy()) from error
+    except Exception as error:
+        # The hub client lets its HTTP library's own errors through, whichever library that is in this version.
+        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests"):
+            raise
+        raise ModelError(f"{missing} and the hub cannot be reached", _offline_remedy()) from error
+    disable_progress_bars()
+    return Path(snapshot_download(model.hub, allow_patterns=list(WEIGHT_FILES)))
+
+
+def _offline_remedy() -> str:
+    return "model.path=FOLDER for local weights, model=smollm2_135m (`make setup` installs it), or model.weights=random"
+
+
+def _converted(gguf: Path, cache: Path) -> Path:
+    """GGUF as safetensors in transformers' layout. Parsing takes 20 s, so it is done once for each file."""
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.name} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache / "models" / f"{gguf.stem}-{key}"
+    if (folder / "complete").is_file():
+        return folder
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    log.info("converting %s once (about half a minute)", gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+    tokenizer.save_pretrained(partial)
+    config: dict[str, Any] = model.config.to_dict()
+    # The weights are plain from here on; `save_pretrained` would refuse because they were quantised in the file.
+    config.pop("quantization_config", None)
+    (partial / "config.json").write_text(json.dumps(config, indent=2))
+    tied = set(model.all_tied_weights_keys)
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
+    (partial / "complete").touch()
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        # Another process was faster; its folder is as good.
+        shutil.rmtree(partial)
+    return folder
+
+
+def tokenizer(model: ModelConfig, cache: Path, download: bool) -> Any | None:
+    """The model's tokenizer, or None if it is not on this machine.
+
+    Random weights without a tokenizer at hand get one of bytes, so that benchmarks need no network.
+    """
+    from transformers import AutoTokenizer
+
+    if model.weights is Weights.random:
+        return byte_tokenizer()
+    folder = locate(model, cache, download)
+    return None if folder is None else AutoTokenizer.from_pretrained(folder)
+
+
+def byte_tokenizer() -> Any:
+    """A token a byte, and one that ends a text: 257 tokens, no files."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(BPE({symbol: i for i, symbol in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|endoftext|>")

@@ -1,0 +1,53 @@
+"""Keep a finished run as a measurement: `python -m elite.report.measurement NAME RUN_FOLDER [RUN_FOLDER …]`.
+
+Writes `docs/measurements/NAME.json` with device, versions, commit, command line, configuration, prediction and the raw line
+of every step, so that each number in the documentation can be traced and taken again.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from elite.callbacks import metrics_file
+from elite.config import CONF_DIR
+from elite.errors import EliteError
+from elite.runfolder import RunFolder
+
+MEASUREMENTS = CONF_DIR.parent / "docs" / "measurements"
+
+
+def collect(folder: RunFolder) -> dict[str, Any]:
+    """All that a run folder says about itself.
+
+    Raises:
+        EliteError: the run has not ended well.
+    """
+    if not folder.finished:
+        raise EliteError(f"{folder.path} has no summary.json: the run has not ended well", "measure finished runs only")
+    return {
+        "environment": json.loads(folder.environment.read_text()),
+        "config": OmegaConf.to_container(OmegaConf.load(folder.config)),
+        "plan": json.loads(folder.plan.read_text()),
+        "summary": json.loads(folder.summary.read_text()),
+        "metrics": metrics_file.read(folder.metrics),
+    }
+
+
+def write(name: str, folders: list[Path], target: Path = MEASUREMENTS) -> Path:
+    """Write the measurement `name` of these runs; returns its path."""
+    target.mkdir(parents=True, exist_ok=True)
+    path = target / f"{name}.json"
+    path.write_text(json.dumps({"name": name, "runs": [collect(RunFolder(folder)) for folder in folders]}, indent=1) + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name")
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--target", type=Path, default=MEASUREMENTS)
+    arguments = parser.parse_args()
+    print(write(arguments.name, arguments.folders, arguments.target))

@@ -1,0 +1,143 @@
+"""The run folder: the contract between a run, what reads it later, and a run that continues it.
+
+    config.yaml        the resolved configuration           metrics.jsonl   a line a step, a line a validation
+    plan.json          what was predicted                   checkpoints/    step_NNNNNN/
+    environment.json   versions, device, commit, command    final/          the adapter or model
+    run.json           identity: request, tokens, tracker   summary.json    written when the run has ended well
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+import uuid
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from elite import __version__
+from elite.config import Mode, OutputConfig, RunConfig, to_yaml
+from elite.errors import ConfigError
+from elite.facts import Device
+
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "triton", "accelerate", "deepspeed", "tokenizers", "numpy", "hydra-core", "wandb")
+
+
+class RunFolder:
+    """Paths inside a run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.plan = path / "plan.json"
+        self.environment = path / "environment.json"
+        self.identity = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.final = path / "final"
+        self.summary = path / "summary.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run in it ended well."""
+        return self.summary.is_file()
+
+    @property
+    def resumable(self) -> bool:
+        """Whether an interrupted run can go on in it."""
+        return not self.finished and self.identity.is_file() and any(self.checkpoints.glob("step_*"))
+
+    def read_identity(self) -> dict[str, Any]:
+        """Contents of `run.json`."""
+        identity = json.loads(self.identity.read_text())
+        assert isinstance(identity, dict)
+        return identity
+
+
+def request_key(config: RunConfig, origin: str) -> str:
+    """Identity of what was asked for: two runs with one key train the same thing on the same data source.
+
+    Args:
+        config: as composed, before `auto` is resolved. Where it writes, logs and whether it resumes don't count.
+        origin: the data source that was found.
+    """
+    relevant = replace(config, mode=Mode.train, resume="auto", output=OutputConfig())
+    text = to_yaml(relevant) + origin
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def interrupted_run(root: Path, key: str) -> RunFolder | None:
+    """The newest resumable run under `root` that was asked for in the same words."""
+    for identity in sorted(root.glob("*/*/run.json"), reverse=True):
+        folder = RunFolder(identity.parent)
+        if folder.resumable and folder.read_identity()["request"] == key:
+            return folder
+    return None
+
+
+def new_folder(config: RunConfig, name: str, now: datetime) -> RunFolder:
+    """Create this run's folder.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    output = config.output
+    path = Path(output.folder) if output.folder else Path(output.root) / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}_{name}"
+    path = path.expanduser().absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"the run folder {path} cannot be written: {error.strerror}", "output.root=FOLDER or output.folder=FOLDER") from error
+    if (path / "run.json").exists():
+        raise ConfigError(f"output.folder={path} already holds a run", "another folder, or resume=FOLDER to continue that run")
+    return RunFolder(path)
+
+
+def write_start(folder: RunFolder, config: RunConfig, plan: dict[str, Any], device: Device, request: str, tokens: Path) -> None:
+    """Write everything that is known before training: configuration, plan, environment, identity."""
+    folder.config.write_text(to_yaml(config))
+    folder.plan.write_text(json.dumps(plan, indent=2))
+    folder.environment.write_text(json.dumps(environment() | {"device": asdict(device)}, indent=2))
+    identity = {"request": request, "tokens": str(tokens), "tracker_id": uuid.uuid4().hex[:8]}
+    # Last: a folder without it is no run.
+    folder.identity.write_text(json.dumps(identity, indent=2))
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine, commit and command line: what a measurement must name."""
+    versions = {}
+    for library in LIBRARIES:
+        try:
+            versions[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            versions[library] = None
+    return {
+        "elite": __version__,
+        "commit": _commit(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of this code, with `+` if the tree differs from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD")
+        return commit and commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,167 @@
+"""The training loop: steps, validations, checkpoints, in that order; observers are told what happened."""
+
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from elite import checkpoint
+from elite.config import TrainingConfig
+from elite.data.batches import TrainStream
+from elite.distributed.ranks import Ranks
+from elite.executor.whole import WholeExecutor
+from elite.model import LoadedModel, load_trained, save_trained
+from elite.optimizations.contract import Applied
+from elite.training.step import optimizer_step
+from elite.training.telemetry import Meter
+from elite.training.validation import Validator
+
+
+class Observer(Protocol):
+    """Something that is told about a run. Only rank 0 has observers."""
+
+    def step(self, record: dict[str, float]) -> None:
+        """After each optimizer step: the line of `metrics.jsonl`."""
+
+    def validation(self, record: dict[str, float]) -> None:
+        """After each validation: `step`, `val_loss`, `val_loss_alone`."""
+
+    def end(self, summary: dict[str, Any]) -> None:
+        """Once, however the run ends; the summary is empty after a failure."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; part of every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    first_val: dict[str, float] = field(default_factory=dict)
+    last_val: dict[str, float] = field(default_factory=dict)
+    best_val_loss: float = float("inf")
+    best_step: int = 0
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end; a checkpoint of the last finished step is on disk."""
+
+
+@dataclass
+class Trainer:
+    """Everything one run needs, assembled; `fit` runs it."""
+
+    config: TrainingConfig
+    steps: int
+    accumulation: int
+    loaded: LoadedModel
+    executor: WholeExecutor
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    scaler: Any
+    stream: TrainStream
+    validator: Validator
+    meter: Meter
+    ranks: Ranks
+    checkpoints: Path
+    applied: dict[str, Applied]
+    """What the optimizer's optimizations touched."""
+    observers: Sequence[Observer] = ()
+    progress: Progress = field(default_factory=Progress)
+    _stop: bool = False
+
+    def fit(self) -> Progress:
+        """Train to the last step.
+
+        Raises:
+            Interrupted: a signal came; the step at work was finished and saved.
+        """
+        handlers = {number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            if self.progress.step == 0:
+                self._validate()
+            while self.progress.step < self.steps:
+                self._step()
+                done = self.progress.step == self.steps
+                improved = (done or self.progress.step % self.config.val_every == 0) and self._validate()
+                stop = self.ranks.max(float(self._stop)) > 0
+                if done or stop or improved or self.progress.step % self.config.checkpoint_every == 0:
+                    self._save()
+                if stop and not done:
+                    raise Interrupted
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return self.progress
+
+    def _request_stop(self, number: int, frame: object) -> None:
+        if self._stop:
+            raise KeyboardInterrupt
+        self._stop = True
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        window = self.stream.next_window(self.accumulation)
+        rate = self.scheduler.get_last_lr()[0]
+        parameters = self.loaded.trainable
+        result = optimizer_step(
+            self.executor, self.optimizer, self.scaler, window, parameters, self.config.max_grad_norm, self.ranks
+        )
+        if self.scheduler.last_epoch < self.steps - 1:
+            self.scheduler.step()
+        state = self.progress
+        state.step += 1
+        state.tokens += result.tokens
+        state.last_loss = result.loss
+        state.first_loss = result.loss if state.first_loss is None else state.first_loss
+        record = {"step": state.step, "tokens": state.tokens, "loss": result.loss, "grad_norm": result.grad_norm, "lr": rate}
+        record |= self.meter.read(result.tokens, time.perf_counter() - began)
+        for observer in self.observers:
+            observer.step(record)
+
+    def _validate(self) -> bool:
+        """Validate; whether the loss is the best so far (the first, before any step, only sets the mark)."""
+        losses = self.validator()
+        memory = self.meter.memory()
+        state = self.progress
+        state.first_val = state.first_val or losses
+        state.last_val = losses
+        improved = losses["val_loss"] < state.best_val_loss and state.step > 0
+        if losses["val_loss"] < state.best_val_loss:
+            state.best_val_loss, state.best_step = losses["val_loss"], state.step
+        for observer in self.observers:
+            observer.validation({"step": state.step, "tokens": state.tokens, **losses, **memory})
+        return improved
+
+    def _save(self) -> None:
+        randoms = self.ranks.gather(checkpoint.random_state())
+        if self.ranks.is_main:
+            state = {
+                "progress": vars(self.progress),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "stream": self.stream.state(),
+                "random": randoms,
+            }
+            checkpoint.save(self.checkpoints, self.progress.step, lambda folder: save_trained(self.loaded, folder), state)
+            checkpoint.prune(self.checkpoints, {self.progress.step, self.progress.best_step})
+        self.ranks.barrier()
+
+    def resume(self, folder: Path) -> None:
+        """Continue from a checkpoint folder, exactly where it was written."""
+        state = checkpoint.load_state(folder)
+        load_trained(self.loaded, folder / "model")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.stream.load_state(state["stream"])
+        self.progress = Progress(**state["progress"])
+        states = state["random"]
+        checkpoint.set_random_state(states[self.ranks.rank % len(states)])

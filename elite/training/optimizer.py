@@ -1,0 +1,30 @@
+"""The optimizer: torch's AdamW unless an optimization puts another in its place."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from elite.config import TrainingConfig
+from elite.model import apply_stage
+from elite.optimizations.contract import Applied, Decision, Stage
+from elite.optimizations.targets import OptimizerBuild
+
+
+def build_optimizer(
+    parameters: Iterable[nn.Parameter], config: TrainingConfig, decisions: tuple[Decision, ...]
+) -> tuple[torch.optim.Optimizer, dict[str, Applied]]:
+    """AdamW over `parameters` (Loshchilov & Hutter 2019), with the optimizer stage's optimizations applied.
+
+    Weight decay spares vectors (norms, biases), as is customary.
+    """
+    matrices, vectors = [], []
+    for parameter in parameters:
+        (matrices if parameter.ndim > 1 else vectors).append(parameter)
+    groups = [
+        {"params": members, "weight_decay": decay} for members, decay in ((matrices, config.weight_decay), (vectors, 0.0)) if members
+    ]
+    build = OptimizerBuild(groups, {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps})
+    applied = apply_stage(Stage.optimizer, decisions, build)
+    factory = build.factory or torch.optim.AdamW
+    return factory(build.groups, **build.arguments), applied

@@ -1,0 +1,82 @@
+"""One optimizer step: a window of micro-batches, normalised by the tokens of the whole global batch."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from elite.data.batches import Batch
+from elite.distributed.ranks import Ranks
+from elite.errors import EliteError
+from elite.executor.whole import WholeExecutor
+
+
+class DivergedError(EliteError):
+    """The loss or the gradient is not finite."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    loss: float
+    """Mean over all label tokens of the global batch, in nats."""
+    grad_norm: float
+    """L2 norm before clipping."""
+    tokens: int
+    """Token slots processed by all ranks, padding included."""
+
+
+def accumulate(executor: WholeExecutor, window: Sequence[Batch], scaler: torch.amp.GradScaler, ranks: Ranks) -> float:
+    """Add the gradient of the mean token loss over the global batch to the parameters; return that mean.
+
+    Dividing every micro-batch by the label tokens of the *whole* global batch makes the result independent of how
+    sequences of unequal length are dealt to micro-batches and ranks.
+    """
+    device = ranks.device
+    labels = ranks.sum(float(sum(batch.label_tokens for batch in window)))
+    total = torch.zeros((), device=device)
+    for i, batch in enumerate(window):
+        last = i == len(window) - 1
+        # DDP exchanges gradients once, in the backward of the last micro-batch; it averages over ranks, hence `world`.
+        with nullcontext() if last or ranks.world == 1 else executor.model.no_sync():
+            loss = executor.loss_sum(batch.to(device)) / labels
+            scaler.scale(loss * ranks.world).backward()
+        total += loss.detach()
+    return ranks.sum(total.item())
+
+
+def optimizer_step(
+    executor: WholeExecutor,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    window: Sequence[Batch],
+    parameters: Sequence[nn.Parameter],
+    max_grad_norm: float,
+    ranks: Ranks,
+) -> StepResult:
+    """Forward, backward, clip, update.
+
+    Raises:
+        DivergedError: loss or gradient is not finite (with fp16 loss scaling an overflow is skipped by the scaler instead).
+            Nothing has been updated then.
+    """
+    loss = accumulate(executor, window, scaler, ranks)
+    scaler.unscale_(optimizer)
+    norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    finite = torch.isfinite(torch.tensor([loss, norm]))
+    if not finite[0] or not (finite[1] or scaler.is_enabled()):
+        raise DivergedError(f"loss {loss}, gradient norm {norm}: not finite", "lower training.learning_rate; the last checkpoint is intact")
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    tokens = sum(batch.input_ids.numel() for batch in window) * ranks.world
+    return StepResult(loss, norm, tokens)
+
+
+def make_scaler(device: torch.device, compute_dtype: torch.dtype) -> Any:
+    """Loss scaling for fp16, whose gradients would vanish without; a pass-through otherwise."""
+    return torch.amp.GradScaler(device.type, enabled=compute_dtype == torch.float16)

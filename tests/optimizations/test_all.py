@@ -1,0 +1,156 @@
+"""Every optimization, whichever it is: it acts, it undoes, it keeps its class, its rules hold."""
+
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from elite.attention import DOCUMENT_EAGER
+from elite.distributed.ranks import Ranks
+from elite.errors import PlanError
+from elite.executor.whole import WholeExecutor
+from elite.facts import Device, Facts, LinearShape, ModelShape
+from elite.model import apply_stage
+from elite.optimizations import ALL, OptimizationsConfig, decide
+from elite.optimizations.contract import Decision, Estimate, Exactness, Optimization, OptimizationConfig, Stage
+from elite.optimizations.targets import BatchLayout, OptimizerBuild, Runtime
+from elite.training.step import accumulate, make_scaler
+from tests.models import tiny
+from tests.test_attention import row
+
+CPU = Device("cpu", "cpu", True, 1, 2**34, 2**34, None, True, 1e11, 1e10, 1e10, 2**34, 2)
+SHAPE = ModelShape("tiny", "llama", 2, 32, 64, 4, 2, 8, 97, 2048, (LinearShape("self_attn.q_proj", 32, 32),), 9000, 30000)
+FACTS = Facts(SHAPE, CPU, 4096, 1, 1000, "lora")
+ALONE = Ranks(0, 1, torch.device("cpu"))
+BY_NAME = {kind.name: kind for kind in ALL}
+ON = OptimizationConfig(enabled=True)
+
+
+def only(name: str) -> tuple[Decision, ...]:
+    return decide(replace(OptimizationsConfig(), **{name: ON}), FACTS)
+
+
+def target(stage: Stage, kind: str) -> Any:
+    model = tiny(kind, DOCUMENT_EAGER, hidden_size=64)
+    if stage is Stage.data:
+        return BatchLayout()
+    if stage is Stage.runtime:
+        return Runtime(supports_bf16=True)
+    if stage is Stage.optimizer:
+        return OptimizerBuild([{"params": list(model.parameters())}], {"lr": 1e-3})
+    return model
+
+
+def state(thing: Any) -> Any:
+    """Everything an `apply` may touch, comparable."""
+    if isinstance(thing, torch.nn.Module):
+        patched = {name: sorted(vars(module)) for name, module in thing.named_modules()}
+        return patched, thing.config._attn_implementation, {name: p.detach().clone() for name, p in thing.named_parameters()}
+    return dict(vars(thing))
+
+
+def same(one: Any, two: Any) -> bool:
+    if isinstance(one, tuple):
+        return one[:2] == two[:2] and all(torch.equal(one[2][name], two[2][name]) for name in one[2] | two[2])
+    return bool(one == two)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+@pytest.mark.parametrize("name", BY_NAME)
+def test_it_acts_and_undoes(name: str, kind: str) -> None:
+    stage = BY_NAME[name].stage
+    thing = target(stage, kind)
+    before = state(thing)
+    applied = apply_stage(stage, only(name), thing)[name]
+    assert applied.count > 0
+    if applied.undo is None:
+        pytest.skip(f"{name} keeps no original to go back to")
+    assert not same(state(thing), before), "nothing changed"
+    applied.undo()
+    assert same(state(thing), before)
+
+
+def test_an_optimization_without_anything_to_act_on_is_an_error() -> None:
+    with pytest.raises(PlanError, match="found nothing to act on"):
+        apply_stage(Stage.optimizer, only("adamw_8bit"), OptimizerBuild([{"params": [torch.nn.Parameter(torch.zeros(3))]}]))
+
+
+def curve(*names: str, steps: int = 50) -> list[float]:
+    """Training losses of a tiny model with these optimizations on."""
+    decisions = [decision for name in names for decision in only(name) if decision.active]
+    model = target(Stage.model, "llama")
+    for stage in (Stage.model, Stage.executor):
+        apply_stage(stage, tuple(decisions), model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    executor, losses = WholeExecutor(model, torch.float32), []
+    for step in range(steps):
+        losses.append(accumulate(executor, [row(13, 24, seed=step % 8)], make_scaler(ALONE.device, torch.float32), ALONE))
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses
+
+
+@pytest.mark.parametrize("name", [kind.name for kind in ALL if kind.stage in (Stage.model, Stage.executor) and kind.exactness is not Exactness.APPROX])
+def test_exact_and_equal_keep_their_word_in_fp32(name: str) -> None:
+    plain, changed = torch.tensor(curve()), torch.tensor(curve(name))
+    difference = changed - plain
+    assert plain[-1] < plain[0] - 0.3, "the curve must move to mean anything"
+    assert difference.abs().max() <= 1e-3
+    assert difference.mean().abs() <= 1e-5
+
+
+def test_mixed_precision_keeps_its_word_in_bf16() -> None:
+    def losses(dtype: torch.dtype) -> torch.Tensor:
+        model = target(Stage.model, "llama")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        executor, seen = WholeExecutor(model, dtype), []
+        for step in range(50):
+            seen.append(accumulate(executor, [row(13, 24, seed=step % 8)], make_scaler(ALONE.device, dtype), ALONE))
+            optimizer.step()
+            optimizer.zero_grad()
+        return torch.tensor(seen)
+
+    difference = losses(torch.bfloat16) - losses(torch.float32)
+    assert 0 < difference.abs().max() <= 1.5e-2
+    assert difference.mean().abs() <= 1e-3
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
+def test_it_declares_itself(kind: type[Optimization]) -> None:
+    module = inspect.getmodule(kind)
+    assert module is not None and module.__doc__ is not None
+    for word in ("What:", "How:", "Memory:", "Source:"):
+        assert word in module.__doc__
+    assert module.__name__ == f"elite.optimizations.{kind.name}"
+    assert kind.claims and kind.title and kind.source
+    assert isinstance(getattr(OptimizationsConfig(), kind.name), kind.Config)
+
+
+def test_rows_and_names_are_unique() -> None:
+    assert len({kind.row for kind in ALL}) == len(BY_NAME) == len(ALL)
+
+
+def test_two_claims_on_one_site_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BY_NAME["qlora"], "claims", BY_NAME["flash_attention"].claims)
+    with pytest.raises(PlanError, match="flash_attention and optimizations.qlora both decide the attention kernel"):
+        decide(replace(OptimizationsConfig(), qlora=ON, flash_attention=ON), FACTS)
+
+
+def test_an_inactive_one_says_why() -> None:
+    decisions = {d.name: d for d in decide(replace(OptimizationsConfig(), qlora=ON), replace(FACTS, adapter="full"))}
+    assert not decisions["qlora"].active and "adapter.method=lora" in decisions["qlora"].reason
+    no_bf16 = replace(FACTS, device=replace(CPU, supports_bf16=False))
+    decisions = {d.name: d for d in decide(replace(OptimizationsConfig(), mixed_precision=ON), no_bf16)}
+    assert not decisions["mixed_precision"].active and "bf16" in decisions["mixed_precision"].reason
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
+def test_memory_never_grows(kind: type[Optimization]) -> None:
+    everything = Estimate(**{name: 1e9 for name in Estimate().by_component()})
+    assert kind(ON).memory(everything, FACTS).total <= everything.total
+
+
+def test_all_off_is_none() -> None:
+    assert not any(decision.active for decision in decide(OptimizationsConfig(), FACTS))

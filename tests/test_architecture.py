@@ -1,0 +1,88 @@
+"""The shape of the code: imports point one way, nothing grows without bound, every YAML has a reader."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from elite import config
+
+ROOT = config.CONF_DIR.parent
+# Each layer may import the layers before it, and its own.
+LAYERS = (
+    {"errors", "facts"},
+    {"optimizations"},
+    {"config"},
+    {"compose", "hardware", "geometry", "pretrained", "attention"},
+    {"plan"},
+    {"model", "data"},
+    {"executor", "distributed"},
+    {"checkpoint"},
+    {"training"},
+    {"callbacks", "runfolder", "report"},
+    {"worker"},
+    {"modes"},
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+SOURCES = sorted((ROOT / "elite").rglob("*.py"))
+OWN = [*SOURCES, ROOT / "train.py", *sorted((ROOT / "tests").rglob("*.py"))]
+
+
+def part(path: Path) -> str:
+    return path.relative_to(ROOT / "elite").parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_layers(path: Path) -> None:
+    for name in imports(path):
+        pieces = name.split(".")
+        if pieces[0] == "elite" and len(pieces) > 1 and pieces[1] in LEVEL and part(path) in LEVEL:
+            # Optimizations name the functions they switch to; those are imported where they act.
+            lazy = part(path) == "optimizations" and pieces[1] == "attention"
+            assert lazy or LEVEL[pieces[1]] <= LEVEL[part(path)], f"{path.name} imports {name}, a later layer"
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {part(path) for path in SOURCES} - {"__init__"} == set(LEVEL)
+
+
+def test_only_the_edge_knows_hydra() -> None:
+    users = {str(path.relative_to(ROOT)) for path in [*SOURCES, ROOT / "train.py"] if any(name.split(".")[0] == "hydra" for name in imports(path))}
+    assert users == {"train.py", "elite/compose.py"}
+
+
+@pytest.mark.parametrize("path", OWN, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno is not None and node.end_lineno - node.lineno < 60, node.name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_says_what_it_is(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_every_field_of_the_configuration_is_read() -> None:
+    """A field that nothing reads is a switch that does nothing."""
+    read = {node.attr for path in SOURCES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    fields = {
+        f"{kind.__name__}.{field.name}": field.name
+        for kind in vars(config).values()
+        if dataclasses.is_dataclass(kind) and kind.__module__ == config.__name__
+        for field in dataclasses.fields(kind)
+    }
+    assert {name for name, field in fields.items() if field not in read} == set()

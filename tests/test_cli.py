@@ -1,0 +1,92 @@
+"""Bad input through the program itself: at most three lines, exit code 2, no traceback, nothing half-written."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from elite import compose, modes
+from elite.errors import EliteError
+from tests.conftest import Program, git, make_repository
+
+
+def refused(program: Program, tmp_path: Path, *overrides: str) -> str:
+    """Run with bad input; returns what was said."""
+    done = program(*overrides)
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr + done.stdout
+    message = done.stderr[done.stderr.index("error:") :]
+    assert len(message.strip().splitlines()) <= 3, message
+    assert done.stderr.count("error:") == 1
+    assert not (tmp_path / "runs").exists()
+    return message
+
+
+def test_an_unknown_tier(program: Program, tmp_path: Path) -> None:
+    assert "did you mean tier9" in refused(program, tmp_path, "tier=tier99")
+
+
+def test_a_preset_that_is_not_here(program: Program, tmp_path: Path) -> None:
+    message = refused(program, tmp_path, "hardware=rtx3090", "model=smollm2_135m", "model.weights=random")
+    assert "mode=plan" in message and "hardware=auto" in message
+
+
+def test_no_model_and_no_hub(program: Program, tmp_path: Path) -> None:
+    began = time.monotonic()
+    message = refused(program, tmp_path, "model=phi2", "tier=tier1")
+    assert "microsoft/phi-2" in message and "model.path=" in message
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["training.learning_rate=-1"], ["learning_rate"]),
+        (["tier.context=100"], ["tier.context=100"]),
+        (["training.global_batch_tokens=1000"], ["global_batch_tokens=1000"]),
+        (["data.repo=/does/not/exist"], ["/does/not/exist"]),
+        (["schedule.name=cosin"], ["schedule.name=cosin", "cosine"]),
+        (["executor.name=fast"], ["executor.name=fast", "whole"]),
+        (["logger.name=tensorboard"], ["logger.name=tensorboard", "wandb"]),
+        (["data.source=csv"], ["data.source=csv", "jsonl"]),
+        (["output.root=/proc/none"], ["/proc/none", "output.root"]),
+        (["model.path=/does/not/exist", "model.weights=pretrained"], ["/does/not/exist"]),
+        (["model.num_attention_heads=5"], ["num_attention_heads"]),
+        (["resume=/does/not/exist"], ["resume=/does/not/exist"]),
+        (["tier.context=1048576", "training.global_batch_tokens=1048576"], ["tokens"]),
+    ],
+)
+def test_bad_values(overrides: list[str], words: list[str], repository: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    defaults = [] if any(word.startswith("data.repo") for word in overrides) else [f"data.repo={repository}"]
+    with pytest.raises(EliteError) as caught:
+        modes.run(compose.from_overrides("debug=tiny", f"output.cache={cache}", *defaults, *overrides))
+    assert caught.value.exit_code == 2 and len(str(caught.value).splitlines()) <= 3
+    for word in words:
+        assert word in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_repositories_that_cannot_be_used(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "empty").mkdir()
+    git(tmp_path / "empty", "init")
+    make_repository(tmp_path / "short", files=2, lines=1)
+    monkeypatch.chdir(tmp_path)
+    for name in ("plain", "empty", "short"):
+        with pytest.raises(EliteError) as caught:
+            modes.run(compose.from_overrides("debug=tiny", f"output.cache={cache}", f"data.repo={tmp_path / name}", "training.max_steps=1"))
+        assert name in str(caught.value) or "tokens" in str(caught.value)
+        assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_a_plan_needs_no_gpu_and_no_network(program: Program) -> None:
+    done = program("tier=tier9", "hardware=rtx3090", "mode=plan")
+    assert done.returncode == 0, done.stderr
+    for word in ("phi2", "1,048,576", "rtx3090", "estimated", "DOES NOT FIT", "extreme", "YaRN"):
+        assert word in done.stdout, word
+
+
+def test_without_a_repository_it_says_so(tmp_path: Path, program: Program) -> None:
+    done = program("mode=plan", "tier=tier1", "data.repo=null", environment={"HOME": str(tmp_path)})
+    assert done.returncode == 2 and "data.repo=" in done.stderr

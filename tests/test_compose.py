@@ -1,0 +1,120 @@
+"""Every shipped YAML composes and plans; presets follow tiers; mistakes are explained."""
+
+import dataclasses
+
+import pytest
+from omegaconf import OmegaConf
+
+from elite import compose, config, geometry, hardware
+from elite.errors import ConfigError, EliteError
+from elite.facts import Corpus
+from elite.optimizations import ALL
+from elite.plan import make_plan, render
+
+CORPUS = Corpus("a repository", 900, 100, 90_000_000, 10_000_000, 300_000_000, "exact", {"binary": 3})
+GROUPS = ("tier", "hardware", "optimizations", "curriculum", "schedule", "model", "data", "logger", "experiment", "debug")
+EVERY_YAML = [(group, option) for group in GROUPS for option in compose.options(group)]
+
+
+def test_no_group_is_forgotten() -> None:
+    assert sorted(folder.name for folder in config.CONF_DIR.iterdir() if folder.is_dir()) == sorted(GROUPS)
+
+
+@pytest.mark.parametrize(("group", "option"), EVERY_YAML, ids=lambda value: value)
+def test_every_yaml_composes_and_plans(group: str, option: str) -> None:
+    made = compose.from_overrides(f"{group}={option}").config
+    if group not in ("experiment", "debug", "data", "optimizations", "model", "curriculum"):
+        assert getattr(made, group).name == option
+    plan = make_plan(made, hardware.device(made.hardware), geometry.shape(made.model), CORPUS)
+    assert plan.steps > 0 and plan.total_bytes > 0
+
+
+@pytest.mark.parametrize("card", compose.options("hardware"))
+def test_every_tier_plans_on_every_card(card: str) -> None:
+    totals = []
+    for tier in config.TIERS:
+        made = compose.from_overrides(f"tier={tier}", f"hardware={card}").config
+        plan = make_plan(made, hardware.device(made.hardware), geometry.shape(made.model), CORPUS)
+        assert plan.to_dict()["tier"] == tier and render(plan)
+        totals.append(plan.total_bytes)
+    assert totals[:7] == sorted(totals[:7]) and totals[7:] == sorted(totals[7:]), "longer contexts need more, preset for preset"
+
+
+def test_tiers_double_from_4k_to_4m() -> None:
+    made = [compose.from_overrides(f"tier={tier}").config.tier for tier in config.TIERS]
+    assert [tier.context for tier in made] == [4096 << n for n in range(11)]
+    assert [tier.target_length for tier in made] == [min(tier.context // 8, 16384) for tier in made]
+
+
+def test_high_tiers_bring_the_extreme_preset_and_the_command_line_wins() -> None:
+    assert compose.from_overrides("tier=tier9", "hardware=rtx3090").config.optimizations.preset == "extreme"
+    assert compose.from_overrides("tier=tier7").config.optimizations.preset == "standard"
+    assert compose.from_overrides("tier=tier9", "optimizations=none").config.optimizations.preset == "none"
+    made = compose.from_overrides("tier=tier9", "optimizations.qlora.enabled=false").config.optimizations
+    assert made.adamw_8bit.enabled and not made.qlora.enabled
+
+
+def test_presets_hold_what_they_say() -> None:
+    def active(preset: str) -> set[str]:
+        made = compose.from_overrides(f"optimizations={preset}").config.optimizations
+        return {kind.name for kind in ALL if getattr(made, kind.name).enabled}
+
+    assert active("none") == set() < active("standard") < active("extreme") == {kind.name for kind in ALL}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["tier=tier99"], ("tier=tier99 is unknown", "did you mean tier9")),
+        (["hardware=rtx3091"], ("hardware=rtx3091 is unknown", "rtx3090")),
+        (["tier.contxt=4096"], ("tier.contxt is not a field", "tier.context")),
+        (["modle=phi2"], ("modle is not a field or group", "model")),
+        (["training.learning_rate=fast"], ("training.learning_rate=fast", "could not be converted to Float")),
+        (["tier.context=8k"], ("tier.context=8k", "Integer")),
+        (["mode=trian"], ("mode=trian", "train")),
+        (["optimizations.qlora.enabled=maybe"], ("optimizations.qlora.enabled=maybe", "bool")),
+        (["data.unit=folder"], ("data.unit=folder", "repository")),
+        (["training.max_steps=[1"], ("training.max_steps",)),
+    ],
+)
+def test_mistakes_are_explained_in_two_lines(overrides: list[str], words: tuple[str, ...]) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        compose.from_overrides(*overrides)
+    error = compose.explain(caught.value)
+    assert isinstance(error, ConfigError) and error.exit_code == 2
+    assert len(str(error).splitlines()) <= 3
+    for word in words:
+        assert word in str(error)
+
+
+def test_the_configuration_survives_its_yaml(tmp_path: object) -> None:
+    from pathlib import Path
+
+    made = compose.from_overrides("experiment=quickstart", "data.exclude=[a/*,b]", "model.path=x y").config
+    path = Path(str(tmp_path)) / "config.yaml"
+    path.write_text(config.to_yaml(made))
+    assert config.from_yaml(path) == made
+
+
+def test_every_field_says_what_it_is() -> None:
+    """A field is documented by the string below it, or its class says it all."""
+    import ast
+    import inspect
+
+    for node in ast.parse(inspect.getsource(config)).body:
+        if isinstance(node, ast.ClassDef):
+            assert ast.get_docstring(node), node.name
+
+
+def test_frozen() -> None:
+    made = compose.from_overrides().config
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.seed = 1  # type: ignore[misc]
+    assert OmegaConf.to_yaml(OmegaConf.structured(made))
+
+
+def test_errors_survive_pickling() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(EliteError("value breaks rule", "do this")))
+    assert str(error) == "value breaks rule\n  remedy: do this"

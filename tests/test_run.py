@@ -1,0 +1,166 @@
+"""The program as a user runs it: plan, train, stop, continue, sweep; with real libraries."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from elite.callbacks import metrics_file
+from elite.report import measurement, tables
+from elite.runfolder import RunFolder
+from tests.conftest import ROOT, Program
+
+STEP_FIELDS = {
+    "step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "tflops", "mfu",
+    "gpu_peak_bytes", "gpu_reserved_bytes", "host_rss_bytes", "step_time_s",
+}  # fmt: skip
+
+
+def only_run(root: Path) -> RunFolder:
+    (identity,) = (root / "runs").glob("*/*/run.json")
+    return RunFolder(identity.parent)
+
+
+def adapter(folder: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(folder.final / "adapter_model.safetensors")
+
+
+def losses(folder: RunFolder) -> dict[int, float]:
+    return {int(line["step"]): line["loss"] for line in metrics_file.read(folder.metrics) if "loss" in line}
+
+
+def test_a_run_leaves_everything_it_promises(program: Program, tmp_path: Path) -> None:
+    done = program("debug=tiny", "logger=wandb")
+    assert done.returncode == 0, done.stderr
+    folder = only_run(tmp_path)
+    assert "FITS" in done.stdout and "wandb sync" in done.stdout and str(folder.path) in done.stdout
+    for path in (folder.config, folder.plan, folder.environment, folder.identity, folder.metrics, folder.summary):
+        assert path.is_file(), path
+    steps = [line for line in metrics_file.read(folder.metrics) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3] and all(set(line) == STEP_FIELDS for line in steps)
+    validations = [line["step"] for line in metrics_file.read(folder.metrics) if "val_loss" in line]
+    assert validations == [0, 2, 3]
+    summary = json.loads(folder.summary.read_text())
+    assert summary["steps"] == 3 and summary["measured_peak_bytes"] > 0 and summary["predicted_peak_bytes"] > 0
+    assert {"val_loss", "val_loss_alone"} <= set(summary["val_first"]) and summary["tokens_per_s"] > 0
+    assert set(json.loads((folder.path / "completion.json").read_text())) == {"path", "prompt_end", "reference", "before", "after"}
+    environment = json.loads(folder.environment.read_text())
+    assert environment["versions"]["torch"] == torch.__version__ and environment["device"]["kind"] == "cpu"
+    assert "step_000003" in {path.name for path in folder.checkpoints.iterdir()}
+    assert any(tensor.abs().max() > 0 for name, tensor in adapter(folder).items() if "lora_B" in name)
+    (offline,) = (folder.path / "wandb").glob("offline-run-*/*.wandb")
+    history = wandb_history(offline)
+    assert {"train/loss", "train/lr", "perf/tokens_per_s", "mem/host_rss_gib"} <= set(history[-1]) | set(history[0]) | set(history[1])
+    written = measurement.write("sample", [folder.path], tmp_path)
+    text = tables.filled("<!-- table: sample -->\nold\n<!-- end -->", tmp_path)
+    assert "old" not in text and "random weights" in text and json.loads(written.read_text())["runs"][0]["metrics"]
+
+
+def wandb_history(file: Path) -> list[dict[str, object]]:
+    """What W&B itself reads back from an offline run."""
+    wandb = Path(sys.executable).with_name("wandb")
+    done = subprocess.run([wandb, "leet", "inspect", "--json", file], capture_output=True, text=True, check=True)
+    records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return [record.get("data", record) for record in records if record.get("type") == "history"]
+
+
+def test_an_interrupted_run_continues_bit_for_bit(program: Program, tmp_path: Path) -> None:
+    request = ("debug=tiny", "training.max_steps=6", "data.order=shuffled", "adapter.dropout=0.1", "training.completion_tokens=0")
+    whole = program(*request, "output.root=whole")
+    assert whole.returncode == 0, whole.stderr
+    (identity,) = (tmp_path / "whole").glob("*/*/run.json")
+    expected = RunFolder(identity.parent)
+
+    stopped = program(*request)
+    assert stopped.returncode == 0, stopped.stderr
+    folder = only_run(tmp_path)
+    # As if the power had failed after step 4: the end of the run never happened.
+    folder.summary.unlink()
+    for name in ("step_000005", "step_000006"):
+        for path in sorted((folder.checkpoints / name).rglob("*"), reverse=True):
+            path.unlink() if path.is_file() else path.rmdir()
+    (folder.checkpoints / "step_000006").rmdir()
+    again = program(*request)
+    assert again.returncode == 0, again.stderr
+    assert "continuing the interrupted run" in again.stdout
+    assert only_run(tmp_path).finished
+    assert losses(folder) == losses(expected)
+    one, two = adapter(folder), adapter(expected)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_signal_saves_and_the_same_command_continues(tmp_path: Path, repository: Path, cache: Path) -> None:
+    command = [
+        sys.executable, str(ROOT / "train.py"), f"data.repo={repository}", f"output.cache={cache}", "debug=tiny",
+        "training.max_steps=400", "training.checkpoint_every=1000", "training.val_every=1000", "training.completion_tokens=0",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not any((tmp_path / "runs").glob("*/*/metrics.jsonl")) or len(next((tmp_path / "runs").glob("*/*/metrics.jsonl")).read_text().splitlines()) < 5:
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors and errors.count("interrupted") == 1
+    folder = only_run(tmp_path)
+    (checkpoint,) = folder.checkpoints.glob("step_*")
+    reached = int(checkpoint.name.removeprefix("step_"))
+    assert 0 < reached < 400 and reached == max(losses(folder))
+
+
+def test_a_multirun_gives_each_job_a_process_folder_and_tracker(program: Program, tmp_path: Path) -> None:
+    done = program("-m", "debug=tiny", "logger=wandb", "optimizations.gradient_checkpointing.enabled=true,false", "training.completion_tokens=0")
+    assert done.returncode == 0, done.stderr
+    folders = sorted((tmp_path / "multiruns").glob("*/*/[01]"))
+    assert [folder.name for folder in folders] == ["0", "1"] and all(RunFolder(folder).finished for folder in folders)
+    assert len({file.name for folder in folders for file in (folder / "wandb").glob("offline-run-*/*.wandb")}) == 2
+    one, two = (losses(RunFolder(folder)) for folder in folders)
+    assert one == pytest.approx(two, abs=1e-3), "checkpointing is EXACT"
+    applied = [json.loads((folder / "summary.json").read_text())["applied"] for folder in folders]
+    assert "gradient_checkpointing" in applied[0] and "gradient_checkpointing" not in applied[1]
+
+
+def test_two_ranks_train_like_one(program: Program, tmp_path: Path, repository: Path, cache: Path) -> None:
+    request = ["debug=tiny", "training.completion_tokens=0", "training.max_steps=3"]
+    alone = program(*request, "output.root=alone")
+    assert alone.returncode == 0, alone.stderr
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", "--master-port=29731"]
+    script = [str(ROOT / "train.py"), f"data.repo={repository}", f"output.cache={cache}", *request, "output.root=pair", "hardware.gpus=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([*launcher, *script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    one, two = (RunFolder(next((tmp_path / root).glob("*/*/run.json")).parent) for root in ("alone", "pair"))
+    assert len(list((tmp_path / "pair").glob("*/*"))) == 1, "all ranks share one folder"
+    assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+    first, second = (json.loads(folder.summary.read_text())["val_last"]["val_loss"] for folder in (one, two))
+    assert first == pytest.approx(second, rel=1e-4)
+
+
+@pytest.mark.parametrize("variant", [("adapter.method=full",), ("optimizations=extreme",), ("optimizations=none", "data.unit=file")])
+def test_other_ways_to_train(program: Program, variant: tuple[str, ...], tmp_path: Path) -> None:
+    done = program("debug=tiny", "training.completion_tokens=4", *variant)
+    assert done.returncode == 0, done.stderr
+    assert all(loss > 0 for loss in losses(only_run(tmp_path)).values())
+
+
+def test_trackio_keeps_a_run(program: Program, tmp_path: Path) -> None:
+    pytest.importorskip("trackio")
+    done = program("debug=tiny", "logger=trackio", "training.completion_tokens=0", environment={"TRACKIO_DIR": str(tmp_path / "trackio")})
+    assert done.returncode == 0, done.stderr
+    assert any((tmp_path / "trackio").glob("*.db")) and "trackio show" in done.stdout
+
+
+def test_overfitting_works(program: Program, tmp_path: Path) -> None:
+    done = program("debug=overfit")
+    assert done.returncode == 0, done.stderr
+    curve = losses(only_run(tmp_path))
+    assert curve[60] < 0.6 * curve[1]

@@ -1,0 +1,89 @@
+"""The gradient of a global batch does not depend on how it is dealt."""
+
+import pytest
+import torch
+
+from elite.data.batches import IGNORE, Batch
+from elite.distributed.ranks import Ranks
+from elite.executor.whole import WholeExecutor
+from elite.training.step import DivergedError, accumulate, make_scaler, optimizer_step
+from tests.models import tiny
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+LENGTHS = (40, 3, 17, 29, 8, 33, 12, 25)
+CONTEXT = 40
+
+
+def rows() -> list[Batch]:
+    """Eight rows padded to one length, each with another number of labels."""
+    generator = torch.Generator().manual_seed(3)
+    batches = []
+    for length in LENGTHS:
+        ids = torch.randint(0, 97, (1, CONTEXT), generator=generator)
+        labels = ids.roll(-1, 1)
+        labels[0, length - 1 :] = IGNORE
+        padding = CONTEXT - length
+        positions = torch.cat([torch.arange(length), torch.arange(padding)])[None]
+        batches.append(Batch(ids, labels, positions, ((length, padding) if padding else (length,),)))
+    return batches
+
+
+def stacked(batches: list[Batch]) -> Batch:
+    return Batch(
+        torch.cat([b.input_ids for b in batches]),
+        torch.cat([b.labels for b in batches]),
+        torch.cat([b.position_ids for b in batches]),
+        tuple(document for b in batches for document in b.documents),
+    )
+
+
+def norm_and_loss(window: list[Batch]) -> tuple[float, float]:
+    model = tiny("llama")
+    executor = WholeExecutor(model, torch.float32)
+    loss = accumulate(executor, window, make_scaler(ALONE.device, torch.float32), ALONE)
+    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)), loss
+
+
+@pytest.mark.parametrize("sizes", [(8,), (4, 4), (1, 7), (3, 3, 2)])
+def test_any_split_of_the_global_batch_gives_one_gradient_norm(sizes: tuple[int, ...]) -> None:
+    expected_norm, expected_loss = norm_and_loss(rows())
+    batches, window = rows(), []
+    for size in sizes:
+        window.append(stacked(batches[:size]))
+        batches = batches[size:]
+    norm, loss = norm_and_loss(window)
+    assert norm == pytest.approx(expected_norm, rel=1e-5)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+
+
+def test_the_loss_is_the_mean_over_all_labels() -> None:
+    model = tiny("llama")
+    batch = stacked(rows())
+    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, documents=batch.documents, use_cache=False).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE)
+    assert norm_and_loss(rows())[1] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_step_moves_the_weights_and_clears_gradients() -> None:
+    model = tiny("llama")
+    before = model.lm_head.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    result = optimizer_step(
+        WholeExecutor(model, torch.float32), optimizer, make_scaler(ALONE.device, torch.float32), rows(), list(model.parameters()), 1.0, ALONE
+    )
+    assert not torch.equal(model.lm_head.weight, before)
+    assert all(p.grad is None for p in model.parameters())
+    assert result.tokens == len(LENGTHS) * CONTEXT
+
+
+def test_nothing_is_updated_when_the_loss_is_not_finite() -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    before = model.model.embed_tokens.weight.detach().clone()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with pytest.raises(DivergedError, match="not finite"):
+        optimizer_step(
+            WholeExecutor(model, torch.float32), optimizer, make_scaler(ALONE.device, torch.float32), rows(), list(model.parameters()), 1.0, ALONE
+        )
+    assert torch.equal(model.model.embed_tokens.weight, before)
