@@ -3,13 +3,16 @@
 import hydra
 from omegaconf import DictConfig
 
-from elite import compose, modes
+from elite import compose
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> None:
     """One run, or one job of a multirun."""
-    modes.run(compose.from_hydra(composed))
+    # Imported here, so that --help and tab completion need not wait for torch.
+    from elite import modes
+
+    compose.as_job(modes.run, composed)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ def _interface(kernel: Any) -> Any:
         **_unused: Any,  # transformers hands every attention function position ids, cache arguments and more
     ) -> tuple[Tensor, None]:
         if softcap is not None or s_aux is not None:
-            raise ModelError(f"{type(module).__name__} needs soft-capped scores or attention sinks, which fused kernels lack", "another model")
+            raise ModelError(
+                f"{type(module).__name__} needs soft-capped scores or attention sinks, which fused kernels lack", "another model"
+            )
         out = _by_document(kernel, query, key, value, documents, scaling, dropout, sliding_window)
         return out.transpose(1, 2).contiguous(), None
 

@@ -65,7 +65,7 @@ def unflatten(node: Any, tensors: Tensors) -> Any:
 
 def random_state() -> dict[str, Any]:
     """States of every random generator this process uses."""
-    version, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    version, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
         "numpy": (version, torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(cached)),
@@ -104,7 +104,7 @@ def save(folder: Path, step: int, save_model: Callable[[Path], None], state: dic
         _sync(path)
     if target.exists():
         shutil.rmtree(target)
-    os.rename(partial, target)
+    partial.rename(target)
     _sync(folder)
     return target
 

@@ -88,7 +88,7 @@ def explain(error: Exception) -> ConfigError:
     """Hydra's or OmegaConf's complaint as value, rule and remedy."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        group, _, option = error.missing_cfg_file.rpartition("/")
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
         return ConfigError(f"{group}={option} is unknown", _suggest(option, options(group)) or f"one of {', '.join(options(group))}")
     unknown = re.match(r"Could not override '([^']+)'", lines[0])
     if unknown:
@@ -109,6 +109,18 @@ def show(error: EliteError) -> None:
     if not getattr(error, "shown", False):
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
         error.shown = True  # type: ignore[attr-defined]
+
+
+def as_job(program: Callable[[Composed], None], composed: DictConfig) -> None:
+    """Run one job and show its error at once: in a multirun Hydra would keep it until the last job has ended."""
+    job = from_hydra(composed)
+    try:
+        program(job)
+    except EliteError as error:
+        show(error)
+        if job.job is None:
+            sys.exit(error.exit_code)
+        raise
 
 
 def at_the_edge(program: Callable[[], None]) -> None:

@@ -55,6 +55,40 @@ class AdapterMethod(Enum):
     full = "full"
 
 
+class Schedule(Enum):
+    """Shape of the learning rate over the run."""
+
+    one_cycle = "one_cycle"
+    cosine = "cosine"
+    linear = "linear"
+    polynomial = "polynomial"
+    wsd = "wsd"
+    constant = "constant"
+
+
+class Executor(Enum):
+    """How a forward and backward pass is carried out."""
+
+    auto = "auto"
+    """The fastest that fits."""
+    whole = "whole"
+    """The ordinary pass over the whole sequence."""
+
+
+class Logger(Enum):
+    """Where metrics go besides `metrics.jsonl`."""
+
+    wandb = "wandb"
+    trackio = "trackio"
+    none = "none"
+
+
+class Curriculum(Enum):
+    """In which order and at which lengths sequences are seen."""
+
+    none = "none"
+
+
 class Cap(Enum):
     """How a larger GPU stands in for a preset: not at all, or held to the preset's usable memory."""
 
@@ -140,7 +174,7 @@ class AdapterConfig:
 
     method: AdapterMethod = AdapterMethod.lora
     rank: int = II("tier.lora_rank")
-    alpha: float = 32.0
+    alpha: int = 32
     """The update is scaled by alpha / rank."""
     dropout: float = 0.0
 
@@ -176,14 +210,14 @@ class DataConfig:
 class CurriculumConfig:
     """In which order and at which lengths sequences are seen."""
 
-    name: str = "none"
+    name: Curriculum = Curriculum.none
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """The learning rate over the run. Fractions are of all steps."""
 
-    name: str = "one_cycle"
+    name: Schedule = Schedule.one_cycle
     warmup_fraction: float = 0.1
     """Steps until the peak."""
     final_fraction: float = 0.0
@@ -226,16 +260,14 @@ class TrainingConfig:
 class ExecutorConfig:
     """How a forward and backward pass is carried out."""
 
-    name: str = "auto"
-    """`whole`: the ordinary pass over the whole sequence; `auto`: the fastest that fits."""
+    name: Executor = Executor.auto
 
 
 @dataclass(frozen=True)
 class LoggerConfig:
     """Where metrics go besides `metrics.jsonl`."""
 
-    name: str = "wandb"
-    """`wandb`, `trackio` or `none`."""
+    name: Logger = Logger.wandb
     project: str = "elite"
     entity: str | None = None
     group: str | None = None

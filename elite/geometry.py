@@ -22,6 +22,8 @@ SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+SUPPORTED = "llama, qwen2, qwen3, mistral, phi …"
+"""Examples of architectures whose decoder layers can be worked on."""
 
 
 def hf_config(model: ModelConfig) -> "PretrainedConfig":
@@ -56,9 +58,10 @@ def hf_config_from(folder: Path) -> "PretrainedConfig":
     if not file.is_file():
         raise ModelError(f"{folder} holds no config.json", "give the folder that save_pretrained wrote, or a hub snapshot")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
+        found: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
     except ValueError as error:
         raise _unknown(str(json.loads(file.read_text())["model_type"])) from error
+    return found
 
 
 def shape(model: ModelConfig) -> ModelShape:
@@ -81,19 +84,18 @@ def _shape(name: str, config_json: str) -> ModelShape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except ValueError as error:
-        raise ModelError(f"model_type={config.model_type} is no causal language model", "choose a decoder such as llama, qwen2, phi") from error
+        raise ModelError(f"model_type={config.model_type} is no causal language model", f"model.model_type={SUPPORTED}") from error
     layers = getattr(model.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise ModelError(
             f"model_type={config.model_type} keeps its decoder layers elsewhere than in get_decoder().layers",
-            "choose an architecture laid out as Llama is: llama, qwen2, qwen3, mistral, phi …",
+            f"choose an architecture laid out as Llama is: {SUPPORTED}",
         )
     first = layers[0]
-    linears = tuple(
-        LinearShape(path, module.in_features, module.out_features) for path, module in first.named_modules() if isinstance(module, nn.Linear)
-    )
+    modules = ((path, module) for path, module in first.named_modules() if isinstance(module, nn.Linear))
+    linears = tuple(LinearShape(path, module.in_features, module.out_features) for path, module in modules)
     if not linears:
-        raise ModelError(f"model_type={config.model_type} has no nn.Linear in its decoder layers", "choose an architecture such as llama or phi")
+        raise ModelError(f"model_type={config.model_type} has no nn.Linear in its decoder layers", f"model.model_type={SUPPORTED}")
     heads = config.num_attention_heads
     return ModelShape(
         name=name,
@@ -131,4 +133,4 @@ def _nearest_divisor(whole: int, wanted: int) -> int:
 
 
 def _unknown(model_type: str) -> ModelError:
-    return ModelError(f"model_type={model_type!r} is unknown to the installed transformers", "model.model_type=llama, qwen2, phi …")
+    return ModelError(f"model_type={model_type!r} is unknown to the installed transformers", f"model.model_type={SUPPORTED}")

@@ -121,10 +121,10 @@ def device(config: HardwareConfig, inventory: Inventory = nvml_gpus) -> Device:
     """
     _check(config)
     if config.name == "cpu":
-        return _cpu()
+        return _cpu(config.gpus)
     gpus = inventory()
     if config.name == "auto":
-        return _detected(gpus, config.gpus) if gpus else _cpu()
+        return _detected(gpus, config.gpus) if gpus else _cpu(config.gpus)
     return _preset(config, gpus)
 
 
@@ -166,7 +166,7 @@ def _check(config: HardwareConfig) -> None:
         )
 
 
-def _cpu() -> Device:
+def _cpu(processes: int) -> Device:
     import psutil
 
     cores = len(os.sched_getaffinity(0))
@@ -176,9 +176,10 @@ def _cpu() -> Device:
         name=f"CPU, {cores} cores",
         kind="cpu",
         present=True,
-        count=1,
+        # Without GPUs, `hardware.gpus` counts processes; they share the machine.
+        count=max(1, processes),
         memory_total_bytes=total,
-        memory_usable_bytes=available,
+        memory_usable_bytes=available // max(1, processes),
         compute_capability=None,
         supports_bf16=_cpu_has_bf16(),
         matmul_flops_per_s=CPU_FLOPS_PER_CORE_S * cores,

@@ -47,7 +47,8 @@ def apply_stage(stage: Stage, decisions: tuple[Decision, ...], target: Any) -> d
             result = decision.optimization.apply(target)
             if result.count == 0:
                 raise PlanError(
-                    f"optimizations.{decision.name} found nothing to act on ({result.detail})", f"optimizations.{decision.name}.enabled=false"
+                    f"optimizations.{decision.name} found nothing to act on ({result.detail})",
+                    f"optimizations.{decision.name}.enabled=false",
                 )
             applied[decision.name] = result
     return applied
@@ -93,7 +94,7 @@ def load(config: RunConfig, decisions: tuple[Decision, ...], dtype: torch.dtype,
     core.config.use_cache = False
     applied = apply_stage(Stage.model, decisions, core)
     # Weights reach the device only now, so quantised ones never exist there in full.
-    core.to(device)
+    torch.nn.Module.to(core, device)
     model: Any = core if full else _with_adapters(core, config)
     applied |= apply_stage(Stage.executor, decisions, core)
     model.train()
@@ -139,10 +140,12 @@ def load_trained(loaded: LoadedModel, folder: Path) -> None:
 
     tensors = {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
     if loaded.model is loaded.core:
-        result = loaded.core.load_state_dict(tensors, strict=False)
+        result: Any = loaded.core.load_state_dict(tensors, strict=False)
         missing = set(result.missing_keys) - set(loaded.core.all_tied_weights_keys)
     else:
         result = set_peft_model_state_dict(loaded.model, tensors)
         missing = {name for name in result.missing_keys if "lora_" in name}
     if missing or result.unexpected_keys:
-        raise ModelError(f"{folder} does not hold this model: {len(missing)} tensors missing, {len(result.unexpected_keys)} unknown", "resume=never")
+        raise ModelError(
+            f"{folder} does not hold this model: {len(missing)} tensors missing, {len(result.unexpected_keys)} unknown", "resume=never"
+        )

@@ -1,41 +1,32 @@
 """What `mode=` selects: one function each."""
 
-import logging
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.logging import RichHandler
 from rich.prompt import Prompt
 
 from elite import geometry, hardware, pretrained
-from elite.compose import TIER_OPTIONS, Composed, options, show
+from elite.compose import TIER_OPTIONS, Composed, options
 from elite.config import Mode, RunConfig
+from elite.console import console, start_logging
+from elite.data.batches import TrainStream
 from elite.data.harvest import Harvest, estimate, harvest
 from elite.data.sources import find_repositories
 from elite.data.tokens import TokenStore, cached, tokenise
 from elite.distributed.launch import launch
 from elite.distributed.ranks import joined, launched
-from elite.errors import CheckpointError, ConfigError, EliteError, PlanError
+from elite.errors import CheckpointError, ConfigError, PlanError
 from elite.facts import Corpus
 from elite.plan import Plan, choose_tier, make_plan, render
 from elite.runfolder import RunFolder, interrupted_run, new_folder, request_key, write_start
 
-console = Console(highlight=False)
-
 
 def run(composed: Composed) -> None:
     """Do what `mode` says."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
-    logging.getLogger("elite").setLevel(logging.INFO)
-    try:
-        MODES[composed.config.mode](composed)
-    except EliteError as error:
-        # Shown here, since in a multirun Hydra would keep it until the last job has ended.
-        show(error)
-        raise
+    start_logging()
+    MODES[composed.config.mode](composed)
 
 
 def plan(composed: Composed) -> None:
@@ -54,7 +45,8 @@ def train(composed: Composed) -> None:
         from elite import worker
 
         with joined() as ranks:
-            folder = ranks.broadcast(_prepare(composed)[0].path if ranks.is_main else None)
+            request = composed.again(f"hardware.gpus={ranks.world}")
+            folder = ranks.broadcast(_prepare(request)[0].path if ranks.is_main else None)
             worker.train(RunFolder(folder), ranks)
         return
     folder, processes = _prepare(composed)
@@ -76,7 +68,7 @@ def interactive(composed: Composed) -> None:
         "output.root": Prompt.ask("Output folder", default=config.output.root),
     }
     answers = [f"{key}={_quoted(value)}" for key, value in asked.items()]
-    console.print("python train.py " + " ".join(answers), soft_wrap=True, markup=False)
+    console.print("python train.py " + " ".join(answers), markup=False)
     train(composed.again("mode=train", *answers))
 
 
@@ -97,19 +89,27 @@ def _prepare(composed: Composed) -> tuple[RunFolder, int]:
     request = request_key(config, found.origin)
     interrupted = _to_resume(config, request)
     if interrupted is not None:
-        console.print(f"continuing the interrupted run in {interrupted.path} (resume=never starts anew)", soft_wrap=True, markup=False)
+        console.print(f"continuing the interrupted run in {interrupted.path} (resume=never starts anew)", markup=False)
         return interrupted, device.count
     store = _tokens(config, found)
     resolved, made, name = _decide(composed, found, store.corpus(found))
     console.print(render(made))
+    console.print(_packing(resolved, store))
     if not made.fits:
         raise PlanError(
             f"{name} does not fit: it needs {made.total_bytes / 2**30:.2f} GiB of {made.usable_bytes / 2**30:.2f} GiB usable", made.fix
         )
     folder = new_folder(resolved, name, datetime.now())
     write_start(folder, resolved, made.to_dict(), device, request, store.folder)
-    console.print(f"run folder: {folder.path}", soft_wrap=True, markup=False)
+    console.print(f"run folder: {folder.path}", markup=False)
     return folder, device.count
+
+
+def _packing(config: RunConfig, store: TokenStore) -> str:
+    """How well the sequences are filled; raises where the corpus has too little text for one."""
+    packed = config.optimizations.sequence_packing.enabled
+    stream = TrainStream(store, config.data, config.tier.context, config.training.micro_batch, config.seed, packed)
+    return f"{stream.sequences_per_epoch:,} sequences an epoch, {stream.utilisation:.1%} of their tokens are text"
 
 
 def _to_resume(config: RunConfig, request: str) -> RunFolder | None:
@@ -124,7 +124,9 @@ def _to_resume(config: RunConfig, request: str) -> RunFolder | None:
         folder = RunFolder(Path(config.resume).expanduser().absolute())
         if not folder.resumable:
             state = "has ended well" if folder.finished else "holds no checkpoint"
-            raise CheckpointError(f"resume={config.resume}: this folder {state}", "resume=auto, resume=never or the folder of an interrupted run")
+            raise CheckpointError(
+                f"resume={config.resume}: this folder {state}", "resume=auto, resume=never or the folder of an interrupted run"
+            )
         return folder
     if config.output.folder is not None:
         folder = RunFolder(Path(config.output.folder).expanduser().absolute())
@@ -143,13 +145,13 @@ def _tokens(config: RunConfig, found: Harvest) -> TokenStore:
 def _decide(composed: Composed, found: Harvest, corpus: Corpus) -> tuple[RunConfig, Plan, str]:
     """The configuration with its tier settled, its plan, and the run's name."""
     for note in found.notes:
-        console.print(note, soft_wrap=True, markup=False)
+        console.print(note, markup=False)
     config = composed.config
     device, shape = hardware.device(config.hardware), geometry.shape(config.model)
     if config.tier.name == "auto":
         candidates = ((name, composed.again(f"tier={name}").config) for name in reversed(TIER_OPTIONS[1:]))
         config, made, reason = choose_tier(candidates, device, shape, corpus)
-        console.print(f"tier=auto: {config.tier.name}. {reason}", soft_wrap=True, markup=False)
+        console.print(f"tier=auto: {config.tier.name}. {reason}", markup=False)
     else:
         made = make_plan(config, device, shape, corpus)
     return config, made, config.name or f"{config.model.name}-{config.tier.name}"

@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -40,7 +39,7 @@ def locate(model: ModelConfig, cache: Path, download: bool) -> Path | None:
 def _from_hub(model: ModelConfig, download: bool) -> Path | None:
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     assert model.hub is not None
     try:
@@ -56,7 +55,9 @@ def _from_hub(model: ModelConfig, download: bool) -> Path | None:
         # One question with a time limit: the download itself would retry for a minute before it gives up.
         HfApi().model_info(model.hub, timeout=10)
     except HfHubHTTPError as error:
-        raise ModelError(f"{missing} and the hub refuses it: {str(error).splitlines()[0]}", "log in with `hf auth login`, or model.path=FOLDER") from error
+        raise ModelError(
+            f"{missing} and the hub refuses it: {str(error).splitlines()[0]}", "log in with `hf auth login`, or model.path=FOLDER"
+        ) from error
     except OSError as error:
         raise ModelError(f"{missing} and the hub cannot be reached", _offline_remedy()) from error
     except Exception as error:
@@ -98,7 +99,7 @@ def _converted(gguf: Path, cache: Path) -> Path:
     save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     (partial / "complete").touch()
     try:
-        os.rename(partial, folder)
+        partial.rename(folder)
     except OSError:
         # Another process was faster; its folder is as good.
         shutil.rmtree(partial)

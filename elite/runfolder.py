@@ -1,9 +1,9 @@
 """The run folder: the contract between a run, what reads it later, and a run that continues it.
 
-    config.yaml        the resolved configuration           metrics.jsonl   a line a step, a line a validation
-    plan.json          what was predicted                   checkpoints/    step_NNNNNN/
-    environment.json   versions, device, commit, command    final/          the adapter or model
-    run.json           identity: request, tokens, tracker   summary.json    written when the run has ended well
+config.yaml        the resolved configuration           metrics.jsonl   a line a step, a line a validation
+plan.json          what was predicted                   checkpoints/    step_NNNNNN/
+environment.json   versions, device, commit, command    final/          the adapter or model
+run.json           identity: request, tokens, tracker   summary.json    written when the run has ended well
 """
 
 import hashlib
@@ -23,7 +23,19 @@ from elite.config import Mode, OutputConfig, RunConfig, to_yaml
 from elite.errors import ConfigError
 from elite.facts import Device
 
-LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "triton", "accelerate", "deepspeed", "tokenizers", "numpy", "hydra-core", "wandb")
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "triton",
+    "accelerate",
+    "deepspeed",
+    "tokenizers",
+    "numpy",
+    "hydra-core",
+    "wandb",
+)
 
 
 class RunFolder:
@@ -93,7 +105,9 @@ def new_folder(config: RunConfig, name: str, now: datetime) -> RunFolder:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"the run folder {path} cannot be written: {error.strerror}", "output.root=FOLDER or output.folder=FOLDER") from error
+        raise ConfigError(
+            f"the run folder {path} cannot be written: {error.strerror}", "output.root=FOLDER or output.folder=FOLDER"
+        ) from error
     if (path / "run.json").exists():
         raise ConfigError(f"output.folder={path} already holds a run", "another folder, or resume=FOLDER to continue that run")
     return RunFolder(path)
@@ -111,7 +125,7 @@ def write_start(folder: RunFolder, config: RunConfig, plan: dict[str, Any], devi
 
 def environment() -> dict[str, Any]:
     """Versions, machine, commit and command line: what a measurement must name."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for library in LIBRARIES:
         try:
             versions[library] = importlib.metadata.version(library)

@@ -4,7 +4,6 @@ Started as `python -m elite.worker FOLDER` by the launcher, or called in process
 """
 
 import json
-import logging
 import os
 import statistics
 import sys
@@ -13,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.logging import RichHandler
 from torch.nn.parallel import DistributedDataParallel
 
 from elite import checkpoint, geometry, hardware, pretrained
@@ -23,17 +20,19 @@ from elite.callbacks.screen import Screen
 from elite.callbacks.trackers import start_tracker
 from elite.compose import show
 from elite.config import Cap, RunConfig, from_yaml
+from elite.console import console, start_logging
 from elite.data.batches import TrainStream
 from elite.data.tokens import TokenStore, open_store
 from elite.data.validation import completion_example, validation_batches
 from elite.distributed.ranks import Ranks, joined
-from elite.errors import EliteError
+from elite.errors import DataError, EliteError
 from elite.executor.whole import WholeExecutor
 from elite.model import LoadedModel, apply_stage, load, save_trained
 from elite.optimizations import decide
 from elite.optimizations.contract import Decision, Stage
 from elite.optimizations.targets import BatchLayout, Runtime
 from elite.plan import facts_of, model_flops_per_token
+from elite.plan.words import gib
 from elite.runfolder import RunFolder
 from elite.training.loop import Interrupted, Observer, Progress, Trainer
 from elite.training.optimizer import build_optimizer
@@ -41,8 +40,6 @@ from elite.training.schedules import schedule
 from elite.training.step import make_scaler
 from elite.training.telemetry import Meter
 from elite.training.validation import Validator, complete
-
-console = Console(highlight=False)
 
 
 def train(folder: RunFolder, ranks: Ranks) -> None:
@@ -64,7 +61,7 @@ def train(folder: RunFolder, ranks: Ranks) -> None:
     meter = Meter(ranks, model_flops_per_token(facts), device.matmul_flops_per_s)
     loaded = load(config, decisions, dtype, ranks.device)
     torch.manual_seed(config.seed + ranks.rank)
-    store = open_store(Path(folder.read_identity()["tokens"]))
+    store = _tokens(folder)
     trainer = _assemble(config, plan, loaded, decisions, dtype, layout, store, meter, ranks, folder)
     last = checkpoint.require_latest(folder.checkpoints) if folder.resumable else None
     if last is not None:
@@ -92,6 +89,14 @@ def train(folder: RunFolder, ranks: Ranks) -> None:
         completion.show()
         _show(summary, folder)
     ranks.barrier()
+
+
+def _tokens(folder: RunFolder) -> TokenStore:
+    path = Path(folder.read_identity()["tokens"])
+    store = open_store(path)
+    if store is None:
+        raise DataError(f"the tokenised corpus {path} is gone or damaged", "resume=never tokenises anew and starts another run")
+    return store
 
 
 def _prepare_process(config: RunConfig, ranks: Ranks, usable_bytes: int) -> None:
@@ -163,7 +168,9 @@ class _Completion:
         tokens = config.training.completion_tokens
         wanted = ranks.is_main and tokens > 0
         self._example = completion_example(store, config.tier.context, tokens, config.seed) if wanted else None
-        self._tokenizer = pretrained.tokenizer(config.model, Path(config.output.cache).expanduser(), download=False) if wanted else None
+        self._tokenizer: Any = (
+            pretrained.tokenizer(config.model, Path(config.output.cache).expanduser(), download=False) if wanted else None
+        )
 
     def write(self, when: str) -> None:
         """Complete now and record it as `before` or `after`."""
@@ -219,16 +226,14 @@ def _show(summary: dict[str, Any], folder: RunFolder) -> None:
         f"\n{summary['steps']} steps, {summary['tokens']:,} tokens, {summary['tokens_per_s']:,.0f} tokens/s\n"
         f"validation loss  {first['val_loss']:.4f} → {last['val_loss']:.4f}   alone {first['val_loss_alone']:.4f} → "
         f"{last['val_loss_alone']:.4f}   context is worth {worth[0]:+.4f} → {worth[1]:+.4f}\n"
-        f"peak memory  {summary['measured_peak_bytes'] / 2**30:.2f} GiB measured, {summary['predicted_peak_bytes'] / 2**30:.2f} GiB planned\n"
+        f"peak memory  {gib(summary['measured_peak_bytes'])} measured, {gib(summary['predicted_peak_bytes'])} planned\n"
         f"results in {folder.path}",
-        soft_wrap=True,
     )
 
 
 def main() -> None:
     """The process's edge: errors are shown once, by the lowest rank that has one."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=Console(stderr=True), show_path=False)])
-    logging.getLogger("elite").setLevel(logging.INFO)
+    start_logging()
     try:
         with joined() as ranks:
             train(RunFolder(Path(sys.argv[1])), ranks)

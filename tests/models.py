@@ -1,12 +1,14 @@
 """Tiny models of real architectures, seeded, in fp32."""
 
+from typing import Any
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from elite.attention import DOCUMENT_SDPA
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 97}
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": 2},
     "phi": {"num_key_value_heads": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 5},
@@ -14,7 +16,7 @@ KINDS = {
 }
 
 
-def tiny(kind: str, attention: str = DOCUMENT_SDPA, **changes: object) -> PreTrainedModel:
+def tiny(kind: str, attention: str = DOCUMENT_SDPA, **changes: Any) -> PreTrainedModel:
     """A two-layer model of architecture `kind`."""
     config = AutoConfig.for_model(kind, **{**SIZES, **KINDS[kind], **changes})
     torch.manual_seed(0)

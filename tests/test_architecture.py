@@ -11,7 +11,7 @@ from elite import config
 ROOT = config.CONF_DIR.parent
 # Each layer may import the layers before it, and its own.
 LAYERS = (
-    {"errors", "facts"},
+    {"errors", "facts", "console"},
     {"optimizations"},
     {"config"},
     {"compose", "hardware", "geometry", "pretrained", "attention"},
@@ -58,7 +58,11 @@ def test_every_module_has_a_layer() -> None:
 
 
 def test_only_the_edge_knows_hydra() -> None:
-    users = {str(path.relative_to(ROOT)) for path in [*SOURCES, ROOT / "train.py"] if any(name.split(".")[0] == "hydra" for name in imports(path))}
+    users = {
+        str(path.relative_to(ROOT))
+        for path in [*SOURCES, ROOT / "train.py"]
+        if any(name.split(".")[0] == "hydra" for name in imports(path))
+    }
     assert users == {"train.py", "elite/compose.py"}
 
 
@@ -82,7 +86,7 @@ def test_every_field_of_the_configuration_is_read() -> None:
     fields = {
         f"{kind.__name__}.{field.name}": field.name
         for kind in vars(config).values()
-        if dataclasses.is_dataclass(kind) and kind.__module__ == config.__name__
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__module__ == config.__name__
         for field in dataclasses.fields(kind)
     }
     assert {name for name, field in fields.items() if field not in read} == set()

@@ -1,5 +1,7 @@
 """Attention stays inside documents, and inside a document it is the model's own."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -76,7 +78,12 @@ def test_one_document_equals_transformers_own_attention(kind: str, kernel: str) 
 def test_rows_may_hold_different_documents() -> None:
     model = tiny("llama")
     one, two = row(10, 7), row(5, 12, seed=2)
-    both = Batch(*(torch.cat(pair) for pair in zip((one.input_ids, one.labels, one.position_ids), (two.input_ids, two.labels, two.position_ids), strict=True)), one.documents + two.documents)
+    both = Batch(
+        torch.cat([one.input_ids, two.input_ids]),
+        torch.cat([one.labels, two.labels]),
+        torch.cat([one.position_ids, two.position_ids]),
+        one.documents + two.documents,
+    )
     assert loss_and_gradients(model, both)[0] == pytest.approx(loss_and_gradients(model, one, two)[0], rel=1e-5)
 
 
@@ -91,7 +98,8 @@ def test_kept_positions_score_the_same() -> None:
 
 def test_generation_restores_attention_and_mode() -> None:
     model = tiny("llama")
+    generate: Any = model.generate
     with generating(model):
-        out = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, use_cache=True, pad_token_id=0)
+        out = generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False, use_cache=True, pad_token_id=0)
         assert out.shape[1] <= 7
     assert model.config._attn_implementation == DOCUMENT_SDPA and model.training

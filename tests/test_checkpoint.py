@@ -30,7 +30,10 @@ def equal(one: object, two: object) -> bool:
 def test_a_tree_comes_back_as_it_was(tmp_path: Path) -> None:
     shared = torch.randn(3, 4)
     state = {
-        "optimizer": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": shared, "again": shared[:2]}}, "param_groups": [{"betas": (0.9, 0.95), "lr": 1e-3}]},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0), "exp_avg": shared, "again": shared[:2]}},
+            "param_groups": [{"betas": (0.9, 0.95), "lr": 1e-3}],
+        },
         "bytes": torch.arange(5, dtype=torch.uint8),
         "half": torch.randn(2).bfloat16(),
         "nothing": None,
@@ -85,7 +88,9 @@ def test_damage_is_noticed_and_the_one_before_is_used(tmp_path: Path, victim: st
         bad.unlink()
     else:
         middle = len(content) // 2
-        bad.write_bytes(content[:middle] if damage == "truncated" else content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        bad.write_bytes(
+            content[:middle] if damage == "truncated" else content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        )
     assert checkpoint.latest(tmp_path) == good
     assert "step_000002 is damaged" in caplog.text
 

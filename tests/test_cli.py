@@ -56,7 +56,9 @@ def test_no_model_and_no_hub(program: Program, tmp_path: Path) -> None:
         (["tier.context=1048576", "training.global_batch_tokens=1048576"], ["tokens"]),
     ],
 )
-def test_bad_values(overrides: list[str], words: list[str], repository: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_values(
+    overrides: list[str], words: list[str], repository: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     defaults = [] if any(word.startswith("data.repo") for word in overrides) else [f"data.repo={repository}"]
     with pytest.raises(EliteError) as caught:

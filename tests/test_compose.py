@@ -78,7 +78,7 @@ def test_presets_hold_what_they_say() -> None:
     ],
 )
 def test_mistakes_are_explained_in_two_lines(overrides: list[str], words: tuple[str, ...]) -> None:
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with pytest.raises(Exception) as caught:
         compose.from_overrides(*overrides)
     error = compose.explain(caught.value)
     assert isinstance(error, ConfigError) and error.exit_code == 2

@@ -104,7 +104,10 @@ def test_a_signal_saves_and_the_same_command_continues(tmp_path: Path, repositor
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not any((tmp_path / "runs").glob("*/*/metrics.jsonl")) or len(next((tmp_path / "runs").glob("*/*/metrics.jsonl")).read_text().splitlines()) < 5:
+    while (
+        not any((tmp_path / "runs").glob("*/*/metrics.jsonl"))
+        or len(next((tmp_path / "runs").glob("*/*/metrics.jsonl")).read_text().splitlines()) < 5
+    ):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
@@ -118,7 +121,9 @@ def test_a_signal_saves_and_the_same_command_continues(tmp_path: Path, repositor
 
 
 def test_a_multirun_gives_each_job_a_process_folder_and_tracker(program: Program, tmp_path: Path) -> None:
-    done = program("-m", "debug=tiny", "logger=wandb", "optimizations.gradient_checkpointing.enabled=true,false", "training.completion_tokens=0")
+    done = program(
+        "-m", "debug=tiny", "logger=wandb", "optimizations.gradient_checkpointing.enabled=true,false", "training.completion_tokens=0"
+    )
     assert done.returncode == 0, done.stderr
     folders = sorted((tmp_path / "multiruns").glob("*/*/[01]"))
     assert [folder.name for folder in folders] == ["0", "1"] and all(RunFolder(folder).finished for folder in folders)

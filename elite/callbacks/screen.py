@@ -17,7 +17,12 @@ class Screen:
         self._steps = steps
         self._live: Progress | None = None
         if console.is_terminal:
-            columns = (TextColumn("step {task.completed}/{task.total}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"))
+            columns = (
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.description}"),
+            )
             self._live = Progress(*columns, TimeRemainingColumn(), console=console)
             self._task = self._live.add_task("", total=steps, completed=first)
             self._live.start()
@@ -29,14 +34,13 @@ class Screen:
         if self._live:
             self._live.update(self._task, completed=step, description=text)
         elif step == self._steps or step == 1 or step % max(1, self._steps // PLAIN_LINES) == 0:
-            self._console.print(f"step {step}/{self._steps}  {text}  {record['step_time_s']:.1f} s", highlight=False)
+            self._console.print(f"step {step}/{self._steps}  {text}  {record['step_time_s']:.1f} s")
 
     def validation(self, record: dict[str, float]) -> None:
         worth = record["val_loss_alone"] - record["val_loss"]
         self._console.print(
             f"step {int(record['step'])}: validation loss {record['val_loss']:.4f} with the repository before it, "
             f"{record['val_loss_alone']:.4f} alone (context is worth {worth:+.4f})",
-            highlight=False,
         )
 
     def end(self, summary: dict[str, Any]) -> None:

@@ -8,8 +8,8 @@ from urllib.parse import urlparse
 
 from rich.console import Console
 
-from elite.config import LoggerConfig
-from elite.errors import ConfigError, LoggerError
+from elite.config import Logger, LoggerConfig
+from elite.errors import LoggerError
 from elite.training.loop import Observer
 
 FIELDS = {
@@ -50,7 +50,9 @@ class Tracker:
         self._run.finish()
 
 
-def start_tracker(config: LoggerConfig, folder: Path, name: str, run_id: str, settings: dict[str, Any], console: Console) -> Observer | None:
+def start_tracker(
+    config: LoggerConfig, folder: Path, name: str, run_id: str, settings: dict[str, Any], console: Console
+) -> Observer | None:
     """Start the tracker that was asked for, or none.
 
     Args:
@@ -58,19 +60,16 @@ def start_tracker(config: LoggerConfig, folder: Path, name: str, run_id: str, se
         settings: the resolved configuration and what the plan decided.
 
     Raises:
-        ConfigError: no such logger.
         LoggerError: it does not start.
     """
-    if config.name == "none":
+    starters = {Logger.wandb: _wandb, Logger.trackio: _trackio}
+    if config.name is Logger.none:
         return None
-    starters = {"wandb": _wandb, "trackio": _trackio}
-    if config.name not in starters:
-        raise ConfigError(f"logger.name={config.name} is unknown", "logger=wandb, logger=trackio or logger=none")
     try:
         return Tracker(starters[config.name](config, folder, name, run_id, settings, console))
     except Exception as error:
         # Whatever a tracker's library raises at start, it means one thing: what was asked for is not there.
-        raise LoggerError(f"logger={config.name} does not start: {str(error).splitlines()[0]}", "mend it, or logger=none") from error
+        raise LoggerError(f"logger={config.name.value} does not start: {str(error).splitlines()[0]}", "mend it, or logger=none") from error
 
 
 def _wandb(config: LoggerConfig, folder: Path, name: str, run_id: str, settings: dict[str, Any], console: Console) -> Any:
@@ -93,7 +92,7 @@ def _wandb(config: LoggerConfig, folder: Path, name: str, run_id: str, settings:
     for prefix in ("train", "val", "perf", "mem"):
         run.define_metric(f"{prefix}/*", step_metric="step")
     if run.offline:
-        console.print(f"W&B is offline; send the run later with: wandb sync {Path(run.dir).parent}", highlight=False, soft_wrap=True)
+        console.print(f"W&B is offline; send the run later with: wandb sync {Path(run.dir).parent}")
     return run
 
 
@@ -109,5 +108,5 @@ def _trackio(config: LoggerConfig, folder: Path, name: str, run_id: str, setting
     import trackio
 
     run = trackio.init(project=config.project, name=f"{name}-{run_id}", group=config.group, config=settings, resume="allow", embed=False)
-    console.print(f"trackio keeps this run on this machine; see it with: trackio show --project {config.project}", highlight=False)
+    console.print(f"trackio keeps this run on this machine; see it with: trackio show --project {config.project}")
     return run

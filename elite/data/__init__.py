@@ -9,7 +9,7 @@ from elite.data.batches import IGNORE, Batch, TrainStream, collate
 from elite.data.harvest import Harvest, estimate, harvest
 from elite.data.packing import Piece, Sequence, Span, pack, pieces, utilisation
 from elite.data.sources import Document, find_repositories
-from elite.data.tokens import TokenFile, TokenStore, cached, tokenise
+from elite.data.tokens import TokenFile, TokenStore, cached, open_store, tokenise
 from elite.data.validation import Completion, completion_example, validation_batches
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "estimate",
     "find_repositories",
     "harvest",
+    "open_store",
     "pack",
     "pieces",
     "tokenise",

@@ -54,6 +54,8 @@ class TokenFile:
 class TokenStore:
     """A tokenised corpus."""
 
+    folder: Path
+    """Where it lies on disk."""
     tokens: NDArray[np.unsignedinteger[Any]]
     """All tokens, [N]: uint16, or uint32 for vocabularies of 65,536 and more; mapped from disk."""
     files: tuple[TokenFile, ...]
@@ -97,7 +99,7 @@ def tokenise(harvest: Harvest, tokenizer: PreTrainedTokenizerBase, cache: Path, 
         ModelError: the tokenizer is not a fast one, or has no end-of-text token.
     """
     folder = _folder(harvest, tokenizer, cache)
-    store = _open(folder)
+    store = open_store(folder)
     if store is not None:
         return store
     if folder.exists():
@@ -113,7 +115,7 @@ def tokenise(harvest: Harvest, tokenizer: PreTrainedTokenizerBase, cache: Path, 
     except OSError as error:
         problem = f"the token cache {folder} cannot be written: {error.strerror}"
         raise DataError(problem, "free space there, or output.cache=PATH") from error
-    store = _open(folder)
+    store = open_store(folder)
     if store is None:
         raise DataError(f"the token cache {folder} does not read back as written", "output.cache=PATH on another disk")
     return store
@@ -121,7 +123,7 @@ def tokenise(harvest: Harvest, tokenizer: PreTrainedTokenizerBase, cache: Path, 
 
 def cached(harvest: Harvest, tokenizer: PreTrainedTokenizerBase, cache: Path) -> TokenStore | None:
     """The tokens of `harvest` if they are in `cache` and whole; never tokenises."""
-    return _open(_folder(harvest, tokenizer, cache))
+    return open_store(_folder(harvest, tokenizer, cache))
 
 
 def plain_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
@@ -181,8 +183,8 @@ def _folder(harvest: Harvest, tokenizer: PreTrainedTokenizerBase, cache: Path) -
     return cache.expanduser() / "tokens" / key.hexdigest()[:32]
 
 
-def _open(folder: Path) -> TokenStore | None:
-    """The store in `folder`; None if it is not there, or is not what its manifest says."""
+def open_store(folder: Path) -> TokenStore | None:
+    """The tokenised corpus in `folder`; None if it is not there, or is not what its manifest says."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if any(manifest[name] != _fingerprint(folder / name) for name in (TOKENS, INDEX)):
@@ -191,6 +193,7 @@ def _open(folder: Path) -> TokenStore | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return TokenStore(
+        folder=folder,
         tokens=np.memmap(folder / TOKENS, dtype=index["dtype"], mode="r"),
         files=tuple(TokenFile(**file) for file in index["files"]),
         end_token=index["end_token"],
@@ -257,10 +260,10 @@ def _bar(progress: bool) -> Progress:
 
 def _publish(temporary: Path, folder: Path) -> None:
     """Rename into place, over a corrupt folder. Whole tokens that another process has put there meanwhile stay."""
-    if _open(folder) is None:
+    if open_store(folder) is None:
         shutil.rmtree(folder, ignore_errors=True)
     try:
         temporary.rename(folder)
     except OSError:
-        if _open(folder) is None:
+        if open_store(folder) is None:
             raise

@@ -7,6 +7,7 @@ import sys
 import uuid
 from pathlib import Path
 
+from elite.config import CONF_DIR
 from elite.errors import EliteError
 
 
@@ -34,6 +35,8 @@ def launch(folder: Path, processes: int) -> None:
     # The launcher would report a failed child a second and third time.
     for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    # The package is found beside the program, whatever folder the user stands in.
+    start = f"import sys; sys.path.insert(0, {str(CONF_DIR.parent)!r}); from elite.worker import main; main()"
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -45,10 +48,9 @@ def launch(folder: Path, processes: int) -> None:
         max_restarts=0,
         monitor_interval=0.2,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-        shutdown_timeout=120,
     )
     try:
-        elastic_launch(config, sys.executable)("-m", "elite.worker", str(folder))
+        elastic_launch(config, sys.executable)("-c", start, str(folder))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
         raise WorkerError(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode) from error

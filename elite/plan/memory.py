@@ -51,7 +51,8 @@ NOT_MODELLED = (
 
 def _split(linears: Iterable[LinearShape]) -> tuple[list[LinearShape], list[LinearShape]]:
     """The attention's and the MLP's linear maps, each with its output map last."""
-    attention, mlp = [], []
+    attention: list[LinearShape] = []
+    mlp: list[LinearShape] = []
     for linear in linears:
         (attention if "attn" in linear.name or "attention" in linear.name else mlp).append(linear)
     return attention, mlp
@@ -93,9 +94,9 @@ def adapter_rank(facts: Facts) -> int:
 
 
 def backward_values(facts: Facts) -> int:
-    """Transient values a token while the backward of one layer runs: gradients of the MLP's factors (3f at most) and two hidden."""
+    """Transient values a token while the backward of one layer runs: two gradients as wide as the MLP, two of hidden size."""
     _, mlp = _split(facts.model.layer_linears)
-    return 3 * _mlp_width(mlp) + 2 * facts.model.hidden_size
+    return 2 * (_mlp_width(mlp) + facts.model.hidden_size)
 
 
 def unoptimized(facts: Facts) -> Estimate:

@@ -108,11 +108,9 @@ class Trainer:
     def _step(self) -> None:
         began = time.perf_counter()
         window = self.stream.next_window(self.accumulation)
-        rate = self.scheduler.get_last_lr()[0]
+        rate = float(self.scheduler.get_last_lr()[0])
         parameters = self.loaded.trainable
-        result = optimizer_step(
-            self.executor, self.optimizer, self.scaler, window, parameters, self.config.max_grad_norm, self.ranks
-        )
+        result = optimizer_step(self.executor, self.optimizer, self.scaler, window, parameters, self.config.max_grad_norm, self.ranks)
         if self.scheduler.last_epoch < self.steps - 1:
             self.scheduler.step()
         state = self.progress

@@ -18,12 +18,11 @@ def build_optimizer(
 
     Weight decay spares vectors (norms, biases), as is customary.
     """
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in parameters:
         (matrices if parameter.ndim > 1 else vectors).append(parameter)
-    groups = [
-        {"params": members, "weight_decay": decay} for members, decay in ((matrices, config.weight_decay), (vectors, 0.0)) if members
-    ]
+    groups = [{"params": members, "weight_decay": decay} for members, decay in ((matrices, config.weight_decay), (vectors, 0.0)) if members]
     build = OptimizerBuild(groups, {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps})
     applied = apply_stage(Stage.optimizer, decisions, build)
     factory = build.factory or torch.optim.AdamW

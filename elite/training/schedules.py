@@ -13,8 +13,7 @@ from transformers import (
     get_wsd_schedule,
 )
 
-from elite.config import ScheduleConfig
-from elite.errors import ConfigError
+from elite.config import Schedule, ScheduleConfig
 
 
 def _one_cycle(optimizer: Optimizer, config: ScheduleConfig, warmup: int, steps: int) -> LRScheduler:
@@ -49,22 +48,16 @@ def _constant(optimizer: Optimizer, config: ScheduleConfig, warmup: int, steps: 
     return get_constant_schedule_with_warmup(optimizer, warmup)
 
 
-SCHEDULES: dict[str, Callable[[Optimizer, ScheduleConfig, int, int], LRScheduler]] = {
-    "one_cycle": _one_cycle,
-    "cosine": _cosine,
-    "linear": _linear,
-    "polynomial": _polynomial,
-    "wsd": _wsd,
-    "constant": _constant,
+SCHEDULES: dict[Schedule, Callable[[Optimizer, ScheduleConfig, int, int], LRScheduler]] = {
+    Schedule.one_cycle: _one_cycle,
+    Schedule.cosine: _cosine,
+    Schedule.linear: _linear,
+    Schedule.polynomial: _polynomial,
+    Schedule.wsd: _wsd,
+    Schedule.constant: _constant,
 }
 
 
 def schedule(optimizer: Optimizer, config: ScheduleConfig, steps: int) -> LRScheduler:
-    """The schedule named in `config` over `steps` optimizer steps.
-
-    Raises:
-        ConfigError: no such schedule.
-    """
-    if config.name not in SCHEDULES:
-        raise ConfigError(f"schedule.name={config.name} is unknown", f"one of {', '.join(SCHEDULES)}")
+    """The schedule named in `config` over `steps` optimizer steps."""
     return SCHEDULES[config.name](optimizer, config, round(config.warmup_fraction * steps), steps)

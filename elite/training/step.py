@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from elite.data.batches import Batch
 from elite.distributed.ranks import Ranks
@@ -42,7 +43,7 @@ def accumulate(executor: WholeExecutor, window: Sequence[Batch], scaler: torch.a
     for i, batch in enumerate(window):
         last = i == len(window) - 1
         # DDP exchanges gradients once, in the backward of the last micro-batch; it averages over ranks, hence `world`.
-        with nullcontext() if last or ranks.world == 1 else executor.model.no_sync():
+        with nullcontext() if last or ranks.world == 1 else cast(DistributedDataParallel, executor.model).no_sync():
             loss = executor.loss_sum(batch.to(device)) / labels
             scaler.scale(loss * ranks.world).backward()
         total += loss.detach()

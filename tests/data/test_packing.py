@@ -74,6 +74,12 @@ def test_file_unit_never_mixes_files(store: TokenStore) -> None:
     assert lost == sum(file.length % 64 == 1 for file in store.select("train")), "only pieces of one token are left out"
 
 
+def test_piece_of_one_token_is_left_out(store: TokenStore) -> None:
+    size = store.select("train")[0].length
+    found = pieces(store, Unit.file, FileOrder.path, size - 1, np.random.default_rng(0))
+    assert found[0] == ((0, size - 1),) and found[1][0][0] == size and all(length(piece) > 1 for piece in found)
+
+
 def test_shuffled_order_permutes_whole_files(store: TokenStore) -> None:
     def stream(order: FileOrder, seed: int) -> list[int]:
         found = pieces(store, Unit.repository, order, 1 << 20, np.random.default_rng(seed))

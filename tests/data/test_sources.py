@@ -2,13 +2,15 @@
 
 import json
 import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import pytest
 
 from elite.config import DataConfig
-from elite.data.sources import find_repositories, hf_documents, jsonl_documents, repository_documents
+from elite.data.sources import Reading, find_repositories, hf_documents, jsonl_documents, repository_documents
 from elite.errors import DataError
 
 from .conftest import MakeRepository, git, source
@@ -18,10 +20,10 @@ def paths(root: Path) -> set[str]:
     return {document.path for document in repository_documents(DataConfig(repo=str(root))).documents}
 
 
-def fails(read: object, cfg: DataConfig, *mentions: str) -> None:
+def fails(read: Callable[[DataConfig], Reading], cfg: DataConfig, *mentions: str) -> None:
     """Reading raises a DataError of at most three lines that mentions these and a remedy."""
     with pytest.raises(DataError) as caught:
-        read(cfg)  # type: ignore[operator]
+        read(cfg)
     message = str(caught.value)
     assert len(message.splitlines()) <= 3 and caught.value.remedy
     for mention in mentions:
@@ -66,7 +68,12 @@ def test_single_50_mb_line_is_not_read(repository: MakeRepository, monkeypatch: 
     os.truncate(root / "line.py", 50_000_000)
     read: list[str] = []
     original = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self.name) or original(self))
+
+    def noted(self: Path) -> bytes:
+        read.append(self.name)
+        return original(self)
+
+    monkeypatch.setattr(Path, "read_bytes", noted)
     repository_documents(DataConfig(repo=str(root)))
     assert read == ["a.py"]
 
@@ -85,7 +92,7 @@ def test_conflicting_file_is_read_once(repository: MakeRepository) -> None:
     git(root, "checkout", "-q", "-")
     (root / "a.py").write_text("a = 3\n")
     git(root, "commit", "-qam", "three")
-    with pytest.raises(Exception, match="merge"):
+    with pytest.raises(subprocess.CalledProcessError):
         git(root, "merge", "other")
     assert len(repository_documents(DataConfig(repo=str(root))).documents) == 1
 

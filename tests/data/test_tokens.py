@@ -51,7 +51,7 @@ def test_control_tokens_in_text_stay_plain(tmp_path: Path, tokenizer: PreTrained
     control = [tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>")]
     first, second = (store.tokens[file.start : file.start + file.length].tolist() for file in store.files)
     assert not set(control) & set(first[:-1]) and first[-1] == control[0]
-    assert tokenizer.decode(first[:-1]).endswith(TRICKY)
+    assert tokenizer.decode(first[:-1]) == f"# 0.py\n{TRICKY}"
     assert tokenizer.convert_tokens_to_ids("   ") in second, "runs of blanks are vocabulary, not control"
     assert tokenizer.backend_tokenizer.encode_special_tokens is False, "the caller's tokenizer stays as it was"
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from elite.attention import DOCUMENT_EAGER
 from elite.distributed.ranks import Ranks
@@ -29,7 +30,8 @@ ON = OptimizationConfig(enabled=True)
 
 
 def only(name: str) -> tuple[Decision, ...]:
-    return decide(replace(OptimizationsConfig(), **{name: ON}), FACTS)
+    changes: dict[str, Any] = {name: ON}
+    return decide(replace(OptimizationsConfig(), **changes), FACTS)
 
 
 def target(stage: Stage, kind: str) -> Any:
@@ -45,7 +47,7 @@ def target(stage: Stage, kind: str) -> Any:
 
 def state(thing: Any) -> Any:
     """Everything an `apply` may touch, comparable."""
-    if isinstance(thing, torch.nn.Module):
+    if isinstance(thing, PreTrainedModel):
         patched = {name: sorted(vars(module)) for name, module in thing.named_modules()}
         return patched, thing.config._attn_implementation, {name: p.detach().clone() for name, p in thing.named_parameters()}
     return dict(vars(thing))
@@ -92,7 +94,9 @@ def curve(*names: str, steps: int = 50) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("name", [kind.name for kind in ALL if kind.stage in (Stage.model, Stage.executor) and kind.exactness is not Exactness.APPROX])
+@pytest.mark.parametrize(
+    "name", [kind.name for kind in ALL if kind.stage in (Stage.model, Stage.executor) and kind.exactness is not Exactness.APPROX]
+)
 def test_exact_and_equal_keep_their_word_in_fp32(name: str) -> None:
     plain, changed = torch.tensor(curve()), torch.tensor(curve(name))
     difference = changed - plain
@@ -148,7 +152,7 @@ def test_an_inactive_one_says_why() -> None:
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
 def test_memory_never_grows(kind: type[Optimization]) -> None:
-    everything = Estimate(**{name: 1e9 for name in Estimate().by_component()})
+    everything = Estimate(**dict.fromkeys(Estimate().by_component(), 1000000000.0))
     assert kind(ON).memory(everything, FACTS).total <= everything.total
 
 

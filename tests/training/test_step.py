@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from elite.data.batches import IGNORE, Batch
 from elite.distributed.ranks import Ranks
 from elite.executor.whole import WholeExecutor
-from elite.training.step import DivergedError, accumulate, make_scaler, optimizer_step
+from elite.training.step import DivergedError, StepResult, accumulate, make_scaler, optimizer_step
 from tests.models import tiny
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -64,13 +65,16 @@ def test_the_loss_is_the_mean_over_all_labels() -> None:
     assert norm_and_loss(rows())[1] == pytest.approx(expected.item(), rel=1e-5)
 
 
+def step_of(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> StepResult:
+    executor, scaler = WholeExecutor(model, torch.float32), make_scaler(ALONE.device, torch.float32)
+    return optimizer_step(executor, optimizer, scaler, rows(), list(model.parameters()), 1.0, ALONE)
+
+
 def test_a_step_moves_the_weights_and_clears_gradients() -> None:
     model = tiny("llama")
     before = model.lm_head.weight.detach().clone()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    result = optimizer_step(
-        WholeExecutor(model, torch.float32), optimizer, make_scaler(ALONE.device, torch.float32), rows(), list(model.parameters()), 1.0, ALONE
-    )
+    result = step_of(model, optimizer)
     assert not torch.equal(model.lm_head.weight, before)
     assert all(p.grad is None for p in model.parameters())
     assert result.tokens == len(LENGTHS) * CONTEXT
@@ -83,7 +87,5 @@ def test_nothing_is_updated_when_the_loss_is_not_finite() -> None:
     before = model.model.embed_tokens.weight.detach().clone()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     with pytest.raises(DivergedError, match="not finite"):
-        optimizer_step(
-            WholeExecutor(model, torch.float32), optimizer, make_scaler(ALONE.device, torch.float32), rows(), list(model.parameters()), 1.0, ALONE
-        )
+        step_of(model, optimizer)
     assert torch.equal(model.model.embed_tokens.weight, before)

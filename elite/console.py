@@ -1,0 +1,22 @@
+"""The terminal: one console for results, log lines on stderr, libraries silenced where they only narrate."""
+
+import logging
+import warnings
+
+from rich.console import Console
+from rich.logging import RichHandler
+from transformers.utils import logging as transformers_logging
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def start_logging() -> None:
+    """Our own log lines from INFO, other libraries' from ERROR, no progress bars but ours."""
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", handlers=[handler])
+    logging.getLogger("elite").setLevel(logging.INFO)
+    # Deprecations inside libraries are for their authors.
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,10 @@
+"""Memory and time of a run before it exists: plain arithmetic over facts, and the table that shows it."""
+
+from elite.plan.batch import facts_of
+from elite.plan.memory import predict, unoptimized
+from elite.plan.plan import Plan, make_plan
+from elite.plan.table import render
+from elite.plan.tiers import choose_tier
+from elite.plan.time import model_flops_per_token, step_seconds
+
+__all__ = ["Plan", "choose_tier", "facts_of", "make_plan", "model_flops_per_token", "predict", "render", "step_seconds", "unoptimized"]

@@ -1,0 +1,108 @@
+"""How sequences make an optimizer step, and which numbers make no step at all."""
+
+from dataclasses import dataclass
+
+from elite.config import AdapterMethod, RunConfig
+from elite.errors import ConfigError, PlanError
+from elite.facts import Device, Facts, ModelShape
+
+CONTEXT_MULTIPLE = 8
+"""Tensor cores and 8-byte aligned rows want it."""
+MIN_CONTEXT = 64
+
+
+@dataclass(frozen=True)
+class BatchGeometry:
+    """One optimizer step."""
+
+    accumulation: int
+    """Micro-batches on each rank."""
+    step_tokens: int
+    """Token slots of all ranks together."""
+    note: str
+    """What differs from what was asked; empty if nothing does."""
+
+
+def facts_of(config: RunConfig, device: Device, shape: ModelShape) -> Facts:
+    """What optimizations may ask about this run."""
+    lora = config.adapter.method is AdapterMethod.lora
+    return Facts(
+        model=shape,
+        device=device,
+        context=config.tier.context,
+        micro_batch=config.training.micro_batch,
+        trainable_params=shape.lora_params(config.adapter.rank) if lora else shape.total_params,
+        adapter=config.adapter.method.value,
+    )
+
+
+def check_numbers(config: RunConfig) -> None:
+    """Numbers that no run can have.
+
+    Raises:
+        ConfigError: one of them is out of range.
+    """
+    training, adapter = config.training, config.adapter
+    positive = {
+        "training.epochs": training.epochs,
+        "training.global_batch_tokens": training.global_batch_tokens,
+        "training.micro_batch": training.micro_batch,
+        "training.learning_rate": training.learning_rate,
+        "training.eps": training.eps,
+        "training.max_grad_norm": training.max_grad_norm,
+        "training.val_every": training.val_every,
+        "training.checkpoint_every": training.checkpoint_every,
+        "adapter.rank": adapter.rank,
+        "adapter.alpha": adapter.alpha,
+        "tier.context": config.tier.context,
+        "tier.target_length": config.tier.target_length,
+        "plan.max_step_minutes": config.plan.max_step_minutes,
+    }
+    if training.max_steps is not None:
+        positive["training.max_steps"] = training.max_steps
+    for name, value in positive.items():
+        if value <= 0:
+            raise ConfigError(f"{name}={value}: must be positive", f"leave {name} out for its default")
+    for name, value in {"training.weight_decay": training.weight_decay, "training.completion_tokens": training.completion_tokens}.items():
+        if value < 0:
+            raise ConfigError(f"{name}={value}: must not be negative", f"{name}=0 turns it off")
+    shares = {
+        "training.beta1": training.beta1,
+        "training.beta2": training.beta2,
+        "adapter.dropout": adapter.dropout,
+        "plan.headroom_fraction": config.plan.headroom_fraction,
+    }
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            raise ConfigError(f"{name}={value}: must lie in [0, 1)", f"leave {name} out for its default")
+
+
+def batch_geometry(config: RunConfig, device: Device) -> BatchGeometry:
+    """Micro-batches in a step.
+
+    Raises:
+        PlanError: context, target and global batch do not go together.
+    """
+    tier, training = config.tier, config.training
+    context = tier.context
+    if context % CONTEXT_MULTIPLE or context < MIN_CONTEXT:
+        nearest = max(MIN_CONTEXT, round(context / CONTEXT_MULTIPLE) * CONTEXT_MULTIPLE)
+        rule = f"must be a multiple of {CONTEXT_MULTIPLE}, at least {MIN_CONTEXT}"
+        raise PlanError(f"tier.context={context}: {rule}", f"tier.context={nearest}")
+    if tier.target_length >= context:
+        raise PlanError(
+            f"tier.target_length={tier.target_length} leaves no context before the target in tier.context={context}",
+            f"tier.target_length={context // 8}",
+        )
+    wanted, unit = training.global_batch_tokens, context * training.micro_batch * device.count
+    if wanted <= unit:
+        less = f"training.global_batch_tokens={wanted} is less than one micro-batch on each rank: a step takes {unit} tokens"
+        return BatchGeometry(1, unit, less if wanted < unit else "")
+    if wanted % unit:
+        near = max(1, round(wanted / unit)) * unit
+        raise PlanError(
+            f"training.global_batch_tokens={wanted} is not a multiple of context × micro_batch × ranks = "
+            f"{context} × {training.micro_batch} × {device.count} = {unit}",
+            f"training.global_batch_tokens={near}",
+        )
+    return BatchGeometry(wanted // unit, wanted, "")

@@ -1,0 +1,191 @@
+"""The plan of one run: everything that is printed and kept in `plan.json`, computed before a byte is allocated."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from elite.config import Executor, RunConfig
+from elite.facts import Corpus, Device, Facts, ModelShape
+from elite.optimizations import decide
+from elite.optimizations.contract import Decision, Estimate
+from elite.plan.batch import BatchGeometry, batch_geometry, check_numbers, facts_of
+from elite.plan.fix import smallest_change
+from elite.plan.memory import NOT_MODELLED, predict
+from elite.plan.time import step_flops, step_seconds
+
+YARN_TESTED_FACTOR = 4
+"""Beyond this stretch of the trained positions quality is doubtful (Peng et al. 2023 go to 16 with fine-tuning on it)."""
+
+
+@dataclass(frozen=True)
+class Switch:
+    """What became of one optimization."""
+
+    name: str
+    title: str
+    row: int
+    exactness: str
+    requested: bool
+    active: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run, predicted. Memory in bytes of one device, times in seconds, FLOPs of one rank."""
+
+    model: str
+    model_type: str
+    total_params: int
+    trainable_params: int
+    adapter: str
+    device: str
+    device_kind: str
+    device_present: bool
+    device_capped: bool
+    ranks: int
+    tier: str
+    context: int
+    target_length: int
+    micro_batch: int
+    accumulation: int
+    step_tokens: int
+    """Token slots of one optimizer step, all ranks."""
+    corpus: Corpus
+    decisions: tuple[Switch, ...]
+    memory: dict[str, float]
+    """Bytes by component at the step's peak; they sum to `total_bytes`."""
+    total_bytes: float
+    usable_bytes: float
+    headroom_bytes: float
+    """What a plan leaves free for what is not modelled."""
+    fits: bool
+    fix: str
+    """The smallest change that would make it fit, as overrides; empty if it fits."""
+    executor: str
+    steps: int
+    step_flops: float
+    step_s: float
+    run_s: float
+    """All optimizer steps; validation and checkpoints come on top."""
+    rope_factor: float
+    """Context over trained positions; above 1 positions are stretched."""
+    positions: str
+    checkpoint_bytes: float
+    """One checkpoint on disk: what is trained, and the optimizer's state."""
+    warnings: tuple[str, ...]
+    not_modelled: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types: what `plan.json` holds."""
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return plain
+
+
+def make_plan(config: RunConfig, device: Device, shape: ModelShape, corpus: Corpus) -> Plan:
+    """Predict memory and time of the run.
+
+    Raises:
+        ConfigError: a number is out of range.
+        PlanError: the batch geometry is impossible, or two optimizations exclude each other.
+    """
+    check_numbers(config)
+    batch = batch_geometry(config, device)
+    facts = facts_of(config, device, shape)
+    decisions = decide(config.optimizations, facts)
+    estimate = predict(facts, decisions)
+    headroom = device.memory_usable_bytes * config.plan.headroom_fraction
+    fits = estimate.total <= device.memory_usable_bytes - headroom
+    steps = _steps(config, corpus, batch)
+    step_s = step_seconds(facts, decisions, batch.accumulation)
+    factor, positions = _positions(config, shape)
+    return Plan(
+        model=shape.name,
+        model_type=shape.model_type,
+        total_params=shape.total_params,
+        trainable_params=facts.trainable_params,
+        adapter=facts.adapter if facts.adapter == "full" else f"lora, rank {config.adapter.rank}",
+        device=device.name,
+        device_kind=device.kind,
+        device_present=device.present,
+        device_capped=device.capped,
+        ranks=device.count,
+        tier=config.tier.name,
+        context=facts.context,
+        target_length=config.tier.target_length,
+        micro_batch=facts.micro_batch,
+        accumulation=batch.accumulation,
+        step_tokens=batch.step_tokens,
+        corpus=corpus,
+        decisions=tuple(_switch(decision) for decision in decisions),
+        memory=estimate.by_component(),
+        total_bytes=estimate.total,
+        usable_bytes=device.memory_usable_bytes,
+        headroom_bytes=headroom,
+        fits=fits,
+        fix="" if fits else smallest_change(config, facts),
+        executor=_executor(config),
+        steps=steps,
+        step_flops=step_flops(facts, decisions, batch.accumulation),
+        step_s=step_s,
+        run_s=steps * step_s,
+        rope_factor=factor,
+        positions=positions,
+        checkpoint_bytes=_checkpoint_bytes(facts, estimate),
+        warnings=_warnings(config, facts, corpus, batch, factor),
+        not_modelled=NOT_MODELLED,
+    )
+
+
+def _executor(config: RunConfig) -> str:
+    """The fastest executor that fits: there is one."""
+    return Executor.whole.value if config.executor.name is Executor.auto else config.executor.name.value
+
+
+def _switch(decision: Decision) -> Switch:
+    kind = decision.optimization
+    return Switch(decision.name, kind.title, kind.row, kind.exactness.value, decision.requested, decision.active, decision.reason)
+
+
+def _steps(config: RunConfig, corpus: Corpus, batch: BatchGeometry) -> int:
+    if config.training.max_steps is not None:
+        return config.training.max_steps
+    return max(1, math.ceil(config.training.epochs * corpus.train_tokens / batch.step_tokens))
+
+
+def _checkpoint_bytes(facts: Facts, estimate: Estimate) -> float:
+    return 4 * facts.trainable_params + estimate.optimizer_state
+
+
+def _positions(config: RunConfig, shape: ModelShape) -> tuple[float, str]:
+    """Context over trained positions, and what is done about it."""
+    trained, context = shape.max_position_embeddings, config.tier.context
+    factor = context / trained
+    if factor <= 1:
+        return factor, f"{context:,} of {trained:,} trained positions"
+    if _own_scaling(config):
+        return factor, f"{context:,}, {factor:g} times the {trained:,} trained positions; the model's own rotary scaling is kept"
+    return factor, f"YaRN factor {factor:g} stretches {trained:,} trained positions to {context:,}"
+
+
+def _own_scaling(config: RunConfig) -> bool:
+    rope = config.model.rope_parameters
+    return "rope_type" in rope and rope["rope_type"] != "default"
+
+
+def _warnings(config: RunConfig, facts: Facts, corpus: Corpus, batch: BatchGeometry, factor: float) -> tuple[str, ...]:
+    found = [batch.note] if batch.note else []
+    if corpus.train_tokens < facts.context:
+        found.append(f"the corpus has {corpus.train_tokens:,} tokens, less than one sequence of {facts.context:,}")
+    if factor > 1 and _own_scaling(config):
+        found.append(f"positions beyond the trained ones ({factor:g} times) are used as they are: expect a high loss there")
+    elif factor > YARN_TESTED_FACTOR:
+        found.append(f"YaRN factor {factor:g} is above {YARN_TESTED_FACTOR}: the far positions have to be learnt in this run")
+    if config.adapter.dropout:
+        found.append(
+            f"adapter.dropout={config.adapter.dropout} keeps a copy and a mask of every linear map's input: memory leaves them out"
+        )
+    if not facts.device.present:
+        found.append(f"{facts.device.name} is not in this machine: this is a plan for it, with its data sheet's rates")
+    return tuple(found)

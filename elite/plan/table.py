@@ -1,0 +1,120 @@
+"""The plan as people read it, 80 to 120 columns wide."""
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from elite.plan.plan import Plan, Switch
+from elite.plan.words import count, duration, gib, operations
+
+HOUR = 3600
+
+
+def render(plan: Plan) -> Group:
+    """Every section of the plan, in the order in which one decides."""
+    sections: list[RenderableType] = [_run(plan), _corpus(plan), _optimizations(plan), _memory(plan), _verdict(plan), _time(plan)]
+    if plan.warnings:
+        sections.append(_notes("Warnings", plan.warnings, "yellow"))
+    sections.append(_notes("Not modelled", plan.not_modelled, "dim"))
+    return Group(*sections)
+
+
+def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True, min_width=16)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, Text(value))
+    return table
+
+
+def _notes(title: str, notes: tuple[str, ...], style: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    table.add_column(overflow="fold")
+    for note in notes:
+        table.add_row(Text(f"- {note}", style=style))
+    return table
+
+
+def _run(plan: Plan) -> Table:
+    device = plan.device + ("" if plan.device_present else " (not in this machine)") + (" (memory capped)" if plan.device_capped else "")
+    trained = f"{count(plan.trainable_params)} ({plan.trainable_params / plan.total_params:.2%})"
+    factors = f"{plan.context:,} × {plan.micro_batch} micro-batch × {plan.accumulation} accumulated × {plan.ranks} ranks"
+    return _pairs(
+        "Run",
+        [
+            ("model", f"{plan.model} ({plan.model_type}), {count(plan.total_params)} parameters"),
+            ("trained", f"{plan.adapter}: {trained}"),
+            ("device", device + (f" × {plan.ranks}" if plan.ranks > 1 else "")),
+            ("context", f"{plan.context:,} tokens ({plan.tier}), the last {plan.target_length:,} are the target"),
+            ("positions", plan.positions),
+            ("batch", f"{plan.step_tokens:,} tokens = {factors}"),
+            ("executor", plan.executor),
+        ],
+    )
+
+
+def _corpus(plan: Plan) -> Table:
+    corpus = plan.corpus
+    label = "" if corpus.count_method == "exact" else f" ({corpus.count_method})"
+    rows = [
+        ("origin", corpus.origin),
+        ("training", f"{corpus.train_tokens:,} tokens in {corpus.train_files:,} files{label}"),
+        ("validation", f"{corpus.val_tokens:,} tokens in {corpus.val_files:,} files{label}"),
+    ]
+    if corpus.skipped:
+        rows.append(("skipped", ", ".join(f"{reason} {number:,}" for reason, number in sorted(corpus.skipped.items()))))
+    return _pairs("Corpus", rows)
+
+
+def _optimizations(plan: Plan) -> Table:
+    table = Table(title="Optimizations", title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("row", justify="right", style="dim")
+    table.add_column("name", no_wrap=True)
+    table.add_column("exactness", no_wrap=True)
+    table.add_column("state", overflow="fold")
+    for switch in plan.decisions:
+        table.add_row(str(switch.row), switch.name, switch.exactness, _state(switch))
+    return table
+
+
+def _state(switch: Switch) -> Text:
+    if switch.active:
+        return Text("active", style="green")
+    return Text(f"requested, inactive: {switch.reason}", style="yellow") if switch.requested else Text("off", style="dim")
+
+
+def _memory(plan: Plan) -> Table:
+    title = "Memory of one GPU, at the peak" if plan.device_kind == "cuda" else "Host memory, at the peak"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True, min_width=18)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(justify="right", style="dim", no_wrap=True)
+    for name, value in plan.memory.items():
+        if value:
+            table.add_row(name.replace("_", " "), gib(value), f"{value / plan.total_bytes:.1%}")
+    table.add_row(Text("predicted", style="bold"), Text(gib(plan.total_bytes), style="bold"), "")
+    table.add_row("usable", gib(plan.usable_bytes), "")
+    table.add_row("of it kept free", gib(plan.headroom_bytes), "")
+    return table
+
+
+def _verdict(plan: Plan) -> Text:
+    left = plan.usable_bytes - plan.total_bytes
+    if plan.fits:
+        return Text(f"FITS, {gib(left)} free", style="bold green")
+    short = plan.total_bytes - plan.usable_bytes + plan.headroom_bytes
+    return Text(f"DOES NOT FIT, {gib(short)} too much with headroom; would fit with: {plan.fix}", style="bold red")
+
+
+def _time(plan: Plan) -> Table:
+    step = f"{duration(plan.step_s)} (assumed utilisation), {operations(plan.step_flops)} a rank"
+    if plan.step_s >= HOUR:
+        step += f". One step takes {plan.step_s / HOUR:,.1f} hours: nothing is learnt and nothing saved before that"
+    rows = [
+        ("steps", f"{plan.steps:,} of {plan.step_tokens:,} tokens"),
+        ("a step", step),
+        ("all steps", f"{duration(plan.run_s)}, validation and checkpoints not counted"),
+        ("a checkpoint", f"{gib(plan.checkpoint_bytes)} on disk"),
+    ]
+    return _pairs("Steps and time", rows)
