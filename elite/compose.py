@@ -11,7 +11,7 @@ from pathlib import Path
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -94,8 +94,11 @@ def explain(error: Exception) -> ConfigError:
     if unknown:
         key = unknown[1]
         return ConfigError(f"{key} is not a field or group", _suggest(key, known_keys()) or "python train.py --cfg job shows every field")
-    if len(lines) > 1 and lines[0].startswith("Error merging"):
-        return ConfigError(f"{lines[0].removeprefix('Error merging override ')}: {lines[1]}", "python train.py --cfg job shows every field")
+    if error.__cause__ is not None and lines[0].startswith("Error merging"):
+        rule = str(error.__cause__).splitlines()[0]
+        return ConfigError(f"{lines[0].removeprefix('Error merging override ')}: {rule}", "python train.py --cfg job shows every field")
+    if isinstance(error, OverrideParseException):
+        return ConfigError(f"{error.override}: {lines[0]}", "quote values with spaces or brackets: 'name=\"a b\"'")
     return ConfigError(lines[0], "python train.py --help")
 
 

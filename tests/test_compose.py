@@ -24,7 +24,8 @@ def test_no_group_is_forgotten() -> None:
 def test_every_yaml_composes_and_plans(group: str, option: str) -> None:
     made = compose.from_overrides(f"{group}={option}").config
     if group not in ("experiment", "debug", "data", "optimizations", "model", "curriculum"):
-        assert getattr(made, group).name == option
+        name = getattr(made, group).name
+        assert getattr(name, "value", name) == option
     plan = make_plan(made, hardware.device(made.hardware), geometry.shape(made.model), CORPUS)
     assert plan.steps > 0 and plan.total_bytes > 0
 
@@ -74,7 +75,10 @@ def test_presets_hold_what_they_say() -> None:
         (["mode=trian"], ("mode=trian", "train")),
         (["optimizations.qlora.enabled=maybe"], ("optimizations.qlora.enabled=maybe", "bool")),
         (["data.unit=folder"], ("data.unit=folder", "repository")),
-        (["training.max_steps=[1"], ("training.max_steps",)),
+        (["training.max_steps=[1"], ("training.max_steps=[1", "quote")),
+        (["schedule.name=cosin"], ("schedule.name=cosin", "cosine")),
+        (["executor.name=fast"], ("executor.name=fast", "whole")),
+        (["logger.name=tensorboard"], ("logger.name=tensorboard", "wandb")),
     ],
 )
 def test_mistakes_are_explained_in_two_lines(overrides: list[str], words: tuple[str, ...]) -> None:

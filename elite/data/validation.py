@@ -95,6 +95,8 @@ def completion_example(store: TokenStore, context: int, tokens: int, seed: int) 
     room = context - tokens
     if not files or room < 1:
         return None
+    # A longer file has more of itself before the cut.
+    files = sorted(files, key=lambda file: (file.length, file.path))[len(files) // 2 :]
     file = random.Random(seed).choice(files)
     split = _middle(store, file, tokens)
     first = min(split, room)

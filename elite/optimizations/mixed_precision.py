@@ -39,8 +39,6 @@ class MixedPrecision(Optimization):
             saved_activations=estimate.saved_activations * 0.5,
             attention_scores=estimate.attention_scores * 0.5,
             layer_workspace=estimate.layer_workspace * 0.5,
-            # Logits in the compute dtype, their fp32 copy, and one gradient of each: 12 bytes a value instead of 16.
-            loss_workspace=estimate.loss_workspace * 0.75,
         )
 
     def apply(self, target: Runtime) -> Applied:

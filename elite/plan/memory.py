@@ -26,8 +26,8 @@ from elite.optimizations.contract import Decision, Estimate, Site
 FP32 = 4
 ADAM_STATE_BYTES = 8
 """Two fp32 moments a trained parameter."""
-LOSS_BYTES = 16
-"""Logits, their fp32 copy, and the gradient of each, in fp32."""
+LOSS_BYTES = 12
+"""A logit at the peak of the loss, in fp32 and bf16 alike: three fp32 values, or two and two bf16 ones (tests/plan/test_memory.py)."""
 BATCH_BYTES = 24
 """Token ids, positions and labels, int64 each."""
 CUDA_WORKSPACE_BYTES = 64 * 1024**2

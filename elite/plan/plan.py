@@ -64,6 +64,7 @@ class Plan:
     fix: str
     """The smallest change that would make it fit, as overrides; empty if it fits."""
     executor: str
+    curriculum: str
     steps: int
     step_flops: float
     step_s: float
@@ -126,6 +127,7 @@ def make_plan(config: RunConfig, device: Device, shape: ModelShape, corpus: Corp
         fits=fits,
         fix="" if fits else smallest_change(config, facts),
         executor=_executor(config),
+        curriculum=config.curriculum.name.value,
         steps=steps,
         step_flops=step_flops(facts, decisions, batch.accumulation),
         step_s=step_s,

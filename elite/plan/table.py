@@ -50,6 +50,7 @@ def _run(plan: Plan) -> Table:
             ("positions", plan.positions),
             ("batch", f"{plan.step_tokens:,} tokens = {factors}"),
             ("executor", plan.executor),
+            ("curriculum", plan.curriculum),
         ],
     )
 

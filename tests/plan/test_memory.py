@@ -119,9 +119,7 @@ def test_predicted_peak_is_the_measured_one(
     estimate = predict(facts, decide(switches(*on), facts))
     predicted = estimate.saved_activations + estimate.attention_scores + estimate.layer_workspace + estimate.loss_workspace
     assert (estimate.loss_workspace > 0) == at_loss
-    # In fp32 logits need no fp32 copy, so the loss takes a quarter less than the four tensors that are counted.
-    least = 0.7 if at_loss and not half else 0.85
-    assert least <= peak / predicted <= (1.05 if at_loss else 1.15)
+    assert 0.85 <= peak / predicted <= (1.05 if at_loss else 1.15)
 
 
 def test_adamw_state_is_eight_bytes_a_parameter() -> None:
