@@ -74,7 +74,7 @@ def known_keys() -> list[str]:
 
     def walk(node: DictConfig, prefix: str) -> list[str]:
         names = []
-        for key in node:
+        for key in map(str, node):
             names.append(f"{prefix}{key}")
             child = node._get_node(key)
             if isinstance(child, DictConfig):
@@ -109,9 +109,9 @@ def _suggest(word: str, known: list[str]) -> str:
 
 def show(error: EliteError) -> None:
     """Print an error once, on stderr."""
-    if not getattr(error, "shown", False):
+    if not error.shown:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
-        error.shown = True  # type: ignore[attr-defined]
+        error.shown = True
 
 
 def as_job(program: Callable[[Composed], None], composed: DictConfig) -> None:

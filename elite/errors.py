@@ -15,6 +15,8 @@ class EliteError(Exception):
     exit_code = 2
 
     def __init__(self, problem: str, remedy: str = "") -> None:
+        self.shown = False
+        """Whether it has been printed; an error is said once."""
         self.problem = problem
         self.remedy = remedy
         super().__init__(f"{problem}\n  remedy: {remedy}" if remedy else problem)

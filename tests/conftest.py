@@ -52,11 +52,11 @@ def program(tmp_path: Path, repository: Path, cache: Path) -> Program:
 
     def call(*overrides: str, timeout: float = 300, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         defaults = [f"output.cache={cache}"]
-        if not any(word.startswith("data") for word in overrides):
+        if not any(word.startswith("data.repo") for word in overrides):
             defaults.append(f"data.repo={repository}")
         # One thread a process: the suite runs two processes side by side, and tiny tensors gain nothing from more.
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(environment or {})}
-        command = [sys.executable, str(ROOT / "train.py"), *defaults, *overrides]
+        command = [sys.executable, str(ROOT / "train.py"), *overrides, *defaults]
         return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
 
     return call

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.gpu
 
 def gradients(dtype: torch.dtype, batch: Batch, kind: str) -> tuple[float, dict[str, torch.Tensor]]:
     device = torch.device("cuda")
-    model = tiny(kind, DOCUMENT_SDPA, hidden_size=256, num_attention_heads=4, intermediate_size=512).to(device)
+    model = tiny(kind, DOCUMENT_SDPA, hidden_size=256, num_attention_heads=4, intermediate_size=512)
+    torch.nn.Module.to(model, device)
     ranks = Ranks(0, 1, device)
     loss = accumulate(WholeExecutor(model, dtype), [batch], make_scaler(device, torch.float32), ranks)
     return loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -51,7 +52,7 @@ def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     "variant",
     [
         (),
-        ("optimizations=extreme",),
+        ("optimizations=extreme", "adapter.rank=64"),
         ("optimizations=none",),
         ("adapter.method=full",),
         ("hardware=rtx2060s", "hardware.cap=memory"),

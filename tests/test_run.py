@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -68,25 +69,33 @@ def wandb_history(file: Path) -> list[dict[str, object]]:
     wandb = Path(sys.executable).with_name("wandb")
     done = subprocess.run([wandb, "leet", "inspect", "--json", file], capture_output=True, text=True, check=True)
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return [record.get("data", record) for record in records if record.get("type") == "history"]
+    return [record["history"]["item"] for record in records if record.get("type") == "history"]
 
 
-def test_an_interrupted_run_continues_bit_for_bit(program: Program, tmp_path: Path) -> None:
-    request = ("debug=tiny", "training.max_steps=6", "data.order=shuffled", "adapter.dropout=0.1", "training.completion_tokens=0")
+def wait_for_lines(root: Path, process: subprocess.Popen[str], lines: int) -> None:
+    """Until the run under `root` has written so many lines of metrics."""
+    deadline = time.monotonic() + 120
+    while sum(len(path.read_text().splitlines()) for path in root.glob("runs/*/*/metrics.jsonl")) < lines:
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def test_a_killed_run_continues_bit_for_bit(program: Program, tmp_path: Path, repository: Path, cache: Path) -> None:
+    request = ("debug=tiny", "training.max_steps=8", "data.order=shuffled", "adapter.dropout=0.1", "training.completion_tokens=0")
     whole = program(*request, "output.root=whole")
     assert whole.returncode == 0, whole.stderr
     (identity,) = (tmp_path / "whole").glob("*/*/run.json")
     expected = RunFolder(identity.parent)
 
-    stopped = program(*request)
-    assert stopped.returncode == 0, stopped.stderr
+    command = [sys.executable, str(ROOT / "train.py"), f"data.repo={repository}", f"output.cache={cache}", *request]
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    wait_for_lines(tmp_path, process, 6)
+    (worker,) = (child for child in psutil.Process(process.pid).children() if "elite.worker" in " ".join(child.cmdline()))
+    worker.kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 137 and "the same command continues" in errors and "Traceback" not in errors, errors
     folder = only_run(tmp_path)
-    # As if the power had failed after step 4: the end of the run never happened.
-    folder.summary.unlink()
-    for name in ("step_000005", "step_000006"):
-        for path in sorted((folder.checkpoints / name).rglob("*"), reverse=True):
-            path.unlink() if path.is_file() else path.rmdir()
-    (folder.checkpoints / "step_000006").rmdir()
+    assert not folder.finished
     again = program(*request)
     assert again.returncode == 0, again.stderr
     assert "continuing the interrupted run" in again.stdout
@@ -103,13 +112,7 @@ def test_a_signal_saves_and_the_same_command_continues(tmp_path: Path, repositor
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while (
-        not any((tmp_path / "runs").glob("*/*/metrics.jsonl"))
-        or len(next((tmp_path / "runs").glob("*/*/metrics.jsonl")).read_text().splitlines()) < 5
-    ):
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
-        time.sleep(0.05)
+    wait_for_lines(tmp_path, process, 5)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
@@ -150,7 +153,14 @@ def test_two_ranks_train_like_one(program: Program, tmp_path: Path, repository: 
     assert first == pytest.approx(second, rel=1e-4)
 
 
-@pytest.mark.parametrize("variant", [("adapter.method=full",), ("optimizations=extreme",), ("optimizations=none", "data.unit=file")])
+VARIANTS = (
+    ("adapter.method=full",),
+    ("optimizations=extreme", "adapter.rank=64"),
+    ("optimizations=none", "data.unit=file"),
+)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_other_ways_to_train(program: Program, variant: tuple[str, ...], tmp_path: Path) -> None:
     done = program("debug=tiny", "training.completion_tokens=4", *variant)
     assert done.returncode == 0, done.stderr

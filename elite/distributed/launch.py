@@ -12,11 +12,16 @@ from elite.errors import EliteError
 
 
 class WorkerError(EliteError):
-    """A child process ended with an error that it has already shown."""
+    """A child process ended with an error."""
 
     def __init__(self, exit_code: int) -> None:
-        super().__init__(f"the run ended with exit code {exit_code}")
+        killed = " (killed from outside: out of host memory?)" if exit_code == 128 + signal.SIGKILL else ""
+        super().__init__(
+            f"the training process ended with exit code {exit_code}{killed}", "the same command continues from the last checkpoint"
+        )
         self.exit_code = exit_code
+        # Errors of ours were shown by the process itself.
+        self.shown = exit_code == EliteError.exit_code
 
 
 def launch(folder: Path, processes: int) -> None:
