@@ -2,7 +2,8 @@
 
 What:   every linear map of the decoder layers stored as NF4 with double quantisation; adapters train on top.
 How:    each nn.Linear becomes bitsandbytes' Linear4bit, dequantised in the matrix product. Head and embedding stay as they are.
-Memory: 0.5 byte a weight plus one 8-bit scale a block of 64 and one fp32 scale a block of 256 scales: 0.516 bytes.
+Memory: 0.5 byte a weight plus one 8-bit scale a block of 64 and one fp32 scale a block of 256 scales: 0.516 bytes; one linear
+        map at a time stands there dequantised.
 Source: Dettmers et al. 2023, arXiv:2305.14314; bitsandbytes.
 """
 
@@ -13,6 +14,11 @@ from elite.facts import Facts
 from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
 
 BYTES_PER_WEIGHT = 0.5 + (1 + 4 / 256) / 64
+
+
+def _in_compute_dtype(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Linear4bit answers in its input's dtype: without this, a norm's fp32 output under autocast makes the whole residual stream fp32."""
+    return inputs[0].to(module.compute_dtype), *inputs[1:]
 
 
 class QLoRA(Optimization):
@@ -32,7 +38,10 @@ class QLoRA(Optimization):
         return None
 
     def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
-        return replace(estimate, linear_weights=facts.model.linear_params * BYTES_PER_WEIGHT)
+        # Half of layer_workspace is one hidden state in the compute dtype, which tells how wide a dequantised weight is.
+        width = estimate.layer_workspace / (2 * facts.model.hidden_size * facts.micro_tokens)
+        dequantised = width * max(linear.inputs * linear.outputs for linear in facts.model.layer_linears)
+        return replace(estimate, linear_weights=facts.model.linear_params * BYTES_PER_WEIGHT, runtime=estimate.runtime + dequantised)
 
     def apply(self, target: Any) -> Applied:
         import bitsandbytes as bnb
@@ -49,6 +58,7 @@ class QLoRA(Optimization):
                 # Packed when it is moved to its device: a full-precision copy never stands there.
                 packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
                 packed.bias = linear.bias
+                packed.register_forward_pre_hook(_in_compute_dtype)
                 layer.set_submodule(name, packed)
                 count += 1
         # peft picks its 4-bit adapter layer by this flag.

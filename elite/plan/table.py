@@ -109,7 +109,7 @@ def _verdict(plan: Plan) -> Text:
 
 
 def _time(plan: Plan) -> Table:
-    step = f"{duration(plan.step_s)} (assumed utilisation), {operations(plan.step_flops)} a rank"
+    step = f"{duration(plan.step_s)} (at the usual utilisation), {operations(plan.step_flops)} a rank"
     if plan.step_s >= HOUR:
         step += f". One step takes {plan.step_s / HOUR:,.1f} hours: nothing is learnt and nothing saved before that"
     rows = [

@@ -7,8 +7,9 @@ sequence and layer for scores and weighted sum. Packed documents attend less tha
 from elite.facts import Facts
 from elite.optimizations.contract import Decision, Site
 
-UTILISATION = {"cuda": 0.45, "cpu": 0.8}
-"""Share of the device's rate that training reaches (assumption; `step_s` of finished runs says what it really was)."""
+UTILISATION = {"cuda": 0.2, "cpu": 0.8}
+"""Share of the device's rate that training reaches: about what docs/measurements/first_gpu.json and quickstart_cpu.json show. Other
+models and cards differ; `step_s` of finished runs says what it really was."""
 FP32_RATE = {"cuda": 1 / 8, "cpu": 1.0}
 """fp32 rate over the compute dtype's (assumption: tensor cores idle in fp32; 1/2 to 1/16 from card to card)."""
 ATTENTION_BACKWARD = 2.5

@@ -1,0 +1,34 @@
+"""QLoRA beyond what all optimizations share."""
+
+import pytest
+import torch
+
+from elite.model import apply_stage
+from elite.optimizations import OptimizationsConfig, decide
+from elite.optimizations.contract import OptimizationConfig, Stage
+from tests.models import tiny
+from tests.optimizations.test_all import FACTS
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_the_residual_stream_keeps_the_compute_dtype(kind: str) -> None:
+    """Norms answer in fp32 under autocast; packed linear maps must not pass that on, or every kept activation doubles."""
+    model = tiny(kind, hidden_size=64).bfloat16()
+    apply_stage(Stage.model, decide(OptimizationsConfig(qlora=OptimizationConfig(enabled=True)), FACTS), model)
+    torch.nn.Module.to(model, torch.device("cpu"))
+    dtypes = []
+    for layer in model.get_decoder().layers:
+        layer.register_forward_hook(lambda _module, _inputs, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(input_ids=torch.arange(16)[None], documents=((16,),), use_cache=False)
+    assert dtypes == [torch.bfloat16, torch.bfloat16]
+
+
+def test_packed_maps_stay_close_to_their_originals() -> None:
+    plain, packed = tiny("llama", hidden_size=64), tiny("llama", hidden_size=64)
+    applied = apply_stage(Stage.model, decide(OptimizationsConfig(qlora=OptimizationConfig(enabled=True)), FACTS), packed)
+    assert applied["qlora"].count == 2 * 7
+    torch.nn.Module.to(packed, torch.device("cpu"))
+    ids = torch.arange(30)[None]
+    one, two = (model(input_ids=ids, documents=((30,),), use_cache=False).logits for model in (plain, packed))
+    assert 0 < (one - two).norm() / one.norm() < 0.2
