@@ -136,7 +136,7 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "command": sys.argv,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",
         "versions": versions,
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }

@@ -174,6 +174,22 @@ def test_trackio_keeps_a_run(program: Program, tmp_path: Path) -> None:
     assert any((tmp_path / "trackio").glob("*.db")) and "trackio show" in done.stdout
 
 
+def test_records_from_a_file(program: Program, repository: Path, tmp_path: Path) -> None:
+    records = tmp_path / "records.jsonl"
+    files = sorted(repository.rglob("*.py"))
+    lines = [json.dumps({"text": path.read_text(), "repo": "sample", "path": path.name}) for path in files]
+    records.write_text("\n".join(lines))
+    done = program("debug=tiny", "data=jsonl", f"data.path={records}", "training.completion_tokens=0")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(only_run(tmp_path))) == 3
+
+
+def test_a_logger_that_does_not_start_stops_the_run(program: Program) -> None:
+    done = program("debug=tiny", "logger=wandb", "logger.project=a/b", "training.completion_tokens=0")
+    assert done.returncode == 2 and "logger=wandb does not start" in done.stderr and "logger=none" in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("error:") == 1
+
+
 def test_overfitting_works(program: Program, tmp_path: Path) -> None:
     done = program("debug=overfit")
     assert done.returncode == 0, done.stderr

@@ -44,7 +44,7 @@ NOT_MODELLED = (
     "allocator fragmentation: the driver shows more than is allocated",
     "CUDA context and kernels, which the reserve covers",
     "loading: weights pass through host memory before they are converted",
-    "host memory",
+    "host memory beyond a CPU run's tensors: libraries and the allocator's slack, which outweigh the tensors of a small run",
     "evaluation and generation, which keep no activations",
 )
 

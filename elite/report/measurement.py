@@ -27,10 +27,15 @@ def collect(folder: RunFolder) -> dict[str, Any]:
     """
     if not folder.finished:
         raise EliteError(f"{folder.path} has no summary.json: the run has not ended well", "measure finished runs only")
+    config: Any = OmegaConf.to_container(OmegaConf.load(folder.config))
+    plan = json.loads(folder.plan.read_text())
+    # Where things lay on that machine says nothing to others.
+    del config["output"]
+    plan["corpus"]["origin"] = Path(plan["corpus"]["origin"]).name
     return {
         "environment": json.loads(folder.environment.read_text()),
-        "config": OmegaConf.to_container(OmegaConf.load(folder.config)),
-        "plan": json.loads(folder.plan.read_text()),
+        "config": config,
+        "plan": plan,
         "summary": json.loads(folder.summary.read_text()),
         "metrics": metrics_file.read(folder.metrics),
     }
