@@ -18,7 +18,7 @@ from elite.data.tokens import TokenStore, cached, tokenise
 from elite.distributed.launch import launch
 from elite.distributed.ranks import joined, launched
 from elite.errors import CheckpointError, ConfigError, PlanError
-from elite.facts import Corpus
+from elite.facts import Corpus, Device
 from elite.plan import Plan, choose_tier, make_plan, render
 from elite.runfolder import RunFolder, interrupted_run, new_folder, request_key, write_start
 
@@ -35,7 +35,8 @@ def plan(composed: Composed) -> None:
     found = harvest(config.data, config.seed)
     tokenizer = pretrained.tokenizer(config.model, Path(config.output.cache).expanduser(), download=False)
     store = cached(found, tokenizer, Path(config.output.cache).expanduser()) if tokenizer else None
-    _, made, _ = _decide(composed, found, store.corpus(found) if store else estimate(found))
+    device = hardware.device(config.hardware)
+    _, made, _ = _decide(composed, device, found, store.corpus(found) if store else estimate(found))
     console.print(render(made))
 
 
@@ -92,7 +93,7 @@ def _prepare(composed: Composed) -> tuple[RunFolder, int]:
         console.print(f"continuing the interrupted run in {interrupted.path} (resume=never starts anew)", markup=False)
         return interrupted, device.count
     store = _tokens(config, found)
-    resolved, made, name = _decide(composed, found, store.corpus(found))
+    resolved, made, name = _decide(composed, device, found, store.corpus(found))
     console.print(render(made))
     console.print(_packing(resolved, store))
     if not made.fits:
@@ -142,12 +143,12 @@ def _tokens(config: RunConfig, found: Harvest) -> TokenStore:
     return tokenise(found, tokenizer, cache)
 
 
-def _decide(composed: Composed, found: Harvest, corpus: Corpus) -> tuple[RunConfig, Plan, str]:
+def _decide(composed: Composed, device: Device, found: Harvest, corpus: Corpus) -> tuple[RunConfig, Plan, str]:
     """The configuration with its tier settled, its plan, and the run's name."""
     for note in found.notes:
         console.print(note, markup=False)
     config = composed.config
-    device, shape = hardware.device(config.hardware), geometry.shape(config.model)
+    shape = geometry.shape(config.model)
     if config.tier.name == "auto":
         candidates = ((name, composed.again(f"tier={name}").config) for name in reversed(TIER_OPTIONS[1:]))
         config, made, reason = choose_tier(candidates, device, shape, corpus)

@@ -96,7 +96,7 @@ def _converted(gguf: Path, cache: Path) -> Path:
 def tokenizer(model: ModelConfig, cache: Path, download: bool) -> Any | None:
     """The model's tokenizer, or None if it is not on this machine.
 
-    Random weights without a tokenizer at hand get one of bytes, so that benchmarks need no network.
+    Random weights get one of bytes: they know no vocabulary, and benchmarks need no network.
     """
     from transformers import AutoTokenizer
 

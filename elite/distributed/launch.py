@@ -10,6 +10,9 @@ from pathlib import Path
 from elite.config import CONF_DIR
 from elite.errors import EliteError
 
+SHUTDOWN_S = 600
+"""How long an interrupted process may take to finish its step and save."""
+
 
 class WorkerError(EliteError):
     """A child process ended with an error."""
@@ -42,6 +45,8 @@ def launch(folder: Path, processes: int) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     # The package is found beside the program, whatever folder the user stands in.
     start = f"import sys; sys.path.insert(0, {str(CONF_DIR.parent)!r}); from elite.worker import main; main()"
+    # torch before 2.12 has no such option and waits for half a minute.
+    patience = {"shutdown_timeout": SHUTDOWN_S} if "shutdown_timeout" in LaunchConfig.__dataclass_fields__ else {}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -53,6 +58,7 @@ def launch(folder: Path, processes: int) -> None:
         max_restarts=0,
         monitor_interval=0.2,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
+        **patience,  # type: ignore[arg-type]
     )
     try:
         elastic_launch(config, sys.executable)("-c", start, str(folder))
