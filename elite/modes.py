@@ -124,7 +124,7 @@ def _to_resume(config: RunConfig, request: str) -> RunFolder | None:
     if config.resume != "auto":
         folder = RunFolder(Path(config.resume).expanduser().absolute())
         if not folder.resumable:
-            state = "has ended well" if folder.finished else "holds no checkpoint"
+            state = "has ended well" if folder.finished else "is in use by another process" if folder.begun else "holds no checkpoint"
             raise CheckpointError(
                 f"resume={config.resume}: this folder {state}", "resume=auto, resume=never or the folder of an interrupted run"
             )

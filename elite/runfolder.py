@@ -6,6 +6,7 @@ environment.json   versions, device, commit, command    final/          the adap
 run.json           identity: request, tokens, tracker   summary.json    written when the run has ended well
 """
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -13,6 +14,8 @@ import platform
 import subprocess
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
@@ -20,7 +23,7 @@ from typing import Any
 
 from elite import __version__
 from elite.config import Mode, OutputConfig, RunConfig, to_yaml
-from elite.errors import ConfigError
+from elite.errors import CheckpointError, ConfigError
 from elite.facts import Device
 
 LIBRARIES = (
@@ -51,6 +54,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
         self.summary = path / "summary.json"
+        self._lock = path / ".lock"
 
     @property
     def finished(self) -> bool:
@@ -58,9 +62,34 @@ class RunFolder:
         return self.summary.is_file()
 
     @property
-    def resumable(self) -> bool:
-        """Whether an interrupted run can go on in it."""
+    def begun(self) -> bool:
+        """Whether a run in it has saved something and has not ended well: it goes on from there."""
         return not self.finished and self.identity.is_file() and any(self.checkpoints.glob("step_*"))
+
+    @property
+    def resumable(self) -> bool:
+        """Whether an interrupted run can go on in it; one that another process is training is not interrupted."""
+        if not self.begun:
+            return False
+        try:
+            with self.held():
+                return True
+        except CheckpointError:
+            return False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder against other processes; the lock ends with the process, however that ends.
+
+        Raises:
+            CheckpointError: another process holds it.
+        """
+        with self._lock.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(f"another process is training in {self.path}", "wait for it, or resume=never") from error
+            yield
 
     def read_identity(self) -> dict[str, Any]:
         """Contents of `run.json`."""

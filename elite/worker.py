@@ -7,6 +7,7 @@ import json
 import os
 import statistics
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,11 @@ def train(folder: RunFolder, ranks: Ranks) -> None:
         EliteError: the run cannot go on; its checkpoints are intact.
         Interrupted: a signal ended it; its last step is saved.
     """
+    with folder.held() if ranks.is_main else nullcontext():
+        _train(folder, ranks)
+
+
+def _train(folder: RunFolder, ranks: Ranks) -> None:
     config, plan = from_yaml(folder.config), json.loads(folder.plan.read_text())
     device = hardware.device(config.hardware)
     facts = facts_of(config, device, geometry.shape(config.model))
@@ -63,7 +69,7 @@ def train(folder: RunFolder, ranks: Ranks) -> None:
     torch.manual_seed(config.seed + ranks.rank)
     store = _tokens(folder)
     trainer = _assemble(config, plan, loaded, decisions, dtype, layout, store, meter, ranks, folder)
-    last = checkpoint.require_latest(folder.checkpoints) if folder.resumable else None
+    last = checkpoint.require_latest(folder.checkpoints) if folder.begun else None
     if last is not None:
         trainer.resume(last)
     applied |= loaded.applied | trainer.applied
