@@ -1,6 +1,6 @@
 """One training process: assemble what the run folder describes, train, leave the results there.
 
-Started as `python -m elite.worker FOLDER` by the launcher, or called in process under torchrun.
+Started by the launcher with the folder as its argument, or called in process under torchrun.
 """
 
 import json
@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,20 @@ def train(folder: RunFolder, ranks: Ranks) -> None:
         _train(folder, ranks)
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What every part of a run needs to know."""
+
+    config: RunConfig
+    plan: dict[str, Any]
+    decisions: tuple[Decision, ...]
+    dtype: torch.dtype
+    """Of matrix products and frozen weights."""
+    packed: bool
+    folder: RunFolder
+    ranks: Ranks
+
+
 def _train(folder: RunFolder, ranks: Ranks) -> None:
     config, plan = from_yaml(folder.config), json.loads(folder.plan.read_text())
     device = hardware.device(config.hardware)
@@ -62,31 +76,29 @@ def _train(folder: RunFolder, ranks: Ranks) -> None:
     _prepare_process(config, ranks, device.memory_usable_bytes)
     runtime, layout = Runtime(device.supports_bf16), BatchLayout()
     applied = apply_stage(Stage.data, decisions, layout) | apply_stage(Stage.runtime, decisions, runtime)
-    dtype = getattr(torch, runtime.compute_dtype)
+    run = _Run(config, plan, decisions, getattr(torch, runtime.compute_dtype), layout.packed, folder, ranks)
 
     meter = Meter(ranks, model_flops_per_token(facts), device.matmul_flops_per_s)
-    loaded = load(config, decisions, dtype, ranks.device)
+    loaded = load(config, decisions, run.dtype, ranks.device)
     torch.manual_seed(config.seed + ranks.rank)
     store = _tokens(folder)
-    trainer = _assemble(config, plan, loaded, decisions, dtype, layout, store, meter, ranks, folder)
-    last = checkpoint.require_latest(folder.checkpoints) if folder.begun else None
-    if last is not None:
-        trainer.resume(last)
-    applied |= loaded.applied | trainer.applied
-    completion = _Completion(config, loaded, store, dtype, ranks, folder)
-    if last is None:
+    trainer = _assemble(run, loaded, store, meter)
+    completion = _Completion(run, loaded, store)
+    if folder.begun:
+        trainer.resume(checkpoint.require_latest(folder.checkpoints))
+    else:
         completion.write("before")
-    trainer.observers = _observers(config, plan, folder, trainer.progress.step, trainer.steps) if ranks.is_main else []
+    trainer.observers = _observers(run, trainer.progress.step) if ranks.is_main else ()
     summary: dict[str, Any] = {}
     try:
         progress = trainer.fit()
         completion.write("after")
+        measured = meter.measured_peak_bytes()
         if ranks.is_main:
             save_trained(loaded, folder.final)
-            summary = _summary(config, plan, folder, progress, meter)
-            summary["applied"] = {name: f"{act.count} {act.detail}" for name, act in applied.items()}
-        else:
-            meter.measured_peak_bytes()
+            applied |= loaded.applied | trainer.applied
+            acts = {name: f"{act.count} {act.detail}" for name, act in applied.items()}
+            summary = _summary(run, progress, meter) | {"measured_peak_bytes": measured, "applied": acts}
     finally:
         for observer in trainer.observers:
             observer.end(summary)
@@ -115,68 +127,52 @@ def _prepare_process(config: RunConfig, ranks: Ranks, usable_bytes: int) -> None
     torch.manual_seed(config.seed)
 
 
-def _assemble(
-    config: RunConfig,
-    plan: dict[str, Any],
-    loaded: LoadedModel,
-    decisions: tuple[Decision, ...],
-    dtype: torch.dtype,
-    layout: BatchLayout,
-    store: TokenStore,
-    meter: Meter,
-    ranks: Ranks,
-    folder: RunFolder,
-) -> Trainer:
-    optimizer, applied = build_optimizer(loaded.trainable, config.training, decisions)
+def _assemble(run: _Run, loaded: LoadedModel, store: TokenStore, meter: Meter) -> Trainer:
+    config, tier, ranks, steps = run.config, run.config.tier, run.ranks, run.plan["steps"]
+    optimizer, applied = build_optimizer(loaded.trainable, config.training, run.decisions)
     model = DistributedDataParallel(loaded.model, broadcast_buffers=False) if ranks.world > 1 else loaded.model
-    tier = config.tier
     with_context, alone = (
         validation_batches(store, tier.context, tier.target_length, config.data.val_sequences, config.seed, with_context=flag)
         for flag in (True, False)
     )
     return Trainer(
         config=config.training,
-        steps=plan["steps"],
-        accumulation=plan["accumulation"],
+        steps=steps,
+        accumulation=run.plan["accumulation"],
         loaded=loaded,
-        executor=WholeExecutor(model, dtype),
+        executor=WholeExecutor(model, run.dtype),
         optimizer=optimizer,
-        scheduler=schedule(optimizer, config.schedule, plan["steps"]),
-        scaler=make_scaler(ranks.device, dtype),
-        stream=TrainStream(
-            store, config.data, tier.context, config.training.micro_batch, config.seed, layout.packed, ranks.rank, ranks.world
-        ),
+        scheduler=schedule(optimizer, config.schedule, steps),
+        scaler=make_scaler(ranks.device, run.dtype),
+        stream=TrainStream(store, config.data, tier.context, config.training.micro_batch, config.seed, run.packed, ranks.rank, ranks.world),
         # Validation runs on the bare model: DDP would wait for ranks that have fewer targets.
-        validator=Validator(WholeExecutor(loaded.model, dtype), with_context, alone, ranks),
+        validator=Validator(WholeExecutor(loaded.model, run.dtype), with_context, alone, ranks),
         meter=meter,
         ranks=ranks,
-        checkpoints=folder.checkpoints,
+        checkpoints=run.folder.checkpoints,
         applied=applied,
     )
 
 
-def _observers(config: RunConfig, plan: dict[str, Any], folder: RunFolder, step: int, steps: int) -> list[Observer]:
-    settings = {"config": asdict(config), "plan": plan}
-    name = config.name or folder.path.name
-    tracker = start_tracker(config.logger, folder.path, name, folder.read_identity()["tracker_id"], settings, console)
+def _observers(run: _Run, step: int) -> list[Observer]:
+    settings = {"config": asdict(run.config), "plan": run.plan}
+    folder, name = run.folder, run.config.name or run.folder.path.name
+    tracker = start_tracker(run.config.logger, folder.path, name, folder.read_identity()["tracker_id"], settings, console)
     trackers = [tracker] if tracker else []
-    return [metrics_file.MetricsFile(folder.metrics, step), *trackers, Screen(console, steps, step)]
+    return [metrics_file.MetricsFile(folder.metrics, step), *trackers, Screen(console, run.plan["steps"], step)]
 
 
 class _Completion:
     """A held-out file completed before and after training, kept in `completion.json`."""
 
-    def __init__(
-        self, config: RunConfig, loaded: LoadedModel, store: TokenStore, dtype: torch.dtype, ranks: Ranks, folder: RunFolder
-    ) -> None:
-        self._loaded, self._dtype, self._device = loaded, dtype, ranks.device
-        self._file = folder.path / "completion.json"
-        tokens = config.training.completion_tokens
-        wanted = ranks.is_main and tokens > 0
+    def __init__(self, run: _Run, loaded: LoadedModel, store: TokenStore) -> None:
+        config, tokens = run.config, run.config.training.completion_tokens
+        self._loaded, self._dtype, self._device = loaded, run.dtype, run.ranks.device
+        self._file = run.folder.path / "completion.json"
+        wanted = run.ranks.is_main and tokens > 0
         self._example = completion_example(store, config.tier.context, tokens, config.seed) if wanted else None
-        self._tokenizer: Any = (
-            pretrained.tokenizer(config.model, Path(config.output.cache).expanduser(), download=False) if wanted else None
-        )
+        cache = Path(config.output.cache).expanduser()
+        self._tokenizer: Any = pretrained.tokenizer(config.model, cache, download=False) if wanted else None
 
     def write(self, when: str) -> None:
         """Complete now and record it as `before` or `after`."""
@@ -200,12 +196,12 @@ class _Completion:
                 console.print(known[title], markup=False)
 
 
-def _summary(config: RunConfig, plan: dict[str, Any], folder: RunFolder, progress: Progress, meter: Meter) -> dict[str, Any]:
-    steps = [line for line in metrics_file.read(folder.metrics) if "loss" in line]
+def _summary(run: _Run, progress: Progress, meter: Meter) -> dict[str, Any]:
+    steps = [line for line in metrics_file.read(run.folder.metrics) if "loss" in line]
     # The first step allocates and compiles; it says nothing about the others.
     timed = steps[1:] or steps
     return {
-        "name": config.name or folder.path.name,
+        "name": run.config.name or run.folder.path.name,
         "steps": progress.step,
         "tokens": progress.tokens,
         "train_loss_first": progress.first_loss,
@@ -214,11 +210,10 @@ def _summary(config: RunConfig, plan: dict[str, Any], folder: RunFolder, progres
         "val_last": progress.last_val,
         "best_val_loss": progress.best_val_loss,
         "best_step": progress.best_step,
-        "predicted_peak_bytes": plan["total_bytes"],
-        "measured_peak_bytes": meter.measured_peak_bytes(),
+        "predicted_peak_bytes": run.plan["total_bytes"],
         "reserved_peak_bytes": meter.highest["gpu_reserved_bytes"],
         "host_rss_peak_bytes": meter.highest["host_rss_bytes"],
-        "predicted_step_s": plan["step_s"],
+        "predicted_step_s": run.plan["step_s"],
         "step_s": statistics.median(line["step_time_s"] for line in timed),
         "tokens_per_s": statistics.median(line["tokens_per_s"] for line in timed),
         "train_time_s": sum(line["step_time_s"] for line in steps),
@@ -238,7 +233,7 @@ def _show(summary: dict[str, Any], folder: RunFolder) -> None:
 
 
 def main() -> None:
-    """The process's edge: errors are shown once, by the lowest rank that has one."""
+    """The process's edge: an error is shown here, and its exit code tells the parent so."""
     start_logging()
     try:
         with joined() as ranks:
@@ -248,7 +243,3 @@ def main() -> None:
         sys.exit(error.exit_code)
     except Interrupted:
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()
