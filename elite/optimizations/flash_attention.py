@@ -1,8 +1,8 @@
 """Flash attention.
 
 What:   attention without the matrix of scores.
-How:    torch's scaled_dot_product_attention picks the fastest fused kernel the machine has (FlashAttention-2, cuDNN,
-        memory-efficient); documents of a packed sequence are attended one by one, so no mask is ever formed.
+How:    torch's scaled_dot_product_attention runs a fused kernel (FlashAttention-2, cuDNN or memory-efficient, by its own order of
+        preference for the machine); documents of a packed sequence are attended one by one, so no mask is ever formed.
 Memory: no [heads, S, S] scores: the layer keeps its output and one log-sum-exp a query instead.
 Source: Dao 2023, arXiv:2307.08691; torch.nn.functional.scaled_dot_product_attention.
 """

@@ -31,13 +31,19 @@ class MixedPrecision(Optimization):
         return None
 
     def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
-        frozen = 0.5 if facts.adapter == "lora" else 1.0
+        full = facts.adapter == "full"
+        frozen = 1.0 if full else 0.5
+        # Norms work in fp32 and keep their input so: two a layer at most, two bytes more a value than the rest.
+        norms = 2 * 2 * facts.model.num_hidden_layers * facts.model.hidden_size * facts.micro_tokens
         return replace(
             estimate,
             linear_weights=estimate.linear_weights * frozen,
             other_weights=estimate.other_weights * frozen,
-            saved_activations=estimate.saved_activations * 0.5,
-            attention_scores=estimate.attention_scores * 0.5,
+            # Autocast keeps a two-byte copy of every trained weight from forward to backward.
+            trainable_copy=estimate.trainable_copy + (2 * facts.trainable_params if full else 0),
+            saved_activations=estimate.saved_activations * 0.5 + norms,
+            # Unfused attention takes its softmax in fp32 and keeps that beside the two-byte weights: six bytes instead of four.
+            attention_scores=estimate.attention_scores * 1.5,
             layer_workspace=estimate.layer_workspace * 0.5,
         )
 
