@@ -6,6 +6,8 @@ Optimizations read these to say whether they can act and what they save; the pla
 from dataclasses import dataclass, field
 
 GIB = 1024**3
+FORMULA_GELU = frozenset({"phi"})
+"""Architectures whose GELU is a chain of elementary operations (`gelu_new`), each of which keeps what its backward reads."""
 
 
 @dataclass(frozen=True)

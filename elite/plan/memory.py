@@ -20,7 +20,7 @@ What autograd keeps of one decoder layer, in values a token (checked against sav
 from collections.abc import Iterable
 from dataclasses import replace
 
-from elite.facts import Facts, LinearShape
+from elite.facts import FORMULA_GELU, Facts, LinearShape
 from elite.optimizations.contract import Decision, Estimate, Site
 
 FP32 = 4
@@ -37,8 +37,6 @@ UNFUSED_TRANSIENTS = 3
 
 PARALLEL_BLOCKS = frozenset({"phi", "cohere", "cohere2"})
 """Architectures whose attention and MLP read the same norm."""
-FORMULA_GELU = frozenset({"phi"})
-"""Architectures whose GELU is a chain of elementary operations (`gelu_new`)."""
 
 NOT_MODELLED = (
     "allocator fragmentation: the driver shows more than is allocated",
@@ -46,6 +44,7 @@ NOT_MODELLED = (
     "loading: weights pass through host memory before they are converted",
     "host memory beyond a CPU run's tensors: libraries and the allocator's slack, which outweigh the tensors of a small run",
     "evaluation and generation, which keep no activations",
+    "masks of a model's own dropout (Phi-2 trains with it)",
 )
 
 

@@ -114,7 +114,7 @@ def test_predicted_peak_is_the_measured_one(
     if checkpointed:
         GradientCheckpointing(GradientCheckpointing.Config(enabled=True)).apply(model.get_base_model())
     peak = measured_peak(model, torch.randint(0, vocab, (1, context)), half)
-    facts = replace(facts_for(config, context), device=device("h100"))  # which has bf16 for certain
+    facts = replace(facts_for(config, context), device=replace(device("cpu"), supports_bf16=True))
     on = ["flash_attention"] + ["mixed_precision"] * half + ["gradient_checkpointing"] * checkpointed
     estimate = predict(facts, decide(switches(*on), facts))
     predicted = estimate.saved_activations + estimate.attention_scores + estimate.layer_workspace + estimate.loss_workspace
