@@ -37,6 +37,7 @@ def hf_config(model: ModelConfig) -> "PretrainedConfig":
     if model.path is not None and (Path(model.path).expanduser() / "config.json").is_file():
         return hf_config_from(Path(model.path).expanduser())
     _check_geometry(model)
+    _check_rope(model)
     geometry: dict[str, Any] = {name: getattr(model, name) for name in SIZES}
     if model.rope_parameters:
         geometry["rope_parameters"] = dict(model.rope_parameters)
@@ -70,7 +71,13 @@ def shape(model: ModelConfig) -> ModelShape:
     Raises:
         ModelError: as `hf_config`, or the architecture has no list of decoder layers to work on.
     """
-    return _shape(model.name, hf_config(model).to_json_string(use_diff=False))
+    return _shape(_name(model), hf_config(model).to_json_string(use_diff=False))
+
+
+def _name(model: ModelConfig) -> str:
+    """What people call it: a folder with a model of its own is not the preset whose place it takes."""
+    own = model.path is not None and (Path(model.path).expanduser() / "config.json").is_file()
+    return Path(str(model.path)).expanduser().resolve().name if own else model.name
 
 
 @lru_cache(maxsize=32)
@@ -126,6 +133,16 @@ def _check_geometry(model: ModelConfig) -> None:
                 f"model.{whole}={sizes[whole]} is not a multiple of model.{part}={sizes[part]}",
                 f"model.{part}={_nearest_divisor(sizes[whole], sizes[part])}",
             )
+
+
+def _check_rope(model: ModelConfig) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    known = {"default", *ROPE_INIT_FUNCTIONS}
+    if "rope_type" in model.rope_parameters and model.rope_parameters["rope_type"] not in known:
+        raise ModelError(
+            f"model.rope_parameters.rope_type={model.rope_parameters['rope_type']} is unknown", f"one of {', '.join(sorted(known))}"
+        )
 
 
 def _nearest_divisor(whole: int, wanted: int) -> int:

@@ -17,8 +17,8 @@ from elite.data.sources import find_repositories
 from elite.data.tokens import TokenStore, cached, tokenise
 from elite.distributed.launch import launch
 from elite.distributed.ranks import joined, launched
-from elite.errors import CheckpointError, ConfigError, PlanError
-from elite.facts import Corpus, Device
+from elite.errors import CheckpointError, ConfigError, ModelError, PlanError
+from elite.facts import Corpus, Device, ModelShape
 from elite.plan import Plan, choose_tier, make_plan, render
 from elite.runfolder import RunFolder, interrupted_run, new_folder, request_key, write_start
 
@@ -36,7 +36,7 @@ def plan(composed: Composed) -> None:
     tokenizer = pretrained.tokenizer(config.model, Path(config.output.cache).expanduser(), download=False)
     store = cached(found, tokenizer, Path(config.output.cache).expanduser()) if tokenizer else None
     device = hardware.device(config.hardware)
-    _, made, _ = _decide(composed, device, found, store.corpus(found) if store else estimate(found))
+    _, made, _ = _decide(composed, device, geometry.shape(config.model), found, store.corpus(found) if store else estimate(found))
     console.print(render(made))
 
 
@@ -48,7 +48,10 @@ def train(composed: Composed) -> None:
         with joined() as ranks:
             request = composed.again(f"hardware.gpus={ranks.world}")
             folder = ranks.broadcast(_prepare(request)[0].path if ranks.is_main else None)
-            worker.train(RunFolder(folder), ranks)
+            try:
+                worker.train(RunFolder(folder), ranks)
+            except worker.Interrupted as error:
+                raise KeyboardInterrupt from error
         return
     folder, processes = _prepare(composed)
     launch(folder.path, processes)
@@ -92,8 +95,9 @@ def _prepare(composed: Composed) -> tuple[RunFolder, int]:
     if interrupted is not None:
         console.print(f"continuing the interrupted run in {interrupted.path} (resume=never starts anew)", markup=False)
         return interrupted, device.count
-    store = _tokens(config, found)
-    resolved, made, name = _decide(composed, device, found, store.corpus(found))
+    shape = geometry.shape(config.model)
+    store = _tokens(config, found, shape.vocab_size)
+    resolved, made, name = _decide(composed, device, shape, found, store.corpus(found))
     console.print(render(made))
     console.print(_packing(resolved, store))
     if not made.fits:
@@ -135,24 +139,25 @@ def _to_resume(config: RunConfig, request: str) -> RunFolder | None:
     return interrupted_run(Path(config.output.root).expanduser().absolute(), request)
 
 
-def _tokens(config: RunConfig, found: Harvest) -> TokenStore:
+def _tokens(config: RunConfig, found: Harvest, vocab_size: int) -> TokenStore:
     cache = Path(config.output.cache).expanduser()
     tokenizer: Any = pretrained.tokenizer(config.model, cache, download=True)
     if tokenizer is None:
         raise ConfigError(f"model={config.model.name} names no hub id, folder or package", "model.path=FOLDER")
+    if len(tokenizer) > vocab_size:
+        raise ModelError(f"the tokenizer has {len(tokenizer):,} tokens, the model {vocab_size:,}", "model.vocab_size= that many at least")
     return tokenise(found, tokenizer, cache)
 
 
-def _decide(composed: Composed, device: Device, found: Harvest, corpus: Corpus) -> tuple[RunConfig, Plan, str]:
+def _decide(composed: Composed, device: Device, shape: ModelShape, found: Harvest, corpus: Corpus) -> tuple[RunConfig, Plan, str]:
     """The configuration with its tier settled, its plan, and the run's name."""
     for note in found.notes:
         console.print(note, markup=False)
     config = composed.config
-    shape = geometry.shape(config.model)
     if config.tier.name == "auto":
         candidates = ((name, composed.again(f"tier={name}").config) for name in reversed(TIER_OPTIONS[1:]))
         config, made, reason = choose_tier(candidates, device, shape, corpus)
         console.print(f"tier=auto: {config.tier.name}. {reason}", markup=False)
     else:
         made = make_plan(config, device, shape, corpus)
-    return config, made, config.name or f"{config.model.name}-{config.tier.name}"
+    return config, made, config.name or f"{made.model}-{config.tier.name}"

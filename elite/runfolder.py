@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,10 @@ def new_folder(config: RunConfig, name: str, now: datetime) -> RunFolder:
         ConfigError: it cannot be written.
     """
     output = config.output
-    path = Path(output.folder) if output.folder else Path(output.root) / f"{now:%Y-%m-%d}" / f"{now:%H-%M-%S}_{name}"
-    path = path.expanduser().absolute()
+    parent = Path(output.root) / f"{now:%Y-%m-%d}"
+    path = (Path(output.folder) if output.folder else parent / f"{now:%H-%M-%S}_{name}").expanduser().absolute()
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path = _made(path, shared=output.folder is not None)
         probe = path / ".writable"
         probe.touch()
         probe.unlink()
@@ -140,6 +141,19 @@ def new_folder(config: RunConfig, name: str, now: datetime) -> RunFolder:
     if (path / "run.json").exists():
         raise ConfigError(f"output.folder={path} already holds a run", "another folder, or resume=FOLDER to continue that run")
     return RunFolder(path)
+
+
+def _made(path: Path, shared: bool) -> Path:
+    """The folder, created; beside it, with a number, if it is not `shared` and another run of the same second has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name in chain([path.name], (f"{path.name}_{n}" for n in count(2))):
+        try:
+            path.with_name(name).mkdir(exist_ok=shared)
+            return path.with_name(name)
+        except FileExistsError:
+            if shared:
+                raise
+    raise AssertionError("there is always a next number")
 
 
 def write_start(folder: RunFolder, config: RunConfig, plan: dict[str, Any], device: Device, request: str, tokens: Path) -> None:

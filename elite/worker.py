@@ -78,7 +78,9 @@ def _train(folder: RunFolder, ranks: Ranks) -> None:
     applied = apply_stage(Stage.data, decisions, layout) | apply_stage(Stage.runtime, decisions, runtime)
     run = _Run(config, plan, decisions, getattr(torch, runtime.compute_dtype), layout.packed, folder, ranks)
 
-    meter = Meter(ranks, model_flops_per_token(facts), device.matmul_flops_per_s)
+    # A CPU's rate is an assumption of the planner's; utilisation of an assumption is no measurement.
+    peak = device.matmul_flops_per_s if device.kind == "cuda" else 0.0
+    meter = Meter(ranks, model_flops_per_token(facts), peak)
     loaded = load(config, decisions, run.dtype, ranks.device)
     torch.manual_seed(config.seed + ranks.rank)
     store = _tokens(folder)

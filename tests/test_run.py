@@ -1,6 +1,7 @@
 """The program as a user runs it: plan, train, stop, continue, sweep; with real libraries."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,12 +12,16 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from elite import pretrained
 from elite.callbacks import metrics_file
 from elite.report import measurement, tables
 from elite.runfolder import RunFolder
 from tests.conftest import ROOT, Program
+from tests.models import tiny
 
 STEP_FIELDS = {
     "step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "tflops", "mfu",
@@ -188,6 +193,24 @@ def test_a_logger_that_does_not_start_stops_the_run(program: Program) -> None:
     done = program("debug=tiny", "logger=wandb", "logger.project=a/b", "training.completion_tokens=0")
     assert done.returncode == 2 and "logger=wandb does not start" in done.stderr and "logger=none" in done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("error:") == 1
+
+
+def test_a_model_from_a_folder(program: Program, tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    tiny("qwen2", "eager", vocab_size=300, max_position_embeddings=128).save_pretrained(folder)
+    pretrained.byte_tokenizer().save_pretrained(folder)
+    done = program("model=phi2", f"model.path={folder}", "debug=tiny", "model.weights=pretrained", "name=null")
+    assert done.returncode == 0, done.stderr
+    run = only_run(tmp_path)
+    assert run.path.name.endswith("my-model-tier1") and "YaRN factor 2 stretches 128" in done.stdout
+    # Weights as given, so a loss near that of a guess among its 300 tokens, and the adapter loads onto them with peft alone.
+    assert losses(run)[1] == pytest.approx(math.log(300), abs=0.5)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    before = base.lm_head.weight.detach().clone()
+    merged = PeftModel.from_pretrained(base, run.final).merge_and_unload()
+    assert torch.equal(merged.lm_head.weight, before)
+    first = merged.model.layers[0].mlp.down_proj.weight
+    assert not torch.equal(first, load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.weight"])
 
 
 def test_overfitting_works(program: Program, tmp_path: Path) -> None:

@@ -52,6 +52,12 @@ def test_the_request_is_what_is_trained_not_where_it_is_written() -> None:
     assert len({key(), key("seed=1"), key("training.learning_rate=1e-4"), key("tier.context=512"), key(origin="/other")}) == 5
 
 
+def test_two_runs_of_one_second_get_two_folders(tmp_path: Path) -> None:
+    assert begun(tmp_path, 1).path.name == "01-00-00_a"
+    assert begun(tmp_path, 1).path.name == "01-00-00_a_2"
+    assert begun(tmp_path, 1).path.name == "01-00-00_a_3"
+
+
 def test_a_folder_is_not_written_over(tmp_path: Path) -> None:
     folder = begun(tmp_path, 1)
     config = replace(CONFIG, output=OutputConfig(folder=str(folder.path)))

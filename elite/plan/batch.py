@@ -1,9 +1,9 @@
-"""How sequences make an optimizer step, and which numbers make no step at all."""
+"""How sequences make an optimizer step."""
 
 from dataclasses import dataclass
 
 from elite.config import AdapterMethod, RunConfig
-from elite.errors import ConfigError, PlanError
+from elite.errors import PlanError
 from elite.facts import Device, Facts, ModelShape
 
 CONTEXT_MULTIPLE = 8
@@ -34,47 +34,6 @@ def facts_of(config: RunConfig, device: Device, shape: ModelShape) -> Facts:
         trainable_params=shape.lora_params(config.adapter.rank) if lora else shape.total_params,
         adapter=config.adapter.method.value,
     )
-
-
-def check_numbers(config: RunConfig) -> None:
-    """Numbers that no run can have.
-
-    Raises:
-        ConfigError: one of them is out of range.
-    """
-    training, adapter = config.training, config.adapter
-    positive = {
-        "training.epochs": training.epochs,
-        "training.global_batch_tokens": training.global_batch_tokens,
-        "training.micro_batch": training.micro_batch,
-        "training.learning_rate": training.learning_rate,
-        "training.eps": training.eps,
-        "training.max_grad_norm": training.max_grad_norm,
-        "training.val_every": training.val_every,
-        "training.checkpoint_every": training.checkpoint_every,
-        "adapter.rank": adapter.rank,
-        "adapter.alpha": adapter.alpha,
-        "tier.context": config.tier.context,
-        "tier.target_length": config.tier.target_length,
-        "plan.max_step_minutes": config.plan.max_step_minutes,
-    }
-    if training.max_steps is not None:
-        positive["training.max_steps"] = training.max_steps
-    for name, value in positive.items():
-        if value <= 0:
-            raise ConfigError(f"{name}={value}: must be positive", f"leave {name} out for its default")
-    for name, value in {"training.weight_decay": training.weight_decay, "training.completion_tokens": training.completion_tokens}.items():
-        if value < 0:
-            raise ConfigError(f"{name}={value}: must not be negative", f"{name}=0 turns it off")
-    shares = {
-        "training.beta1": training.beta1,
-        "training.beta2": training.beta2,
-        "adapter.dropout": adapter.dropout,
-        "plan.headroom_fraction": config.plan.headroom_fraction,
-    }
-    for name, value in shares.items():
-        if not 0 <= value < 1:
-            raise ConfigError(f"{name}={value}: must lie in [0, 1)", f"leave {name} out for its default")
 
 
 def batch_geometry(config: RunConfig, device: Device) -> BatchGeometry:

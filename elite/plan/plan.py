@@ -9,10 +9,11 @@ from elite.config import Executor, RunConfig
 from elite.facts import Corpus, Device, Facts, ModelShape
 from elite.optimizations import decide
 from elite.optimizations.contract import Decision, Estimate
-from elite.plan.batch import BatchGeometry, batch_geometry, check_numbers, facts_of
+from elite.plan.batch import BatchGeometry, batch_geometry, facts_of
 from elite.plan.fix import smallest_change
 from elite.plan.memory import NOT_MODELLED, predict
 from elite.plan.time import step_flops, step_seconds
+from elite.plan.values import check_values
 
 YARN_TESTED_FACTOR = 4
 """Beyond this stretch of the trained positions quality is doubtful (Peng et al. 2023 go to 16 with fine-tuning on it)."""
@@ -91,7 +92,7 @@ def make_plan(config: RunConfig, device: Device, shape: ModelShape, corpus: Corp
         ConfigError: a number is out of range.
         PlanError: the batch geometry is impossible, or two optimizations exclude each other.
     """
-    check_numbers(config)
+    check_values(config)
     batch = batch_geometry(config, device)
     facts = facts_of(config, device, shape)
     decisions = decide(config.optimizations, facts)

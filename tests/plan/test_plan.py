@@ -150,7 +150,7 @@ def test_a_checkpoint_holds_adapters_and_optimizer_state() -> None:
         ("tier", "context", 4100, "tier.context=4100: must be a multiple of 8"),
         ("tier", "context", 32, "at least 64"),
         ("tier", "target_length", 4096, "tier.target_length=4096 leaves no context"),
-        ("tier", "target_length", 0, "tier.target_length=0: must be positive"),
+        ("tier", "target_length", 0, "tier.target_length=0: must be at least 2"),
         ("training", "global_batch_tokens", 10000, "training.global_batch_tokens=10000 is not a multiple"),
         ("training", "learning_rate", 0.0, "training.learning_rate=0.0: must be positive"),
         ("training", "micro_batch", 0, "training.micro_batch=0"),

@@ -1,0 +1,81 @@
+"""Values that no run can have, each rule stated once."""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+
+from elite.config import RunConfig, Schedule
+from elite.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the values of some fields must satisfy."""
+
+    words: str
+    holds: Callable[[float], bool]
+    fields: tuple[str, ...]
+
+
+RULES = (
+    Rule(
+        "must be positive and finite",
+        lambda value: 0 < value < math.inf,
+        (
+            "training.epochs",
+            "training.max_steps",
+            "training.global_batch_tokens",
+            "training.micro_batch",
+            "training.learning_rate",
+            "training.eps",
+            "training.max_grad_norm",
+            "training.val_every",
+            "training.checkpoint_every",
+            "adapter.rank",
+            "adapter.alpha",
+            "tier.context",
+            "schedule.power",
+            "data.val_sequences",
+            "data.max_file_bytes",
+            "plan.max_step_minutes",
+        ),
+    ),
+    Rule(
+        "must not be negative, and finite",
+        lambda value: 0 <= value < math.inf,
+        ("seed", "training.weight_decay", "training.completion_tokens", "plan.min_sequences"),
+    ),
+    Rule(
+        "must lie in [0, 1)",
+        lambda value: 0 <= value < 1,
+        ("training.beta1", "training.beta2", "adapter.dropout", "plan.headroom_fraction", "schedule.final_fraction"),
+    ),
+    Rule("must lie in (0, 1)", lambda value: 0 < value < 1, ("data.val_fraction", "schedule.decay_fraction")),
+    Rule("must lie in [0, 1]", lambda value: 0 <= value <= 1, ("schedule.warmup_fraction",)),
+    Rule("must be at least 2: a target's first token is not scored", lambda value: value >= 2, ("tier.target_length",)),
+)
+
+
+def check_values(config: RunConfig) -> None:
+    """Refuse values out of range.
+
+    Raises:
+        ConfigError: one of them is.
+    """
+    for rule in RULES:
+        for name in rule.fields:
+            value = attrgetter(name)(config)
+            # An optional field that is unset has no value to check.
+            if value is not None and not rule.holds(value):
+                raise ConfigError(f"{name}={value}: {rule.words}", f"leave {name} out for its default")
+    schedule = config.schedule
+    if schedule.name is Schedule.wsd and schedule.warmup_fraction + schedule.decay_fraction > 1:
+        raise ConfigError(
+            f"schedule.warmup_fraction={schedule.warmup_fraction} and decay_fraction={schedule.decay_fraction} exceed the whole run",
+            "together at most 1",
+        )
+    # It becomes a folder's name.
+    if config.name is not None and not re.fullmatch(r"[^/\\\0.][^/\\\0]*", config.name):
+        raise ConfigError(f"name={config.name!r}: must be a plain file name", "letters, digits, - and _")
