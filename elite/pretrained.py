@@ -30,7 +30,12 @@ def locate(model: ModelConfig, cache: Path, download: bool) -> Path | None:
         folder = Path(model.path).expanduser()
         if not folder.is_dir():
             raise ModelError(f"model.path={model.path} is not a folder", "give the folder that holds config.json and the weights")
-        return _converted(folder / model.gguf_file, cache) if model.gguf_file and (folder / model.gguf_file).is_file() else folder
+        if model.gguf_file and (folder / model.gguf_file).is_file():
+            return _converted(folder / model.gguf_file, cache)
+        missing = _missing_weights(folder)
+        if missing:
+            raise ModelError(f"model.path={model.path} lacks {missing}", "a folder as save_pretrained writes it, weights in safetensors")
+        return folder
     package = importlib.util.find_spec(model.package) if model.package else None
     if package is not None and package.submodule_search_locations and model.gguf_file:
         return _converted(Path(package.submodule_search_locations[0]) / model.gguf_file, cache)
@@ -45,19 +50,32 @@ def _from_hub(model: ModelConfig, download: bool) -> Path | None:
     missing = f"model={model.name}: {model.hub} is not on this machine"
     try:
         folder = Path(snapshot_download(model.hub, local_files_only=True))
-        if any(folder.glob("*.safetensors")):
+        if not _missing_weights(folder):
             return folder
     except LocalEntryNotFoundError:
         pass
     if not download:
         return None
     try:
-        return Path(snapshot_download(model.hub, allow_patterns=list(WEIGHT_FILES)))
+        folder = Path(snapshot_download(model.hub, allow_patterns=list(WEIGHT_FILES)))
     except LocalEntryNotFoundError as error:
         raise ModelError(f"{missing} and the hub cannot be reached", OFFLINE_REMEDY) from error
     except HfHubHTTPError as error:
         refusal = str(error).splitlines()[0]
         raise ModelError(f"{missing} and the hub refuses it: {refusal}", "log in with `hf auth login`, or model.path=FOLDER") from error
+    lacking = _missing_weights(folder)
+    if lacking:
+        raise ModelError(f"model={model.name}: {model.hub} lacks {lacking} on this machine and on the hub", OFFLINE_REMEDY)
+    return folder
+
+
+def _missing_weights(folder: Path) -> str:
+    """What a model folder lacks of its weights: nothing (empty), a shard that its index names, or safetensors altogether."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        return ", ".join(sorted(shard for shard in shards if not (folder / shard).is_file()))
+    return "" if any(folder.glob("*.safetensors")) else "*.safetensors"
 
 
 def _converted(gguf: Path, cache: Path) -> Path:
@@ -103,7 +121,12 @@ def tokenizer(model: ModelConfig, cache: Path, download: bool) -> Any | None:
     if model.weights is Weights.random:
         return byte_tokenizer()
     folder = locate(model, cache, download)
-    return None if folder is None else AutoTokenizer.from_pretrained(folder)
+    if folder is None:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} holds no tokenizer that transformers can read", "save_pretrained the tokenizer there too") from error
 
 
 def byte_tokenizer() -> Any:
