@@ -7,11 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from elite import compose, modes, worker
 from elite.config import CONF_DIR
+from elite.distributed.ranks import joined
+from elite.runfolder import RunFolder
 
 ROOT = CONF_DIR.parent
 Program = Callable[..., subprocess.CompletedProcess[str]]
+Trained = Callable[..., RunFolder]
+
+# The suite runs two processes side by side, and tiny tensors gain nothing from more threads.
+torch.set_num_threads(1)
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -54,9 +62,22 @@ def program(tmp_path: Path, repository: Path, cache: Path) -> Program:
         defaults = [f"output.cache={cache}"]
         if not any(word.startswith("data.repo") for word in overrides):
             defaults.append(f"data.repo={repository}")
-        # One thread a process: the suite runs two processes side by side, and tiny tensors gain nothing from more.
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(environment or {})}
         command = [sys.executable, str(ROOT / "train.py"), *overrides, *defaults]
         return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
+
+    return call
+
+
+@pytest.fixture
+def trained(tmp_path: Path, repository: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Trained:
+    """A run in this process, as under torchrun: everything but the launch, without importing all libraries twice more."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*overrides: str) -> RunFolder:
+        folder, _ = modes._prepare(compose.from_overrides(f"output.cache={cache}", f"data.repo={repository}", *overrides))
+        with joined() as ranks:
+            worker.train(folder, ranks)
+        return folder
 
     return call

@@ -20,7 +20,7 @@ from elite import pretrained
 from elite.callbacks import metrics_file
 from elite.report import measurement, tables
 from elite.runfolder import RunFolder
-from tests.conftest import ROOT, Program
+from tests.conftest import ROOT, Program, Trained
 from tests.models import tiny
 
 STEP_FIELDS = {
@@ -85,12 +85,16 @@ def wait_for_lines(root: Path, process: subprocess.Popen[str], lines: int) -> No
         time.sleep(0.02)
 
 
-def test_a_killed_run_continues_bit_for_bit(program: Program, tmp_path: Path, repository: Path, cache: Path) -> None:
-    request = ("debug=tiny", "training.max_steps=8", "data.order=shuffled", "adapter.dropout=0.1", "training.completion_tokens=0")
-    whole = program(*request, "output.root=whole")
-    assert whole.returncode == 0, whole.stderr
-    (identity,) = (tmp_path / "whole").glob("*/*/run.json")
-    expected = RunFolder(identity.parent)
+def test_a_killed_run_continues_bit_for_bit(program: Program, trained: Trained, tmp_path: Path, repository: Path, cache: Path) -> None:
+    request = (
+        "debug=tiny",
+        "training.max_steps=40",
+        "training.val_every=20",
+        "data.order=shuffled",
+        "adapter.dropout=0.1",
+        "training.completion_tokens=0",
+    )
+    expected = trained(*request, "output.root=whole")
 
     command = [sys.executable, str(ROOT / "train.py"), f"data.repo={repository}", f"output.cache={cache}", *request]
     process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
@@ -166,10 +170,9 @@ VARIANTS = (
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_other_ways_to_train(program: Program, variant: tuple[str, ...], tmp_path: Path) -> None:
-    done = program("debug=tiny", "training.completion_tokens=4", *variant)
-    assert done.returncode == 0, done.stderr
-    assert all(loss > 0 for loss in losses(only_run(tmp_path)).values())
+def test_other_ways_to_train(trained: Trained, variant: tuple[str, ...]) -> None:
+    folder = trained("debug=tiny", *variant)
+    assert folder.finished and len(losses(folder)) == 3 and all(0 < loss < 12 for loss in losses(folder).values())
 
 
 def test_trackio_keeps_a_run(program: Program, tmp_path: Path) -> None:
@@ -179,14 +182,14 @@ def test_trackio_keeps_a_run(program: Program, tmp_path: Path) -> None:
     assert any((tmp_path / "trackio").glob("*.db")) and "trackio show" in done.stdout
 
 
-def test_records_from_a_file(program: Program, repository: Path, tmp_path: Path) -> None:
+def test_records_from_a_file(trained: Trained, repository: Path, tmp_path: Path) -> None:
     records = tmp_path / "records.jsonl"
     files = sorted(repository.rglob("*.py"))
     lines = [json.dumps({"text": path.read_text(), "repo": "sample", "path": path.name}) for path in files]
     records.write_text("\n".join(lines))
-    done = program("debug=tiny", "data=jsonl", f"data.path={records}", "training.completion_tokens=0")
-    assert done.returncode == 0, done.stderr
-    assert len(losses(only_run(tmp_path))) == 3
+    folder = trained("debug=tiny", "data=jsonl", f"data.path={records}", "training.completion_tokens=0")
+    assert folder.finished and len(losses(folder)) == 3
+    assert json.loads(folder.plan.read_text())["corpus"]["origin"] == str(records)
 
 
 def test_a_logger_that_does_not_start_stops_the_run(program: Program) -> None:
@@ -195,14 +198,12 @@ def test_a_logger_that_does_not_start_stops_the_run(program: Program) -> None:
     assert "Traceback" not in done.stderr and done.stderr.count("error:") == 1
 
 
-def test_a_model_from_a_folder(program: Program, tmp_path: Path) -> None:
+def test_a_model_from_a_folder(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "my-model"
     tiny("qwen2", "eager", vocab_size=300, max_position_embeddings=128).save_pretrained(folder)
     pretrained.byte_tokenizer().save_pretrained(folder)
-    done = program("model=phi2", f"model.path={folder}", "debug=tiny", "model.weights=pretrained", "name=null")
-    assert done.returncode == 0, done.stderr
-    run = only_run(tmp_path)
-    assert run.path.name.endswith("my-model-tier1") and "YaRN factor 2 stretches 128" in done.stdout
+    run = trained("model=phi2", f"model.path={folder}", "debug=tiny", "model.weights=pretrained", "name=null")
+    assert run.path.name.endswith("my-model-tier1") and "YaRN factor 2 stretches 128" in capsys.readouterr().out
     # Weights as given, so a loss near that of a guess among its 300 tokens, and the adapter loads onto them with peft alone.
     assert losses(run)[1] == pytest.approx(math.log(300), abs=0.5)
     base = AutoModelForCausalLM.from_pretrained(folder)
@@ -213,8 +214,6 @@ def test_a_model_from_a_folder(program: Program, tmp_path: Path) -> None:
     assert not torch.equal(first, load_file(folder / "model.safetensors")["model.layers.0.mlp.down_proj.weight"])
 
 
-def test_overfitting_works(program: Program, tmp_path: Path) -> None:
-    done = program("debug=overfit")
-    assert done.returncode == 0, done.stderr
-    curve = losses(only_run(tmp_path))
+def test_overfitting_works(trained: Trained) -> None:
+    curve = losses(trained("debug=overfit"))
     assert curve[60] < 0.6 * curve[1]
