@@ -1,0 +1,67 @@
+"""The kernel and its reference against torch; under the interpreter on a CPU, in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from elite.config import CONF_DIR
+from elite.kernels.cross_entropy import reference
+
+CASES = [(5, 97, 0.0), (4, 64, 0.1), (3, 9001, 0.0), (3, 20000, 0.2)]
+
+
+def inputs(tokens: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(tokens, vocab, generator=generator) * 5
+    labels = torch.randint(0, vocab, (tokens,), generator=generator)
+    labels[1] = -100
+    return logits, labels
+
+
+def expected(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+    truth = logits.double().requires_grad_()
+    losses = F.cross_entropy(truth, labels, ignore_index=-100, label_smoothing=smoothing, reduction="none")
+    return losses.detach(), torch.autograd.grad(losses.sum(), truth)[0]
+
+
+@pytest.mark.parametrize(("tokens", "vocab", "smoothing"), CASES)
+def test_reference_is_torchs_cross_entropy(tokens: int, vocab: int, smoothing: float) -> None:
+    logits, labels = inputs(tokens, vocab)
+    losses, gradient = expected(logits, labels, smoothing)
+    made = reference.cross_entropy(logits, labels, -100, smoothing, True)
+    torch.testing.assert_close(made.double(), losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.double(), gradient, rtol=1e-4, atol=1e-6)
+
+
+def check_kernel(device: str) -> None:
+    from elite.kernels.cross_entropy.kernel import cross_entropy
+
+    for tokens, vocab, smoothing in CASES:
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 1e-3)):
+            logits, labels = inputs(tokens, vocab)
+            logits = logits.to(device, dtype)
+            losses, gradient = expected(logits.cpu(), labels, smoothing)
+            untouched = logits.clone()
+            alone = cross_entropy(untouched, labels.to(device), -100, smoothing, False)
+            assert torch.equal(untouched, logits)
+            made = cross_entropy(logits, labels.to(device), -100, smoothing, True)
+            assert torch.equal(alone, made)
+            torch.testing.assert_close(made.cpu().double(), losses, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(logits.cpu().double(), gradient, rtol=tolerance, atol=tolerance)
+
+
+def test_kernel_in_the_interpreter() -> None:
+    # Triton decides at import whether it interprets.
+    script = "from tests.kernels.test_cross_entropy import check_kernel; check_kernel('cpu')"
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", script], cwd=CONF_DIR.parent, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+def test_kernel_on_a_gpu() -> None:
+    check_kernel("cuda")
