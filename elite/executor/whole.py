@@ -1,5 +1,7 @@
 """The whole executor: one ordinary forward and backward over the entire sequence."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,11 +15,13 @@ class WholeExecutor:
     Args:
         model: a causal language model that uses one of `elite.attention`'s functions; possibly wrapped by DDP.
         compute_dtype: of matrix products; float32 runs without autocast.
+        fused_loss: the model's forward sums the losses itself, given `labels_to_sum` (optimizations.fused_loss).
     """
 
-    def __init__(self, model: nn.Module, compute_dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, compute_dtype: torch.dtype, fused_loss: bool = False) -> None:
         self.model = model
         self.compute_dtype = compute_dtype
+        self.fused_loss = fused_loss
 
     def loss_sum(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
         """Sum of the token losses in nats, fp32 scalar.
@@ -26,13 +30,15 @@ class WholeExecutor:
             batch: on the model's device.
             keep: positions [T] whose logits are formed; None forms all. Validation scores the end of a long context.
         """
-        with torch.autocast(batch.input_ids.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
-            logits = self.model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
-                documents=batch.documents,
-                use_cache=False,
-                **({} if keep is None else {"logits_to_keep": keep}),
-            ).logits
         labels = batch.labels if keep is None else batch.labels[:, keep]
-        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        extra: dict[str, Any] = {} if keep is None else {"logits_to_keep": keep}
+        if self.fused_loss:
+            extra["labels_to_sum"] = labels
+        with torch.autocast(batch.input_ids.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            out = self.model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, documents=batch.documents, use_cache=False, **extra
+            )
+        if self.fused_loss:
+            loss: Tensor = out
+            return loss
+        return F.cross_entropy(out.logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")

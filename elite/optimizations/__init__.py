@@ -5,19 +5,29 @@ from dataclasses import dataclass, field
 from elite.errors import PlanError
 from elite.facts import Facts
 from elite.optimizations.adamw_8bit import AdamW8bit
-from elite.optimizations.contract import Decision, Optimization, OptimizationConfig, Site
+from elite.optimizations.checkpoint_offload import CheckpointOffload
+from elite.optimizations.contract import STREAMED_SITES, Decision, Optimization, OptimizationConfig, Site
 from elite.optimizations.flash_attention import FlashAttention
+from elite.optimizations.fused_lora import FusedLoRA
+from elite.optimizations.fused_loss import FusedLoss
 from elite.optimizations.gradient_checkpointing import GradientCheckpointing
+from elite.optimizations.liger_kernels import LigerKernels
 from elite.optimizations.mixed_precision import MixedPrecision
 from elite.optimizations.qlora import QLoRA
 from elite.optimizations.sequence_packing import SequencePacking
+from elite.optimizations.tiled_mlp import TiledMLP
 
 ALL: tuple[type[Optimization], ...] = (
     SequencePacking,  # decides what a batch is, before any model exists
     MixedPrecision,  # decides the dtype in which weights are loaded
     QLoRA,  # replaces linear maps, so before adapters attach to them
     FlashAttention,  # chooses a function by name; any time after loading
+    LigerKernels,  # patches norms and MLPs as they were loaded, before anything wraps them
+    FusedLoRA,  # acts on adapters, inside what checkpointing wraps
+    TiledMLP,  # wraps MLPs with their adapters, inside the layers that checkpointing wraps
     GradientCheckpointing,  # wraps whole layers, adapters included
+    CheckpointOffload,  # the same place, when inputs wait in host memory
+    FusedLoss,  # replaces the whole model's forward, so after every part of it; its proof runs the model as it then is
     AdamW8bit,  # needs the trainable parameters, so last
 )
 
@@ -31,7 +41,12 @@ class OptimizationsConfig:
     mixed_precision: OptimizationConfig = field(default_factory=MixedPrecision.Config)
     qlora: OptimizationConfig = field(default_factory=QLoRA.Config)
     flash_attention: OptimizationConfig = field(default_factory=FlashAttention.Config)
+    liger_kernels: OptimizationConfig = field(default_factory=LigerKernels.Config)
+    fused_lora: OptimizationConfig = field(default_factory=FusedLoRA.Config)
+    tiled_mlp: OptimizationConfig = field(default_factory=TiledMLP.Config)
     gradient_checkpointing: OptimizationConfig = field(default_factory=GradientCheckpointing.Config)
+    checkpoint_offload: OptimizationConfig = field(default_factory=CheckpointOffload.Config)
+    fused_loss: OptimizationConfig = field(default_factory=FusedLoss.Config)
     adamw_8bit: OptimizationConfig = field(default_factory=AdamW8bit.Config)
 
 
@@ -46,7 +61,7 @@ def decide(config: OptimizationsConfig, facts: Facts) -> tuple[Decision, ...]:
     for kind in ALL:
         options: OptimizationConfig = getattr(config, kind.name)
         optimization = kind(options)
-        reason = optimization.check(facts) if options.enabled else None
+        reason = _inactive(optimization, facts) if options.enabled else None
         active = options.enabled and reason is None
         decisions.append(Decision(optimization, options.enabled, active, reason or ""))
         for site in kind.claims if active else ():
@@ -57,3 +72,11 @@ def decide(config: OptimizationsConfig, facts: Facts) -> tuple[Decision, ...]:
                 )
             owners[site] = optimization
     return tuple(decisions)
+
+
+def _inactive(optimization: Optimization, facts: Facts) -> str | None:
+    """Why a requested optimization does not act, or None if it does."""
+    taken = optimization.claims & STREAMED_SITES if facts.executor == "streamed" else None
+    if taken:
+        return f"the streamed executor does this itself ({', '.join(sorted(site.value for site in taken))})"
+    return optimization.check(facts)

@@ -45,8 +45,16 @@ class Site(Enum):
     COMPUTE_DTYPE = "dtype of computation"
     BASE_WEIGHTS = "storage of frozen weights"
     ATTENTION = "attention kernel"
+    ELEMENTWISE = "kernels of norms, rotary embeddings and gates"
+    LORA_FORWARD = "forward pass of adapted linear maps"
+    MLP_FORWARD = "forward pass of the MLPs"
     LAYER_ACTIVATIONS = "what a layer keeps for its backward"
+    LOSS = "head and loss"
     OPTIMIZER_STATE = "storage of optimizer state"
+
+
+STREAMED_SITES = frozenset({Site.ATTENTION, Site.MLP_FORWARD, Site.LAYER_ACTIVATIONS, Site.LOSS})
+"""Places that the streamed executor occupies itself."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +70,23 @@ class Estimate:
     gradients: float = 0.0
     optimizer_state: float = 0.0
     saved_activations: float = 0.0
-    """What all decoder layers keep from forward to backward."""
+    """What all decoder layers keep from forward to backward; one layer's where layers are recomputed."""
+    layer_inputs: float = 0.0
+    """Inputs of layers that are recomputed from them."""
     attention_scores: float = 0.0
     """Attention matrices [heads, S, S] where the kernel forms them, all layers."""
     layer_workspace: float = 0.0
-    """Transient tensors of the one layer at work."""
+    """Transient tensors of the one layer at work: two hidden states, or their gradients."""
+    mlp_workspace: float = 0.0
+    """Transient tensors as wide as the MLP, while a layer's backward runs; where that is tiled, the widest that remain."""
     loss_workspace: float = 0.0
     """Logits, their fp32 copy and their gradient."""
+    keys_values: float = 0.0
+    """Keys, values and their gradients of the layer at work, under the streamed executor."""
+    attention_workspace: float = 0.0
+    """Gradients of one block of keys and values, expanded to all query heads, under the streamed executor."""
+    staging: float = 0.0
+    """Buffers of copies under way, under the streamed executor; on a CPU everything that waits in host memory."""
     batch: float = 0.0
     runtime: float = 0.0
     """Library workspaces (matrix products, attention)."""

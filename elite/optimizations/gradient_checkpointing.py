@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from elite.facts import Facts
 from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
+from elite.optimizations.shapes import input_bytes
 
 
 class GradientCheckpointing(Optimization):
@@ -32,11 +33,10 @@ class GradientCheckpointing(Optimization):
     def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
         layers = facts.model.num_hidden_layers
         one_layer = estimate.saved_activations / layers
-        # layer_workspace is in the compute dtype and holds two [tokens, hidden] tensors: half of it is one layer's input.
-        inputs = layers * estimate.layer_workspace / 2
         return replace(
             estimate,
-            saved_activations=inputs + one_layer,
+            saved_activations=one_layer,
+            layer_inputs=layers * input_bytes(estimate),
             attention_scores=estimate.attention_scores / layers,
         )
 

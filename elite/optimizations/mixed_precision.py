@@ -9,8 +9,9 @@ Source: Micikevicius et al. 2018, arXiv:1710.03740; torch.autocast.
 from dataclasses import replace
 from typing import ClassVar
 
-from elite.facts import FORMULA_GELU, Facts
+from elite.facts import Facts
 from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
+from elite.optimizations.shapes import formula_gelu_bytes
 from elite.optimizations.targets import Runtime
 
 
@@ -35,9 +36,7 @@ class MixedPrecision(Optimization):
         frozen = 1.0 if full else 0.5
         # Norms work in fp32 and keep their input so: two a layer at most, two bytes more a value than the rest.
         fp32_kept = 2 * 2 * facts.model.hidden_size
-        if facts.device.kind == "cuda" and facts.model.model_type in FORMULA_GELU:
-            # CUDA's autocast takes the power in GELU's formula to fp32, and three of its four factors with it.
-            fp32_kept += 3 * 2 * facts.model.intermediate_size
+        fp32_kept += formula_gelu_bytes(facts)
         fp32_kept *= facts.model.num_hidden_layers * facts.micro_tokens
         return replace(
             estimate,
@@ -49,6 +48,7 @@ class MixedPrecision(Optimization):
             # Unfused attention takes its softmax in fp32 and keeps that beside the two-byte weights: six bytes instead of four.
             attention_scores=estimate.attention_scores * 1.5,
             layer_workspace=estimate.layer_workspace * 0.5,
+            mlp_workspace=estimate.mlp_workspace * 0.5,
         )
 
     def apply(self, target: Runtime) -> Applied:

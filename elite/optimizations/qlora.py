@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from elite.facts import Facts
 from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
+from elite.optimizations.shapes import value_bytes
 
 BYTES_PER_WEIGHT = 0.5 + (1 + 4 / 256) / 64
 
@@ -38,9 +39,7 @@ class QLoRA(Optimization):
         return None
 
     def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
-        # Half of layer_workspace is one hidden state in the compute dtype, which tells how wide a dequantised weight is.
-        width = estimate.layer_workspace / (2 * facts.model.hidden_size * facts.micro_tokens)
-        dequantised = width * max(linear.inputs * linear.outputs for linear in facts.model.layer_linears)
+        dequantised = value_bytes(estimate, facts) * max(linear.inputs * linear.outputs for linear in facts.model.layer_linears)
         return replace(estimate, linear_weights=facts.model.linear_params * BYTES_PER_WEIGHT, runtime=estimate.runtime + dequantised)
 
     def apply(self, target: Any) -> Applied:
@@ -58,6 +57,8 @@ class QLoRA(Optimization):
                 # Packed when it is moved to its device: a full-precision copy never stands there.
                 packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
                 packed.bias = linear.bias
+                # After an evaluation its inference layout for such CPUs would stay, through which no gradient passes.
+                packed.support_avx512bf16_for_cpu = False
                 packed.register_forward_pre_hook(_in_compute_dtype)
                 layer.set_submodule(name, packed)
                 count += 1

@@ -32,3 +32,17 @@ def test_packed_maps_stay_close_to_their_originals() -> None:
     ids = torch.arange(30)[None]
     one, two = (model(input_ids=ids, documents=((30,),), use_cache=False).logits for model in (plain, packed))
     assert 0 < (one - two).norm() / one.norm() < 0.2
+
+
+def test_gradients_pass_after_an_evaluation() -> None:
+    """On CPUs with bf16 instructions bitsandbytes would go over to a layout for inference alone, and stay there."""
+    model = tiny("llama", hidden_size=64)
+    apply_stage(Stage.model, decide(OptimizationsConfig(qlora=OptimizationConfig(enabled=True)), FACTS), model)
+    torch.nn.Module.to(model, torch.device("cpu"))
+    linear = model.get_decoder().layers[0].mlp.up_proj
+    x = torch.randn(5, 64, requires_grad=True)
+    (before,) = torch.autograd.grad(linear(x).square().sum(), x)
+    with torch.no_grad():
+        linear.eval()(x.detach())
+    (after,) = torch.autograd.grad(linear.train()(x).square().sum(), x)
+    assert before.any() and torch.equal(after, before)

@@ -13,16 +13,22 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 
 from elite import geometry
+from elite.attention import DOCUMENT_SDPA
 from elite.config import ModelConfig
 from elite.facts import Facts
+from elite.model import apply_stage
 from elite.optimizations import decide
+from elite.optimizations.contract import Estimate, Stage
+from elite.optimizations.fused_loss import FusedLoss
 from elite.optimizations.gradient_checkpointing import GradientCheckpointing
 from elite.optimizations.qlora import QLoRA
-from elite.plan.memory import backward_values, folded, predict, unoptimized
+from elite.optimizations.tiled_mlp import TiledMLP
+from elite.plan.memory import folded, predict, unoptimized
 from tests.plan.helpers import STANDARD, device, phi2, switches
 from tests.plan.live_bytes import LiveBytes, SavedBytes
 
 RANK = 8
+TILED: dict[str, Any] = {"fused_loss": FusedLoss, "tiled_mlp": TiledMLP}
 LAYERS = 3
 
 
@@ -55,10 +61,25 @@ def facts_for(config: ModelConfig, context: int) -> Facts:
     return Facts(shape, device("cpu"), context, 1, shape.lora_params(RANK), "lora")
 
 
-def loss(model: Any, ids: torch.Tensor, half: bool = False) -> torch.Tensor:
+def loss(model: Any, ids: torch.Tensor, half: bool = False, fused: bool = False) -> torch.Tensor:
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        logits = model(input_ids=ids, use_cache=False).logits
+        if fused:
+            summed: torch.Tensor = model(input_ids=ids, use_cache=False, labels_to_sum=ids, documents=((ids.shape[1],),))
+            return summed
+        logits = model(input_ids=ids, use_cache=False, documents=((ids.shape[1],),)).logits
     return F.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="sum")
+
+
+def live_bytes(estimate: Estimate) -> float:
+    """What a pass itself holds, beyond weights, gradients and the batch."""
+    return (
+        estimate.saved_activations
+        + estimate.layer_inputs
+        + estimate.attention_scores
+        + estimate.layer_workspace
+        + estimate.mlp_workspace
+        + estimate.loss_workspace
+    )
 
 
 def tensors(model: Any) -> list[torch.Tensor]:
@@ -90,13 +111,13 @@ def halve(model: Any) -> None:
             module.cast_input_dtype_enabled = False
 
 
-def measured_peak(model: Any, ids: torch.Tensor, half: bool) -> int:
+def measured_peak(model: Any, ids: torch.Tensor, half: bool, fused: bool = False) -> int:
     """Bytes alive at once in a forward and backward pass, beyond weights, gradients and the batch."""
-    loss(model, ids, half).backward()  # gradients exist from now on
+    loss(model, ids, half, fused).backward()  # gradients exist from now on
     live = LiveBytes()
     live.ignore([*tensors(model), *(p.grad for p in model.parameters() if p.grad is not None), ids])
     with live:
-        loss(model, ids, half).backward()
+        loss(model, ids, half, fused).backward()
     return live.peak
 
 
@@ -117,9 +138,47 @@ def test_predicted_peak_is_the_measured_one(
     facts = replace(facts_for(config, context), device=replace(device("cpu"), supports_bf16=True))
     on = ["flash_attention"] + ["mixed_precision"] * half + ["gradient_checkpointing"] * checkpointed
     estimate = predict(facts, decide(switches(*on), facts))
-    predicted = estimate.saved_activations + estimate.attention_scores + estimate.layer_workspace + estimate.loss_workspace
+    predicted = live_bytes(estimate)
     assert (estimate.loss_workspace > 0) == at_loss
     assert 0.85 <= peak / predicted <= (1.05 if at_loss else 1.15)
+
+
+TILE = 64
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("names", "vocab"),
+    [(("fused_loss",), 16384), (("tiled_mlp",), 32), (("fused_loss", "tiled_mlp"), 4096)],
+)
+@pytest.mark.parametrize(("width", "half"), [(64, False), (128, False), (64, True)])
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_predicted_peak_in_tiles(kind: str, width: int, half: bool, names: tuple[str, ...], vocab: int, checkpointed: bool) -> None:
+    context, config = 512, small(kind, width, vocab)
+    model = adapted(config, DOCUMENT_SDPA)
+    if half:
+        halve(model)
+    on: dict[str, Any] = {name: TILED[name].Config(enabled=True, tile=TILE) for name in names}
+    if checkpointed:
+        on["gradient_checkpointing"] = GradientCheckpointing.Config(enabled=True)
+    facts = replace(facts_for(config, context), device=replace(device("cpu"), supports_bf16=True))
+    decisions = decide(replace(switches("flash_attention", *["mixed_precision"] * half), **on), facts)
+    apply_stage(Stage.executor, decisions, model.get_base_model())
+    peak = measured_peak(model, torch.randint(0, vocab, (1, context)), half, "fused_loss" in names)
+    estimate = predict(facts, decisions)
+    assert 0.85 <= peak / live_bytes(estimate) <= 1.15
+
+
+def test_offloaded_inputs_leave_the_device() -> None:
+    facts = facts_phi2(32768)
+    here, there = (
+        folded(facts, decide(switches("mixed_precision", name), facts)) for name in ("gradient_checkpointing", "checkpoint_offload")
+    )
+    one = 2 * facts.context * facts.model.hidden_size
+    assert (here.layer_inputs, there.layer_inputs) == (32 * one, 2 * one)
+    assert replace(there, layer_inputs=here.layer_inputs) == here
+    cpu = replace(facts, device=device("cpu"))
+    assert folded(cpu, decide(switches("checkpoint_offload"), cpu)) == folded(cpu, decide(switches("gradient_checkpointing"), cpu))
 
 
 def test_adamw_state_is_eight_bytes_a_parameter() -> None:
@@ -173,12 +232,22 @@ def test_memory_grows_with_the_context() -> None:
     assert all(b > a for a, b in pairwise(totals))
 
 
-@pytest.mark.parametrize("name", ["qlora", "gradient_checkpointing", "flash_attention", "adamw_8bit"])
+@pytest.mark.parametrize("name", ["qlora", "gradient_checkpointing", "checkpoint_offload", "flash_attention", "adamw_8bit"])
 @pytest.mark.parametrize("others", [(), ("mixed_precision", "flash_attention")])
 def test_memory_shrinks_with_each_optimization(name: str, others: tuple[str, ...]) -> None:
     facts = facts_phi2()
     without = tuple(other for other in others if other != name)
     assert predict(facts, decide(switches(*without, name), facts)).total < predict(facts, decide(switches(*without), facts)).total
+
+
+def test_the_fused_loss_takes_the_peak_from_the_loss() -> None:
+    """Phi-2 at 4K with checkpointed layers: 2.4 GiB of logits before, 256 MiB after."""
+    facts = facts_phi2()
+    before, after = (predict(facts, decide(switches(*STANDARD, *extra), facts)) for extra in ((), ("fused_loss",)))
+    assert before.loss_workspace == 12 * facts.context * facts.model.vocab_size
+    assert after.total < before.total - 1.25 * 2**30
+    folded_loss = folded(facts, decide(switches(*STANDARD, "fused_loss"), facts)).loss_workspace
+    assert folded_loss <= 1.5 * 256 * 2**20 + 2 * facts.context * facts.model.hidden_size
 
 
 def test_frozen_weights_are_halved_and_packed() -> None:
@@ -206,4 +275,4 @@ def test_several_gpus_keep_gradients_twice() -> None:
 def test_layer_workspace_is_two_hidden_states() -> None:
     facts = facts_phi2()
     assert unoptimized(facts).layer_workspace == 4 * 2 * facts.context * facts.model.hidden_size
-    assert backward_values(facts) == 2 * 10240 + 2 * 2560
+    assert unoptimized(facts).mlp_workspace == 4 * 2 * facts.context * 10240

@@ -1,0 +1,57 @@
+"""Checkpoint offload.
+
+What:   gradient checkpointing whose layer inputs wait in host memory.
+How:    torch.utils.checkpoint saves each layer's input through a hook that copies it to pinned memory on a side stream while the next
+        layer works; the backward brings it back one layer ahead. The copies hide behind a layer's work once sequences are long.
+Memory: two layers' inputs in flight instead of one a layer. The host holds one [tokens, hidden] tensor a layer, each rounded up to a
+        power of two by torch's allocator of pinned memory, which reuses them from step to step.
+Source: Unsloth's offloaded checkpointing; Bekman et al. 2025, arXiv:2506.13996 (Arctic Long Sequence Training).
+"""
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from elite.facts import Facts
+from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
+from elite.optimizations.gradient_checkpointing import GradientCheckpointing
+from elite.optimizations.shapes import input_bytes
+
+IN_FLIGHT = 2
+"""Layers' inputs on the device at once: one in use or being stored, one arriving."""
+
+
+class CheckpointOffload(Optimization):
+    """See the module's docstring."""
+
+    name = "checkpoint_offload"
+    title = "gradient checkpointing in host memory"
+    row = 48
+    stage = Stage.executor
+    exactness = Exactness.EXACT
+    claims: ClassVar[frozenset[Site]] = frozenset({Site.LAYER_ACTIVATIONS})
+    source = "Unsloth; Bekman et al. 2025"
+
+    def check(self, facts: Facts) -> str | None:
+        return None
+
+    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
+        checkpointed = GradientCheckpointing(self.config).memory(estimate, facts)
+        if facts.device.kind == "cpu":
+            # Host memory is the device.
+            return checkpointed
+        return replace(checkpointed, layer_inputs=min(IN_FLIGHT * input_bytes(estimate), checkpointed.layer_inputs))
+
+    def apply(self, target: Any) -> Applied:
+        from elite.optimizations.functions.offload import HostShelf, offloaded
+
+        layers = list(target.get_decoder().layers)
+        shelf = HostShelf(IN_FLIGHT)
+        for layer in layers:
+            # The instance's attribute hides the class's method, so nothing but this model changes.
+            layer.forward = offloaded(layer.forward, shelf)
+
+        def undo() -> None:
+            for layer in layers:
+                del layer.forward
+
+        return Applied(len(layers), "decoder layers", undo)

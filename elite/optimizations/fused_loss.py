@@ -1,0 +1,71 @@
+"""Fused loss.
+
+What:   head and cross-entropy in one function; logits exist for a tile of tokens only, and never wait for the backward.
+How:    the causal language model's forward, given `labels_to_sum`, passes its hidden states to elite.losses.linear_cross_entropy and
+        returns the sum of the losses. It stays the model's own forward, so wrappers such as DDP see it. Three matrix products as
+        before: the gradient is formed in the forward, nothing is computed twice.
+Memory: one tile of logits, 256 MiB in fp32 or less, with its copy in the compute dtype, and the gradient of the hidden states,
+        instead of 12 bytes a logit of every token. A trained head adds its fp32 gradient once more, and its copy.
+Source: Hsu et al. 2024, arXiv:2410.10989 (Liger); Wijmans et al. 2024, arXiv:2411.09009 (Cut Cross-Entropy) go further still.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from elite.errors import PlanError
+from elite.facts import Facts
+from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, OptimizationConfig, Site, Stage
+from elite.optimizations.shapes import input_bytes, value_bytes
+
+RESCALED = ("cohere", "gemma2", "gemma3n", "gemma4", "granite", "nanochat", "recurrent_gemma", "vaultgemma")
+"""Architectures, by the beginning of their `model_type`, that scale or cap logits after the head."""
+
+
+class FusedLoss(Optimization):
+    """See the module's docstring."""
+
+    @dataclass(frozen=True)
+    class Config(OptimizationConfig):
+        """Options."""
+
+        tile: int = 0
+        """Tokens whose logits stand at once; 0: as many as 256 MiB of them hold."""
+
+    name = "fused_loss"
+    title = "fused head and cross-entropy"
+    row = 45
+    stage = Stage.executor
+    exactness = Exactness.EQUAL
+    claims: ClassVar[frozenset[Site]] = frozenset({Site.LOSS})
+    source = "Hsu et al. 2024"
+
+    def check(self, facts: Facts) -> str | None:
+        if facts.model.model_type.startswith(RESCALED):
+            return f"{facts.model.model_type} scales or caps its logits after the head"
+        return None
+
+    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
+        from elite.losses import tile_tokens
+
+        model, width = facts.model, value_bytes(estimate, facts)
+        tile = min(self.config.tile or tile_tokens(model.vocab_size), facts.micro_tokens)
+        # fp32 logits need no copy in the compute dtype.
+        logits = tile * model.vocab_size * (4 if width == 4 else 4 + width)
+        # A trained head: its fp32 gradient waits for the backward, and a copy in the compute dtype multiplies.
+        head = model.vocab_size * model.hidden_size * (4 + (0 if width == 4 else width)) if facts.adapter == "full" else 0
+        return replace(estimate, loss_workspace=min(logits + input_bytes(estimate) + head, estimate.loss_workspace))
+
+    def apply(self, target: Any) -> Applied:
+        from elite.optimizations.functions.loss import head_is_all, summing
+
+        if not head_is_all(target):
+            raise PlanError(
+                f"{type(target).__name__} changes its logits after the head, which the fused loss would leave out",
+                "optimizations.fused_loss.enabled=false",
+            )
+        target.forward = summing(target, self.config.tile)
+
+        def undo() -> None:
+            del target.forward
+
+        return Applied(1, f"head of {target.get_output_embeddings().weight.shape[0]:,} tokens", undo)

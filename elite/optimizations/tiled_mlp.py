@@ -1,0 +1,82 @@
+"""Tiled MLP.
+
+What:   the MLP of a decoder layer sees a tile of tokens at a time, forward and backward.
+How:    tokens are independent there, so each tile runs in torch.utils.checkpoint on its own; parameters gather the tiles' gradients.
+Memory: of everything as wide as the MLP, one tile's worth instead of one micro-batch's. Costs one more forward pass of the MLPs.
+        Tiles finer than some 32,768 tokens only cost time (axolotl #3666).
+Source: Bekman et al. 2025, arXiv:2506.13996 (Arctic Long Sequence Training).
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from elite.facts import Facts
+from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, OptimizationConfig, Site, Stage
+from elite.optimizations.shapes import adapter_rank, formula_gelu_bytes, is_gated, mlp_values, mlp_width, split, value_bytes
+
+AUTO_TILE = 32_768
+
+
+class TiledMLP(Optimization):
+    """See the module's docstring."""
+
+    @dataclass(frozen=True)
+    class Config(OptimizationConfig):
+        """Options."""
+
+        tile: int = 0
+        """Tokens at once; 0: 32,768."""
+
+    name = "tiled_mlp"
+    title = "tiled MLP"
+    row = 47
+    stage = Stage.executor
+    exactness = Exactness.EXACT
+    claims: ClassVar[frozenset[Site]] = frozenset({Site.MLP_FORWARD})
+    source = "Bekman et al. 2025"
+
+    @property
+    def tile(self) -> int:
+        """Tokens at once."""
+        return int(self.config.tile) or AUTO_TILE
+
+    def check(self, facts: Facts) -> str | None:
+        _, mlp = split(facts.model.layer_linears)
+        if not mlp or any(linear.name.count(".") != 1 or not linear.name.startswith("mlp.") for linear in mlp):
+            return f"the decoder layers of {facts.model.model_type} have no plain `mlp`"
+        if facts.micro_tokens <= self.tile:
+            return f"a micro-batch of {facts.micro_tokens:,} tokens is one tile of {self.tile:,}"
+        return None
+
+    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
+        _, mlp = split(facts.model.layer_linears)
+        width = value_bytes(estimate, facts)
+        inner = width * (mlp_values(facts) + len(mlp) * adapter_rank(facts)) + (formula_gelu_bytes(facts) if width < 4 else 0)
+        kept = facts.model.num_hidden_layers * facts.micro_tokens * inner
+        tile = min(self.tile, facts.micro_tokens)
+        # A tile's own activations and gradients; what the tiles read is the one input that the layer keeps anyway.
+        at_work = tile * (inner + 2 * width * mlp_width(facts))
+        # Without the MLP's, the widest transients under mixed precision are an RMS norm's: three hidden states in fp32. Gated MLPs
+        # come with RMS norms, which are chains of operations; a LayerNorm is one.
+        norm = 3 * 4 * facts.model.hidden_size * facts.micro_tokens if width < 4 and is_gated(facts) else 0
+        return replace(
+            estimate,
+            saved_activations=max(estimate.saved_activations - kept, 0.0),
+            mlp_workspace=min(max(at_work, norm), kept + estimate.mlp_workspace),
+        )
+
+    def apply(self, target: Any) -> Applied:
+        from elite.optimizations.functions.tiles import tiled
+
+        mlps = [layer.mlp for layer in target.get_decoder().layers]
+        before = [vars(mlp).get("forward") for mlp in mlps]
+        for mlp in mlps:
+            mlp.forward = tiled(mlp.forward, self.tile)
+
+        def undo() -> None:
+            for mlp, forward in zip(mlps, before, strict=True):
+                del mlp.forward
+                if forward is not None:
+                    mlp.forward = forward
+
+        return Applied(len(mlps), f"MLPs, {self.tile:,} tokens at once", undo)

@@ -1,0 +1,167 @@
+"""Fused LoRA against peft's own forward: outputs, every gradient, dropout's masks, quantised bases."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from elite.optimizations.contract import Applied
+from elite.optimizations.fused_lora import FusedLoRA
+from elite.optimizations.gradient_checkpointing import GradientCheckpointing
+from elite.optimizations.qlora import QLoRA
+from tests.models import tiny
+from tests.plan.live_bytes import SavedBytes
+from tests.test_attention import row
+
+
+def adapted(kind: str = "llama", dropout: float = 0.0, packed: bool = False, **options: Any) -> Any:
+    """A tiny model with adapters whose B is not zero."""
+    core = tiny(kind, hidden_size=64)
+    if packed:
+        QLoRA(QLoRA.Config(enabled=True)).apply(core)
+        nn.Module.to(core, torch.device("cpu"))
+    config = LoraConfig(
+        r=4, lora_alpha=10, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False, **options
+    )
+    torch.manual_seed(3)
+    model = get_peft_model(core, config).train()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
+    return model
+
+
+def fuse(model: Any) -> Applied:
+    return FusedLoRA(FusedLoRA.Config(enabled=True)).apply(model.get_base_model())
+
+
+def run(model: Any, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Logits and every gradient, of parameters and of the embedded input."""
+    model.zero_grad()
+    batch, embedding = row(13, 24), model.get_input_embeddings()
+    embedded = embedding(batch.input_ids).detach().requires_grad_()
+    torch.manual_seed(11)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        logits = model(inputs_embeds=embedded, documents=batch.documents, use_cache=False).logits
+    (logits.float() * torch.linspace(-1, 1, logits.shape[-1])).sum().backward()
+    assert embedded.grad is not None
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"logits": logits.detach(), "input": embedded.grad, **gradients}
+
+
+def assert_close(one: dict[str, Tensor], two: dict[str, Tensor], tolerance: float) -> None:
+    assert one.keys() == two.keys()
+    for name, expected in two.items():
+        error = (one[name].double() - expected.double()).norm() / expected.double().norm()
+        assert expected.any() and error <= tolerance, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_outputs_and_gradients_are_those_of_peft(kind: str, dropout: float) -> None:
+    model = adapted(kind, dropout)
+    expected = run(model)
+    applied = fuse(model)
+    assert applied.count == sum(isinstance(module, LoraLayer) for module in model.modules()) == (14 if kind == "llama" else 12)
+    fused = run(model)
+    assert_close(fused, expected, 1e-5)
+    assert any(not torch.equal(fused[name], expected[name]) for name in fused), "peft's own forward ran"
+    assert applied.undo is not None
+    applied.undo()
+    for name, tensor in run(model).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_packed_base_keeps_its_forward(dropout: float) -> None:
+    model = adapted(dropout=dropout, packed=True)
+    expected = run(model)
+    assert fuse(model).count == 14
+    assert_close(run(model), expected, 1e-5)
+
+
+def test_a_packed_base_in_half_precision() -> None:
+    """Frozen weights and activations in bf16, adapters in fp32, as a run has them."""
+    model = adapted(packed=True)
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.bfloat16()
+    expected = run(model, torch.bfloat16)
+    fuse(model)
+    assert_close(run(model, torch.bfloat16), expected, 6e-2)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_under_gradient_checkpointing(packed: bool) -> None:
+    model = adapted(dropout=0.3, packed=packed)
+    expected = run(model)
+    fuse(model)
+    GradientCheckpointing(GradientCheckpointing.Config(enabled=True)).apply(model.get_base_model())
+    assert_close(run(model), expected, 1e-5)
+
+
+def test_half_precision_is_as_close_to_the_truth_as_peft() -> None:
+    model = adapted("phi")
+    truth = run(model)
+    theirs = run(model, torch.bfloat16)
+    fuse(model)
+    ours = run(model, torch.bfloat16)
+    assert {name: tensor.dtype for name, tensor in ours.items()} == {name: tensor.dtype for name, tensor in theirs.items()}
+    error, allowed = (
+        sum(((other[name].float() - exact).norm() / exact.norm()).item() ** 2 for name, exact in truth.items()) for other in (ours, theirs)
+    )
+    assert 0 < error <= 1.1 * allowed
+
+
+def test_trained_base_weights_still_get_their_gradient() -> None:
+    model = adapted()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    model.get_input_embeddings().weight.requires_grad_(False)
+    expected = run(model)
+    fuse(model)
+    assert_close(run(model), expected, 1e-5)
+
+
+def test_an_adapter_switched_off_stays_off() -> None:
+    model = adapted()
+    batch = row(9)
+    fuse(model)
+    on = model(input_ids=batch.input_ids, documents=batch.documents).logits
+    with model.disable_adapter():
+        off = model(input_ids=batch.input_ids, documents=batch.documents).logits
+    plain = tiny("llama", hidden_size=64)(input_ids=batch.input_ids, documents=batch.documents).logits
+    assert torch.equal(off, plain) and not torch.equal(on, plain)
+
+
+def test_variants_are_left_alone() -> None:
+    applied = fuse(adapted(use_dora=True))
+    assert applied.count == 0 and applied.detail == "of 14 adapted linear maps"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_input_is_kept_once(dropout: float) -> None:
+    """x (or what dropout made of it, and its mask), and r values a token: no second copy of the input or the output."""
+    layer = adapted(dropout=dropout)
+    fuse(layer)
+    linear = layer.get_base_model().get_decoder().layers[0].mlp.up_proj
+    x = torch.randn(50, 64, requires_grad=True)
+    saved = SavedBytes([*layer.parameters()])
+    with saved.hooks:
+        linear(x)
+    mask = 4 * 50 * 64 if dropout else 0
+    assert saved.total == 4 * 50 * (64 + 4) + mask
+
+
+def test_the_function_alone_under_checkpoint() -> None:
+    model = adapted()
+    fuse(model)
+    linear = model.get_base_model().get_decoder().layers[0].self_attn.q_proj
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    (expected,) = torch.autograd.grad(linear(x).square().sum(), x)
+    (got,) = torch.autograd.grad(checkpoint(linear, x, use_reentrant=False).square().sum(), x)
+    assert torch.equal(got, expected)
