@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from elite.errors import ConfigError
 from elite.optimizations import OptimizationsConfig
+from elite.streaming import BoundaryEncoding, Keep, Place, WeightPlace
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 TIERS = tuple(f"tier{n}" for n in range(1, 12))
@@ -24,6 +25,7 @@ class Mode(Enum):
 
     train = "train"
     plan = "plan"
+    probe = "probe"
     interactive = "interactive"
 
 
@@ -73,6 +75,8 @@ class Executor(Enum):
     """The fastest that fits."""
     whole = "whole"
     """The ordinary pass over the whole sequence."""
+    streamed = "streamed"
+    """Layer by layer, chunk by chunk: device memory grows with neither depth nor, beyond one layer's keys and values, context."""
 
 
 class Logger(Enum):
@@ -90,10 +94,12 @@ class Curriculum(Enum):
 
 
 class Cap(Enum):
-    """How a larger GPU stands in for a preset: not at all, or held to the preset's usable memory."""
+    """How a larger GPU stands in for a preset: not at all, held to its usable memory, or to its dtypes and kernels as well."""
 
     none = "none"
     memory = "memory"
+    emulate = "emulate"
+    """The preset's memory, and what its compute capability lacks is not used: bf16, newer attention kernels."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,6 @@ class HardwareConfig:
     host_ram_gib: float = 0.0
     """Host memory a machine with such a card commonly has."""
     cap: Cap = Cap.none
-    """`memory` holds the process to the preset's usable memory on a larger card."""
 
 
 @dataclass(frozen=True)
@@ -258,9 +263,27 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class ExecutorConfig:
-    """How a forward and backward pass is carried out."""
+    """How a forward and backward pass is carried out. What is unset the plan chooses; all but the name concern the streamed executor."""
 
     name: Executor = Executor.auto
+    chunk: int | None = None
+    """Most query tokens at once."""
+    block: int | None = None
+    """Most keys in one attention-backward call."""
+    keep: Keep | None = None
+    """What the forward pass leaves for the backward."""
+    slots: int | None = None
+    """Boundaries at once under `keep=multilevel`."""
+    boundaries: Place | None = None
+    """Where boundaries wait; `disk` only if asked for."""
+    encoding: BoundaryEncoding = BoundaryEncoding.exact
+    """`int8` and `int4` are approximate."""
+    keys_values: Place | None = None
+    """Where those of the layer at work and their gradients lie: `device` or `host`."""
+    weights: WeightPlace | None = None
+    """Where frozen weights of the decoder layers wait."""
+    folder: str | None = None
+    """Where boundaries on disk are kept; unset: `output.cache`."""
 
 
 @dataclass(frozen=True)
@@ -284,6 +307,16 @@ class PlanConfig:
     """`tier=auto` refuses tiers for which the corpus gives fewer training sequences."""
     headroom_fraction: float = 0.08
     """Share of usable memory that a plan leaves free for what is not modelled."""
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """What `mode=probe` does."""
+
+    steps: int = 0
+    """Whole optimizer steps on random tokens, to hold the estimate against."""
+    file: str | None = None
+    """JSON file for the result."""
 
 
 @dataclass(frozen=True)
@@ -320,6 +353,7 @@ class RunConfig:
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
 

@@ -102,6 +102,8 @@ class Facts:
     trainable_params: int
     adapter: str
     """`lora` or `full`."""
+    executor: str = "whole"
+    """`whole` or `streamed`."""
 
     @property
     def micro_tokens(self) -> int:

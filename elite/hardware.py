@@ -154,7 +154,9 @@ def _check(config: HardwareConfig) -> None:
         raise ConfigError(f"hardware.gpus={config.gpus}: must not be negative", "hardware.gpus=0 takes all that are there")
     if config.name in ("auto", "cpu"):
         if config.cap is not Cap.none:
-            raise ConfigError(f"hardware.cap=memory needs a preset, not hardware={config.name}", "hardware=rtx3090 hardware.cap=memory")
+            raise ConfigError(
+                f"hardware.cap={config.cap.value} needs a preset, not hardware={config.name}", "hardware=rtx3090 hardware.cap=memory"
+            )
         return
     figures = ("memory_gib", "matmul_tflops", "bandwidth_gb_s", "pcie_gb_s", "host_ram_gib")
     for name in figures:
@@ -167,11 +169,8 @@ def _check(config: HardwareConfig) -> None:
 
 
 def _cpu(processes: int) -> Device:
-    import psutil
-
     cores = len(os.sched_getaffinity(0))
-    memory = psutil.virtual_memory()
-    total, available = _within_container(int(memory.total), int(memory.available))
+    total, available = host_memory()
     return Device(
         name=f"CPU, {cores} cores",
         kind="cpu",
@@ -188,6 +187,14 @@ def _cpu(processes: int) -> Device:
         host_ram_bytes=total,
         cores=cores,
     )
+
+
+def host_memory() -> tuple[int, int]:
+    """Total and available host memory in bytes, as far as this process may use it."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return _within_container(int(memory.total), int(memory.available))
 
 
 def _within_container(total: int, available: int) -> tuple[int, int]:
@@ -219,10 +226,11 @@ def _preset(config: HardwareConfig, gpus: list[Gpu]) -> Device:
     total = int(config.memory_gib * GIB)
     usable = int((config.memory_gib - config.reserve_gib) * GIB)
     count = config.gpus or 1
-    if gpus and config.cap is Cap.memory and all(gpu.total_bytes - DETECTED_RESERVE_BYTES >= usable for gpu in gpus):
+    if gpus and config.cap is not Cap.none and all(gpu.total_bytes - DETECTED_RESERVE_BYTES >= usable for gpu in gpus):
         own = gpus[0]
-        name = f"{own.name} held to {config.name}"
-        return _cuda(name, rates(own), own.compute_capability, count, total, usable, present=True, capped=True)
+        emulated = config.cap is Cap.emulate
+        name = f"{own.name} {'as' if emulated else 'held to'} {config.name}"
+        return _cuda(name, rates(own), capability if emulated else own.compute_capability, count, total, usable, present=True, capped=True)
     present = bool(gpus) and all(is_preset(gpu, config) for gpu in gpus)
     return _cuda(config.name, config, capability, count, total, usable, present=present)
 
@@ -259,8 +267,6 @@ def _cuda(
     present: bool,
     capped: bool = False,
 ) -> Device:
-    import psutil
-
     return Device(
         name=name,
         kind="cuda",
@@ -274,7 +280,7 @@ def _cuda(
         matmul_flops_per_s=figures.matmul_tflops * 1e12,
         memory_bytes_per_s=figures.bandwidth_gb_s * 1e9,
         host_link_bytes_per_s=figures.pcie_gb_s * 1e9,
-        host_ram_bytes=int(psutil.virtual_memory().total) if present else int(figures.host_ram_gib * GIB),
+        host_ram_bytes=host_memory()[0] if present else int(figures.host_ram_gib * GIB),
         cores=len(os.sched_getaffinity(0)),
         capped=capped,
     )

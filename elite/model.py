@@ -81,12 +81,15 @@ def _base(config: RunConfig, dtype: torch.dtype, device: torch.device) -> PreTra
     return model
 
 
-def load(config: RunConfig, decisions: tuple[Decision, ...], dtype: torch.dtype, device: torch.device) -> LoadedModel:
+def load(
+    config: RunConfig, decisions: tuple[Decision, ...], dtype: torch.dtype, device: torch.device, streamed_weights: bool = False
+) -> LoadedModel:
     """Load, optimize and adapt the model.
 
     Args:
         dtype: of frozen weights; trained weights are fp32.
         device: where it trains.
+        streamed_weights: the executor will bring frozen weights to the device layer by layer, so they stay in host memory now.
     """
     full = config.adapter.method is AdapterMethod.full
     # Fine-tuning all weights keeps fp32 masters; autocast makes the products run in the compute dtype.
@@ -94,11 +97,17 @@ def load(config: RunConfig, decisions: tuple[Decision, ...], dtype: torch.dtype,
     core.config.use_cache = False
     applied = apply_stage(Stage.model, decisions, core)
     # Weights reach the device only now, so quantised ones never exist there in full.
-    torch.nn.Module.to(core, device)
+    if not streamed_weights or _quantised(core):
+        torch.nn.Module.to(core, device)
     model: Any = core if full else _with_adapters(core, config)
     applied |= apply_stage(Stage.executor, decisions, core)
     model.train()
     return LoadedModel(model, core, applied)
+
+
+def _quantised(core: PreTrainedModel) -> bool:
+    """Whether weights are packed when they reach the device."""
+    return bool(getattr(core, "is_loaded_in_4bit", False))
 
 
 def _with_adapters(core: PreTrainedModel, config: RunConfig) -> Any:

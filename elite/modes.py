@@ -76,7 +76,14 @@ def interactive(composed: Composed) -> None:
     train(composed.again("mode=train", *answers))
 
 
-MODES: dict[Mode, Callable[[Composed], None]] = {Mode.plan: plan, Mode.train: train, Mode.interactive: interactive}
+def probe(composed: Composed) -> None:
+    """Run and time a few chunks of a streamed step; report its real peak and its extrapolated time."""
+    from elite.bench.probe import probe as measure
+
+    measure(composed.config)
+
+
+MODES: dict[Mode, Callable[[Composed], None]] = {Mode.plan: plan, Mode.train: train, Mode.probe: probe, Mode.interactive: interactive}
 
 
 def _quoted(value: str) -> str:
@@ -101,9 +108,8 @@ def _prepare(composed: Composed) -> tuple[RunFolder, int]:
     console.print(render(made))
     console.print(_packing(resolved, store))
     if not made.fits:
-        raise PlanError(
-            f"{name} does not fit: it needs {made.total_bytes / 2**30:.2f} GiB of {made.usable_bytes / 2**30:.2f} GiB usable", made.fix
-        )
+        needs = f"it needs {made.total_bytes / 2**30:.2f} GiB of {made.usable_bytes / 2**30:.2f} GiB usable"
+        raise PlanError(f"{name} does not fit: {needs} ({made.shortage})", made.fix)
     folder = new_folder(resolved, name, datetime.now())
     write_start(folder, resolved, made.to_dict(), device, request, store.folder)
     console.print(f"run folder: {folder.path}", markup=False)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from elite import checkpoint, geometry, hardware, pretrained
 from elite.callbacks import metrics_file
@@ -27,14 +26,16 @@ from elite.data.tokens import TokenStore, open_store
 from elite.data.validation import completion_example, validation_batches
 from elite.distributed.ranks import Ranks, joined
 from elite.errors import DataError, EliteError
-from elite.executor.whole import WholeExecutor
+from elite.executor.build import build, streams_weights
+from elite.facts import Device, Facts
 from elite.model import LoadedModel, apply_stage, load, save_trained
 from elite.optimizations import decide
-from elite.optimizations.contract import Decision, Stage
+from elite.optimizations.contract import Applied, Decision, Stage
 from elite.optimizations.targets import BatchLayout, Runtime
 from elite.plan import facts_of, model_flops_per_token
 from elite.plan.words import gib
 from elite.runfolder import RunFolder
+from elite.streaming import Streaming
 from elite.training.loop import Interrupted, Observer, Progress, Trainer
 from elite.training.optimizer import build_optimizer
 from elite.training.schedules import schedule
@@ -60,29 +61,50 @@ class _Run:
 
     config: RunConfig
     plan: dict[str, Any]
+    device: Device
+    facts: Facts
     decisions: tuple[Decision, ...]
     dtype: torch.dtype
     """Of matrix products and frozen weights."""
     packed: bool
+    applied: dict[str, Applied]
+    """What the optimizations of batch layout and dtype touched."""
     folder: RunFolder
     ranks: Ranks
 
+    @property
+    def layout(self) -> Streaming | None:
+        """Of the streamed executor; None under the whole one."""
+        plain = self.plan["layout"]
+        return Streaming.from_dict(plain) if plain else None
 
-def _train(folder: RunFolder, ranks: Ranks) -> None:
+
+def _prepared(folder: RunFolder, ranks: Ranks) -> _Run:
+    """What the folder describes, with this process made ready for it."""
     config, plan = from_yaml(folder.config), json.loads(folder.plan.read_text())
     device = hardware.device(config.hardware)
-    facts = facts_of(config, device, geometry.shape(config.model))
+    facts = facts_of(config, device, geometry.shape(config.model), plan["executor"])
     decisions = decide(config.optimizations, facts)
-    _prepare_process(config, ranks, device.memory_usable_bytes)
-    runtime, layout = Runtime(device.supports_bf16), BatchLayout()
-    applied = apply_stage(Stage.data, decisions, layout) | apply_stage(Stage.runtime, decisions, runtime)
-    run = _Run(config, plan, decisions, getattr(torch, runtime.compute_dtype), layout.packed, folder, ranks)
+    prepare_process(config, ranks, device)
+    batches = BatchLayout()
+    applied = apply_stage(Stage.data, decisions, batches)
+    dtype, of_dtype = compute_dtype(decisions, device)
+    applied |= of_dtype
+    return _Run(config, plan, device, facts, decisions, dtype, batches.packed, applied, folder, ranks)
 
+
+def _loaded(run: _Run) -> LoadedModel:
+    loaded = load(run.config, run.decisions, run.dtype, run.ranks.device, streams_weights(run.layout))
+    torch.manual_seed(run.config.seed + run.ranks.rank)
+    return loaded
+
+
+def _train(folder: RunFolder, ranks: Ranks) -> None:
+    run = _prepared(folder, ranks)
     # A CPU's rate is an assumption of the planner's; utilisation of an assumption is no measurement.
-    peak = device.matmul_flops_per_s if device.kind == "cuda" else 0.0
-    meter = Meter(ranks, model_flops_per_token(facts), peak)
-    loaded = load(config, decisions, run.dtype, ranks.device)
-    torch.manual_seed(config.seed + ranks.rank)
+    peak = run.device.matmul_flops_per_s if run.device.kind == "cuda" else 0.0
+    meter = Meter(ranks, model_flops_per_token(run.facts), peak)
+    loaded = _loaded(run)
     store = _tokens(folder)
     trainer = _assemble(run, loaded, store, meter)
     completion = _Completion(run, loaded, store)
@@ -98,7 +120,7 @@ def _train(folder: RunFolder, ranks: Ranks) -> None:
         measured = meter.measured_peak_bytes()
         if ranks.is_main:
             save_trained(loaded, folder.final)
-            applied |= loaded.applied | trainer.applied
+            applied = run.applied | loaded.applied | trainer.applied
             acts = {name: f"{act.count} {act.detail}" for name, act in applied.items()}
             summary = _summary(run, progress, meter) | {"measured_peak_bytes": measured, "applied": acts}
     finally:
@@ -119,20 +141,32 @@ def _tokens(folder: RunFolder) -> TokenStore:
     return store
 
 
-def _prepare_process(config: RunConfig, ranks: Ranks, usable_bytes: int) -> None:
+def compute_dtype(decisions: tuple[Decision, ...], device: Device) -> tuple[torch.dtype, dict[str, Applied]]:
+    """Dtype of matrix products and frozen weights, and which optimization decided it."""
+    runtime = Runtime(device.supports_bf16)
+    applied = apply_stage(Stage.runtime, decisions, runtime)
+    return getattr(torch, runtime.compute_dtype), applied
+
+
+def prepare_process(config: RunConfig, ranks: Ranks, device: Device) -> None:
+    """Determinism, the memory cap and the kernels of an emulated card, the seed."""
     if config.training.deterministic:
         # cuBLAS reads this when its first handle is made.
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         torch.use_deterministic_algorithms(True)
-    if config.hardware.cap is Cap.memory and ranks.device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(usable_bytes / torch.cuda.get_device_properties(ranks.device).total_memory)
+    if config.hardware.cap is not Cap.none and ranks.device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(device.memory_usable_bytes / torch.cuda.get_device_properties(ranks.device).total_memory)
+    if config.hardware.cap is Cap.emulate and device.compute_capability is not None and device.compute_capability < (8, 0):
+        # What is left to torch's own attention is the memory-efficient kernel.
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
     torch.manual_seed(config.seed)
 
 
 def _assemble(run: _Run, loaded: LoadedModel, store: TokenStore, meter: Meter) -> Trainer:
     config, tier, ranks, steps = run.config, run.config.tier, run.ranks, run.plan["steps"]
+    executors = build(loaded, run.layout, run.dtype, run.device, ranks, Path(config.output.cache).expanduser())
     optimizer, applied = build_optimizer(loaded.trainable, config.training, run.decisions)
-    model = DistributedDataParallel(loaded.model, broadcast_buffers=False) if ranks.world > 1 else loaded.model
     with_context, alone = (
         validation_batches(store, tier.context, tier.target_length, config.data.val_sequences, config.seed, with_context=flag)
         for flag in (True, False)
@@ -142,13 +176,12 @@ def _assemble(run: _Run, loaded: LoadedModel, store: TokenStore, meter: Meter) -
         steps=steps,
         accumulation=run.plan["accumulation"],
         loaded=loaded,
-        executor=WholeExecutor(model, run.dtype),
+        executor=executors.training,
         optimizer=optimizer,
         scheduler=schedule(optimizer, config.schedule, steps),
         scaler=make_scaler(ranks.device, run.dtype),
         stream=TrainStream(store, config.data, tier.context, config.training.micro_batch, config.seed, run.packed, ranks.rank, ranks.world),
-        # Validation runs on the bare model: DDP would wait for ranks that have fewer targets.
-        validator=Validator(WholeExecutor(loaded.model, run.dtype), with_context, alone, ranks),
+        validator=Validator(executors.validation, with_context, alone, ranks),
         meter=meter,
         ranks=ranks,
         checkpoints=run.folder.checkpoints,

@@ -13,6 +13,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "phi": {"num_key_value_heads": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 5},
     "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "gpt_neox": {},
+    "starcoder2": {"num_key_value_heads": 2, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "gemma": {"num_key_value_heads": 1, "head_dim": 8},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 8},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    "gpt2": {},
+    "cohere": {},
+    "lfm2": {"num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
 }
 
 

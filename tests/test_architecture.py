@@ -12,8 +12,8 @@ from elite import config
 ROOT = config.CONF_DIR.parent
 # Each layer may import the layers before it, and its own.
 LAYERS = (
-    {"errors", "facts", "console"},
-    {"optimizations"},
+    {"errors", "facts", "console", "streaming", "revolve", "kernels"},
+    {"optimizations", "losses"},
     {"config"},
     {"compose", "hardware", "geometry", "pretrained", "attention"},
     {"plan"},
@@ -23,6 +23,7 @@ LAYERS = (
     {"training"},
     {"callbacks", "runfolder", "report"},
     {"worker"},
+    {"bench"},
     {"modes"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -1,1 +1,1 @@
-"""Executors: how a forward and backward pass over a batch is carried out."""
+"""How a forward and backward pass is carried out."""

@@ -23,8 +23,8 @@ class BatchGeometry:
     """What differs from what was asked; empty if nothing does."""
 
 
-def facts_of(config: RunConfig, device: Device, shape: ModelShape) -> Facts:
-    """What optimizations may ask about this run."""
+def facts_of(config: RunConfig, device: Device, shape: ModelShape, executor: str = "whole") -> Facts:
+    """What optimizations may ask about this run under one executor."""
     lora = config.adapter.method is AdapterMethod.lora
     return Facts(
         model=shape,
@@ -33,6 +33,7 @@ def facts_of(config: RunConfig, device: Device, shape: ModelShape) -> Facts:
         micro_batch=config.training.micro_batch,
         trainable_params=shape.lora_params(config.adapter.rank) if lora else shape.total_params,
         adapter=config.adapter.method.value,
+        executor=executor,
     )
 
 

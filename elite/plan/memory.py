@@ -20,8 +20,9 @@ What autograd keeps of one decoder layer, in values a token (checked against sav
 from collections.abc import Iterable
 from dataclasses import replace
 
-from elite.facts import FORMULA_GELU, Facts, LinearShape
+from elite.facts import Facts
 from elite.optimizations.contract import Decision, Estimate, Site
+from elite.optimizations.shapes import adapter_rank, mlp_values, mlp_width
 
 FP32 = 4
 ADAM_STATE_BYTES = 8
@@ -48,54 +49,22 @@ NOT_MODELLED = (
 )
 
 
-def _split(linears: Iterable[LinearShape]) -> tuple[list[LinearShape], list[LinearShape]]:
-    """The attention's and the MLP's linear maps, each with its output map last."""
-    attention: list[LinearShape] = []
-    mlp: list[LinearShape] = []
-    for linear in linears:
-        (attention if "attn" in linear.name or "attention" in linear.name else mlp).append(linear)
-    return attention, mlp
-
-
-def _mlp_width(mlp: list[LinearShape]) -> int:
-    return mlp[-1].inputs if mlp else 0
-
-
-def _gated(mlp: list[LinearShape]) -> bool:
-    """Whether the maps into the MLP make two factors of the product that its output map reads."""
-    return sum(linear.outputs for linear in mlp[:-1]) >= 2 * _mlp_width(mlp)
-
-
 def layer_values(facts: Facts) -> int:
     """Values a token that one decoder layer keeps for its backward, with fused attention (see the module's docstring)."""
     model = facts.model
-    attention, mlp = _split(model.layer_linears)
     hidden, heads = model.hidden_size, model.num_attention_heads * model.head_dim
     keys = model.num_key_value_heads * model.head_dim
-    width = _mlp_width(mlp)
     norms = 1 if model.model_type in PARALLEL_BLOCKS else 2
     # Each norm keeps its input; its output is the distinct input of the maps behind it.
     values = norms * 2 * hidden
     values += 2 * heads + heads + 2 * keys
-    factors = 3 if _gated(mlp) else 4 if model.model_type in FORMULA_GELU else 1
-    values += (factors + 1) * width
+    values += mlp_values(facts)
     if facts.adapter == "lora":
         values += len(model.layer_linears) * adapter_rank(facts)
     else:
         # The weight of an RMS norm is trained and keeps the normalised input.
         values += norms * hidden
     return values
-
-
-def adapter_rank(facts: Facts) -> int:
-    """Rank of the adapters, from their parameter count."""
-    return facts.trainable_params // facts.model.lora_params(1) if facts.adapter == "lora" else 0
-
-
-def backward_values(facts: Facts) -> int:
-    """Transient values a token while the backward of one layer runs: two gradients as wide as the MLP, two of hidden size."""
-    _, mlp = _split(facts.model.layer_linears)
-    return 2 * (_mlp_width(mlp) + facts.model.hidden_size)
 
 
 def unoptimized(facts: Facts) -> Estimate:
@@ -116,6 +85,8 @@ def unoptimized(facts: Facts) -> Estimate:
         attention_scores=FP32 * layers * (scores + expanded),
         # The layer at work reads one hidden state and writes another.
         layer_workspace=FP32 * 2 * hidden * tokens,
+        # Two gradients as wide as the MLP.
+        mlp_workspace=FP32 * 2 * mlp_width(facts) * tokens,
         loss_workspace=LOSS_BYTES * tokens * model.vocab_size,
         batch=BATCH_BYTES * tokens,
         runtime=CUDA_WORKSPACE_BYTES if facts.device.kind == "cuda" else 0,
@@ -139,17 +110,12 @@ def predict(facts: Facts, decisions: tuple[Decision, ...]) -> Estimate:
     (`loss_workspace` is 0 where a layer's backward is the peak).
     """
     estimate = folded(facts, decisions)
-    layers, tokens = facts.model.num_hidden_layers, facts.micro_tokens
-    value_bytes = estimate.layer_workspace / (2 * facts.model.hidden_size * tokens)
     recomputed = any(d.active and Site.LAYER_ACTIVATIONS in d.optimization.claims for d in decisions)
     unfused = not any(d.active and Site.ATTENTION in d.optimization.claims for d in decisions)
-    transients = value_bytes * backward_values(facts) * tokens
-    if unfused:
-        transients += UNFUSED_TRANSIENTS * FP32 * facts.micro_batch * facts.model.num_attention_heads * facts.context**2
-    at_backward = replace(estimate, layer_workspace=transients, loss_workspace=0.0)
-    at_loss = estimate
+    scores = UNFUSED_TRANSIENTS * FP32 * facts.micro_batch * facts.model.num_attention_heads * facts.context**2 if unfused else 0
+    at_backward = replace(estimate, layer_workspace=estimate.layer_workspace + scores, loss_workspace=0.0)
+    at_loss = replace(estimate, mlp_workspace=0.0)
     if recomputed:
         # Between forward and backward only the layers' inputs exist.
-        inputs = layers * estimate.layer_workspace / 2
-        at_loss = replace(estimate, saved_activations=inputs, attention_scores=0.0)
+        at_loss = replace(at_loss, saved_activations=0.0, attention_scores=0.0)
     return max(at_loss, at_backward, key=lambda moment: moment.total)

@@ -5,15 +5,16 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from elite.config import Executor, RunConfig
+from elite.config import RunConfig
 from elite.facts import Corpus, Device, Facts, ModelShape
-from elite.optimizations import decide
 from elite.optimizations.contract import Decision, Estimate
-from elite.plan.batch import BatchGeometry, batch_geometry, facts_of
+from elite.plan.batch import BatchGeometry, batch_geometry
+from elite.plan.executors import choose_executor
 from elite.plan.fix import smallest_change
-from elite.plan.memory import NOT_MODELLED, predict
-from elite.plan.time import step_flops, step_seconds
+from elite.plan.memory import NOT_MODELLED
+from elite.plan.streamed import host_usable
 from elite.plan.values import check_values
+from elite.plan.words import gib
 
 YARN_TESTED_FACTOR = 4
 """Beyond this stretch of the trained positions quality is doubtful (Peng et al. 2023 go to 16 with fine-tuning on it)."""
@@ -65,6 +66,13 @@ class Plan:
     fix: str
     """The smallest change that would make it fit, as overrides; empty if it fits."""
     executor: str
+    layout: dict[str, Any] | None
+    """The streamed executor's, by the fields of `Streaming`."""
+    host_bytes: float
+    """Pinned host memory of one rank, under the streamed executor."""
+    host_usable_bytes: float
+    disk_bytes: float
+    """Boundaries on disk, of one rank."""
     curriculum: str
     steps: int
     step_flops: float
@@ -78,6 +86,17 @@ class Plan:
     """One checkpoint on disk: what is trained, and the optimizer's state."""
     warnings: tuple[str, ...]
     not_modelled: tuple[str, ...]
+
+    @property
+    def shortage(self) -> str:
+        """What is too little for this plan, in words; empty if it fits."""
+        found = []
+        short = self.total_bytes + self.headroom_bytes - self.usable_bytes
+        if short > 0:
+            found.append(f"{gib(short)} too much with headroom")
+        if self.device_kind == "cuda" and self.host_bytes > self.host_usable_bytes:
+            found.append(f"{gib(self.host_bytes)} of host memory, {gib(self.host_usable_bytes)} can be used")
+        return "; ".join(found)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types: what `plan.json` holds."""
@@ -94,13 +113,9 @@ def make_plan(config: RunConfig, device: Device, shape: ModelShape, corpus: Corp
     """
     check_values(config)
     batch = batch_geometry(config, device)
-    facts = facts_of(config, device, shape)
-    decisions = decide(config.optimizations, facts)
-    estimate = predict(facts, decisions)
-    headroom = device.memory_usable_bytes * config.plan.headroom_fraction
-    fits = estimate.total <= device.memory_usable_bytes - headroom
+    made = choose_executor(config, device, shape, batch.accumulation)
+    facts, estimate = made.facts, made.estimate
     steps = _steps(config, corpus, batch)
-    step_s = step_seconds(facts, decisions, batch.accumulation)
     factor, positions = _positions(config, shape)
     return Plan(
         model=shape.name,
@@ -120,30 +135,29 @@ def make_plan(config: RunConfig, device: Device, shape: ModelShape, corpus: Corp
         accumulation=batch.accumulation,
         step_tokens=batch.step_tokens,
         corpus=corpus,
-        decisions=tuple(_switch(decision) for decision in decisions),
+        decisions=tuple(_switch(decision) for decision in made.decisions),
         memory=estimate.by_component(),
         total_bytes=estimate.total,
         usable_bytes=device.memory_usable_bytes,
-        headroom_bytes=headroom,
-        fits=fits,
-        fix="" if fits else smallest_change(config, facts),
-        executor=_executor(config),
+        headroom_bytes=device.memory_usable_bytes * config.plan.headroom_fraction,
+        fits=made.fits,
+        fix="" if made.fits else smallest_change(config, device, shape),
+        executor=made.executor.value,
+        layout=made.layout.to_dict() if made.layout else None,
+        host_bytes=made.host_bytes,
+        host_usable_bytes=host_usable(device),
+        disk_bytes=made.disk_bytes,
         curriculum=config.curriculum.name.value,
         steps=steps,
-        step_flops=step_flops(facts, decisions, batch.accumulation),
-        step_s=step_s,
-        run_s=steps * step_s,
+        step_flops=made.step_flops,
+        step_s=made.step_s,
+        run_s=steps * made.step_s,
         rope_factor=factor,
         positions=positions,
         checkpoint_bytes=_checkpoint_bytes(facts, estimate),
         warnings=_warnings(config, facts, corpus, batch, factor),
         not_modelled=NOT_MODELLED,
     )
-
-
-def _executor(config: RunConfig) -> str:
-    """The fastest executor that fits: there is one."""
-    return Executor.whole.value if config.executor.name is Executor.auto else config.executor.name.value
 
 
 def _switch(decision: Decision) -> Switch:

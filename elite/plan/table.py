@@ -49,10 +49,24 @@ def _run(plan: Plan) -> Table:
             ("context", f"{plan.context:,} tokens ({plan.tier}), the last {plan.target_length:,} are the target"),
             ("positions", plan.positions),
             ("batch", f"{plan.step_tokens:,} tokens = {factors}"),
-            ("executor", plan.executor),
+            ("executor", _executor(plan)),
             ("curriculum", plan.curriculum),
         ],
     )
+
+
+def _executor(plan: Plan) -> str:
+    if plan.layout is None:
+        return plan.executor
+    layout = plan.layout
+    parts = [
+        f"chunks of {layout['chunk']:,}",
+        f"blocks of {layout['block']:,}",
+        f"{layout['encoding']} boundaries on {layout['boundaries']}",
+    ]
+    slots = f" ({layout['slots']})" if layout["keep"] == "multilevel" else ""
+    parts += [f"kept: {layout['keep']}{slots}", f"keys and values on {layout['keys_values']}", f"weights {layout['weights']}"]
+    return f"{plan.executor}: {', '.join(parts)}"
 
 
 def _corpus(plan: Plan) -> Table:
@@ -97,6 +111,10 @@ def _memory(plan: Plan) -> Table:
     table.add_row(Text("predicted", style="bold"), Text(gib(plan.total_bytes), style="bold"), "")
     table.add_row("usable", gib(plan.usable_bytes), "")
     table.add_row("of it kept free", gib(plan.headroom_bytes), "")
+    if plan.layout is not None and plan.device_kind == "cuda":
+        table.add_row("host, pinned", gib(plan.host_bytes), f"of {gib(plan.host_usable_bytes)}")
+        if plan.disk_bytes:
+            table.add_row("disk", gib(plan.disk_bytes), "")
     return table
 
 
@@ -104,8 +122,7 @@ def _verdict(plan: Plan) -> Text:
     left = plan.usable_bytes - plan.total_bytes
     if plan.fits:
         return Text(f"FITS, {gib(left)} free", style="bold green")
-    short = plan.total_bytes - plan.usable_bytes + plan.headroom_bytes
-    return Text(f"DOES NOT FIT, {gib(short)} too much with headroom; would fit with: {plan.fix}", style="bold red")
+    return Text(f"DOES NOT FIT, {plan.shortage}; would fit with: {plan.fix}", style="bold red")
 
 
 def _time(plan: Plan) -> Table:

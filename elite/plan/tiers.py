@@ -49,6 +49,8 @@ def _objection(plan: Plan, config: RunConfig) -> str:
     """The first rule that the plan breaks, as a clause; empty if it breaks none."""
     if not plan.fits:
         within = (plan.usable_bytes - plan.headroom_bytes) / GIB
+        if plan.total_bytes / GIB <= within:
+            return f"it needs {plan.shortage}"
         return f"it needs {plan.total_bytes / GIB:.2f} GiB, more than the {within:.2f} GiB that leave headroom"
     limit = config.plan.max_step_minutes
     if plan.step_s > limit * 60:

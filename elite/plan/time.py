@@ -40,22 +40,31 @@ def _frozen_backward(facts: Facts) -> float:
     return 1.0 if facts.adapter == "lora" else 2.0
 
 
-def step_flops(facts: Facts, decisions: tuple[Decision, ...], accumulation: int) -> float:
-    """Operations that one rank carries out in one optimizer step, recomputation included."""
+def recomputed(decisions: tuple[Decision, ...]) -> tuple[float, float]:
+    """Forward passes besides the first one, of the layers' linear maps and of their attention, under the whole executor."""
+    again = any(d.active and Site.LAYER_ACTIVATIONS in d.optimization.claims for d in decisions)
+    return (1.0, 1.0) if again else (0.0, 0.0)
+
+
+def step_flops(facts: Facts, again: tuple[float, float], accumulation: int) -> float:
+    """Operations that one rank carries out in one optimizer step.
+
+    Args:
+        again: forward passes besides the first one, of linear maps and of attention.
+    """
     base, adapters, attention = _linear(facts) + _head(facts), _adapters(facts), _attention(facts)
     per_token = base * (1 + _frozen_backward(facts)) + 3 * adapters + attention * (1 + ATTENTION_BACKWARD)
-    if any(d.active and Site.LAYER_ACTIVATIONS in d.optimization.claims for d in decisions):
-        per_token += _linear(facts) + adapters + attention
+    per_token += again[0] * (_linear(facts) + adapters) + again[1] * attention
     return per_token * facts.micro_tokens * accumulation
 
 
-def step_seconds(facts: Facts, decisions: tuple[Decision, ...], accumulation: int) -> float:
-    """Predicted duration of one optimizer step, in seconds."""
+def step_seconds(facts: Facts, decisions: tuple[Decision, ...], again: tuple[float, float], accumulation: int) -> float:
+    """Predicted duration of one optimizer step, in seconds; `again` as in `step_flops`."""
     kind = facts.device.kind
     rate = facts.device.matmul_flops_per_s * UTILISATION[kind]
     if not any(d.active and Site.COMPUTE_DTYPE in d.optimization.claims for d in decisions):
         rate *= FP32_RATE[kind]
-    return step_flops(facts, decisions, accumulation) / rate
+    return step_flops(facts, again, accumulation) / rate
 
 
 def model_flops_per_token(facts: Facts) -> float:

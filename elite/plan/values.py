@@ -40,12 +40,15 @@ RULES = (
             "data.val_sequences",
             "data.max_file_bytes",
             "plan.max_step_minutes",
+            "executor.chunk",
+            "executor.block",
+            "executor.slots",
         ),
     ),
     Rule(
         "must not be negative, and finite",
         lambda value: 0 <= value < math.inf,
-        ("seed", "training.weight_decay", "training.completion_tokens", "plan.min_sequences"),
+        ("seed", "training.weight_decay", "training.completion_tokens", "plan.min_sequences", "probe.steps"),
     ),
     Rule(
         "must lie in [0, 1)",

@@ -14,7 +14,7 @@ from elite import checkpoint
 from elite.config import TrainingConfig
 from elite.data.batches import TrainStream
 from elite.distributed.ranks import Ranks
-from elite.executor.whole import WholeExecutor
+from elite.executor.contract import Executor
 from elite.model import LoadedModel, load_trained, save_trained
 from elite.optimizations.contract import Applied
 from elite.training.step import optimizer_step
@@ -61,7 +61,7 @@ class Trainer:
     steps: int
     accumulation: int
     loaded: LoadedModel
-    executor: WholeExecutor
+    executor: Executor
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     scaler: Any

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from elite.data.batches import Batch
 from elite.distributed.ranks import Ranks
 from elite.errors import EliteError
-from elite.executor.whole import WholeExecutor
+from elite.executor.contract import Executor
 
 
 class DivergedError(EliteError):
@@ -31,7 +31,7 @@ class StepResult:
     """Token slots processed by all ranks, padding included."""
 
 
-def accumulate(executor: WholeExecutor, window: Sequence[Batch], scaler: torch.amp.GradScaler, ranks: Ranks) -> float:
+def accumulate(executor: Executor, window: Sequence[Batch], scaler: torch.amp.GradScaler, ranks: Ranks) -> float:
     """Add the gradient of the mean token loss over the global batch to the parameters; return that mean.
 
     Dividing every micro-batch by the label tokens of the *whole* global batch makes the result independent of how
@@ -51,7 +51,7 @@ def accumulate(executor: WholeExecutor, window: Sequence[Batch], scaler: torch.a
 
 
 def optimizer_step(
-    executor: WholeExecutor,
+    executor: Executor,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     window: Sequence[Batch],

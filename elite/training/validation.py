@@ -10,7 +10,7 @@ from elite.attention import generating
 from elite.data.batches import IGNORE, Batch
 from elite.data.validation import Completion
 from elite.distributed.ranks import Ranks
-from elite.executor.whole import WholeExecutor
+from elite.executor.contract import Executor
 from elite.model import LoadedModel
 
 
@@ -23,7 +23,7 @@ class Validator:
         alone: the same targets without what stands before them.
     """
 
-    executor: WholeExecutor
+    executor: Executor
     with_context: Sequence[Batch]
     alone: Sequence[Batch]
     ranks: Ranks

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from elite import geometry, hardware
-from elite.config import CONF_DIR, AdapterConfig, HardwareConfig, ModelConfig, RunConfig, TierConfig
+from elite.config import CONF_DIR, AdapterConfig, Executor, ExecutorConfig, HardwareConfig, ModelConfig, RunConfig, TierConfig
 from elite.facts import Corpus, Device, ModelShape
 from elite.optimizations import ALL, OptimizationsConfig
 
@@ -40,6 +40,7 @@ def switches(*names: str) -> OptimizationsConfig:
     return OptimizationsConfig(**enabled)
 
 
-def run_config(context: int = 4096, on: tuple[str, ...] = STANDARD, model: str = "phi2") -> RunConfig:
+def run_config(context: int = 4096, on: tuple[str, ...] = STANDARD, model: str = "phi2", executor: Executor = Executor.whole) -> RunConfig:
     tier = TierConfig(name="tier1", context=context, target_length=min(context // 8, 16384), lora_rank=16)
-    return replace(RunConfig(), tier=tier, model=model_config(model), adapter=AdapterConfig(rank=16), optimizations=switches(*on))
+    made = replace(RunConfig(), tier=tier, model=model_config(model), adapter=AdapterConfig(rank=16), optimizations=switches(*on))
+    return replace(made, executor=ExecutorConfig(name=executor))

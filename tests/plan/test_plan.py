@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from elite import geometry
-from elite.config import RunConfig
+from elite.config import Executor, ExecutorConfig, RunConfig
 from elite.errors import EliteError
 from elite.facts import GIB, Device
 from elite.plan import Plan, make_plan
@@ -56,6 +56,8 @@ def apply(config: RunConfig, fix: str) -> RunConfig:
         if group == "optimizations":
             name = name.removesuffix(".enabled")
             changed[group][name] = replace(getattr(config.optimizations, name), enabled=value == "true")
+        elif group == "executor":
+            config = replace(config, executor=ExecutorConfig(name=Executor(value)))
         else:
             changed[group][name] = int(value)
     return replace(config, **{group: replace(getattr(config, group), **fields) for group, fields in changed.items()})
@@ -65,9 +67,10 @@ def apply(config: RunConfig, fix: str) -> RunConfig:
     ("context", "on", "micro_batch", "usable_gib", "expected"),
     [
         (4096, STANDARD, 4, 12, "training.micro_batch=1"),
-        (4096, STANDARD, 1, 9, "optimizations.qlora.enabled=true"),
+        (4096, STANDARD, 1, 9, "optimizations.fused_loss.enabled=true"),
+        (4096, (*STANDARD, "fused_loss"), 1, 7, "optimizations.qlora.enabled=true"),
         (4096, ("mixed_precision", "flash_attention"), 1, 14, "optimizations.gradient_checkpointing.enabled=true"),
-        (65536, (*STANDARD, "qlora", "adamw_8bit"), 1, 22.5, "tier.context=16384"),
+        (65536, (*STANDARD, "qlora", "adamw_8bit", "fused_loss", "tiled_mlp"), 1, 10, "executor=auto"),
         (16384, (*STANDARD, "qlora", "adamw_8bit"), 1, 2, "a smaller model, or "),
         (65536, (), 1, 22.5, "optimizations."),
     ],

@@ -4,7 +4,7 @@ import pytest
 
 from elite.facts import Facts
 from elite.optimizations import decide
-from elite.plan.time import model_flops_per_token, step_flops, step_seconds
+from elite.plan.time import model_flops_per_token, recomputed, step_flops, step_seconds
 from tests.plan.helpers import device, phi2, switches
 
 
@@ -28,20 +28,20 @@ def test_attention_takes_over_with_the_context() -> None:
     # 7 operations a step for every 4 model ones of the forward pass: (1 + 2.5) and one recomputation.
     long = facts(1 << 20)
     attention = 4 * 32 * 80 * long.context**2 / 2 * 32
-    done = step_flops(long, decide(switches("gradient_checkpointing"), long), 1)
+    done = step_flops(long, recomputed(decide(switches("gradient_checkpointing"), long)), 1)
     assert done == pytest.approx(attention * 4.5, rel=0.05)
 
 
 def test_checkpointing_costs_one_forward_of_the_layers() -> None:
     short = facts(64)
-    plain, checkpointed = (step_flops(short, decide(switches(*on), short), 1) for on in ((), ("gradient_checkpointing",)))
+    plain, checkpointed = (step_flops(short, recomputed(decide(switches(*on), short)), 1) for on in ((), ("gradient_checkpointing",)))
     assert checkpointed - plain == pytest.approx(2 * short.model.linear_params * 64, rel=0.02)
 
 
 def test_time_follows_work_and_rate() -> None:
     one = facts()
     decisions = decide(switches("mixed_precision"), one)
-    assert step_seconds(one, decisions, 4) == pytest.approx(4 * step_seconds(one, decisions, 1))
+    assert step_seconds(one, decisions, (0, 0), 4) == pytest.approx(4 * step_seconds(one, decisions, (0, 0), 1))
     faster = replace(one, device=replace(one.device, matmul_flops_per_s=2 * one.device.matmul_flops_per_s))
-    assert step_seconds(faster, decisions, 1) == pytest.approx(step_seconds(one, decisions, 1) / 2)
-    assert step_seconds(one, decide(switches(), one), 1) > step_seconds(one, decisions, 1)
+    assert step_seconds(faster, decisions, (0, 0), 1) == pytest.approx(step_seconds(one, decisions, (0, 0), 1) / 2)
+    assert step_seconds(one, decide(switches(), one), (0, 0), 1) > step_seconds(one, decisions, (0, 0), 1)

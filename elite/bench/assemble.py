@@ -1,0 +1,140 @@
+"""A model ready to take optimizer steps on random tokens, assembled as a run would assemble it."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elite import geometry, hardware
+from elite.config import RunConfig
+from elite.data.batches import IGNORE, Batch
+from elite.distributed.ranks import Ranks, joined
+from elite.errors import PlanError
+from elite.executor.build import Executors, build, streams_weights
+from elite.facts import Corpus, Device
+from elite.model import LoadedModel, load
+from elite.optimizations import decide
+from elite.plan import Plan, facts_of, make_plan
+from elite.plan.words import gib
+from elite.streaming import Streaming
+from elite.training.optimizer import build_optimizer
+from elite.training.step import make_scaler, optimizer_step
+from elite.worker import compute_dtype, prepare_process
+
+NO_CORPUS = Corpus("random tokens", 0, 0, 0, 0, 0, "exact")
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """Everything that a step needs."""
+
+    config: RunConfig
+    plan: Plan
+    dtype: torch.dtype
+    """Of matrix products."""
+    loaded: LoadedModel
+    executors: Executors
+    optimizer: torch.optim.Optimizer
+    ranks: Ranks
+
+    @property
+    def vocab(self) -> int:
+        """Size of the vocabulary."""
+        return int(self.loaded.core.config.get_text_config().vocab_size)
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step over one micro-batch of random tokens: seconds and peaks."""
+        device = self.ranks.device
+        batch = _random_batch(self.plan, self.vocab)
+        reset_peak(device)
+        synchronise(device)
+        began = time.perf_counter()
+        scaler, norm = make_scaler(device, self.dtype), self.config.training.max_grad_norm
+        done = optimizer_step(self.executors.training, self.optimizer, scaler, [batch], self.loaded.trainable, norm, self.ranks)
+        synchronise(device)
+        seconds = time.perf_counter() - began
+        return {"step_s": seconds, "tokens_per_s": batch.input_ids.numel() / seconds, "loss": done.loss} | peaks(device)
+
+
+@contextmanager
+def assembled(config: RunConfig) -> Iterator[Assembled]:
+    """Load the model of `config`, apply what its plan says, build optimizer and executor.
+
+    Raises:
+        PlanError: the plan does not fit, or the hardware is not here.
+    """
+    device = hardware.device(config.hardware)
+    hardware.require_present(device, config.hardware)
+    shape = geometry.shape(config.model)
+    plan = make_plan(config, device, shape, NO_CORPUS)
+    if not plan.fits:
+        raise PlanError(f"the plan does not fit: {gib(plan.total_bytes)} of {gib(plan.usable_bytes)} usable ({plan.shortage})", plan.fix)
+    decisions = decide(config.optimizations, facts_of(config, device, shape, plan.executor))
+    layout = Streaming.from_dict(plan.layout) if plan.layout else None
+    with joined() as ranks:
+        prepare_process(config, ranks, device)
+        dtype, _ = compute_dtype(decisions, device)
+        loaded = load(config, decisions, dtype, ranks.device, streams_weights(layout))
+        executors = build(loaded, layout, dtype, device, ranks, Path(config.output.cache).expanduser())
+        optimizer, _ = build_optimizer(loaded.trainable, config.training, decisions)
+        made = Assembled(config, plan, dtype, loaded, executors, optimizer, ranks)
+        try:
+            yield made
+        finally:
+            if executors.attached is not None:
+                executors.attached.undo()
+
+
+def described(made: Assembled, device: Device | None = None) -> dict[str, Any]:
+    """What was measured: model, adapters, context, executor, layout, switches, and what the plan said."""
+    model, plan = asdict(made.config.model), made.plan
+    kept = ("name", "model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
+    return {
+        "model": {name: model[name] for name in kept} | {"weights": made.config.model.weights.value, "adapter": plan.adapter},
+        "device": plan.device,
+        "context": plan.context,
+        "executor": plan.executor,
+        "layout": plan.layout,
+        "active": [switch.name for switch in plan.decisions if switch.active],
+        "planned": {"device_bytes": plan.total_bytes, "host_bytes": plan.host_bytes, "step_s": plan.step_s},
+    }
+
+
+def with_context(config: RunConfig, tokens: int) -> RunConfig:
+    """The same run at another context, one sequence a step."""
+    return replace(config, tier=replace(config.tier, context=tokens), training=replace(config.training, global_batch_tokens=tokens))
+
+
+def _random_batch(plan: Plan, vocab: int) -> Batch:
+    ids = torch.randint(vocab, (plan.micro_batch, plan.context))
+    labels = ids.roll(-1, 1)
+    labels[:, -1] = IGNORE
+    positions = torch.arange(plan.context).expand_as(ids)
+    return Batch(ids, labels, positions, tuple((plan.context,) for _ in range(plan.micro_batch)))
+
+
+def peaks(device: torch.device) -> dict[str, float]:
+    """Highest memory since `reset_peak`, bytes; the host's is of the whole process so far."""
+    found: dict[str, float] = {"host_rss_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if device.type == "cuda":
+        found["allocated_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+        found["reserved_peak_bytes"] = torch.cuda.max_memory_reserved(device)
+    return found
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin to look for the highest memory anew."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

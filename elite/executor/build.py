@@ -1,0 +1,64 @@
+"""The executor that a plan names, around a loaded model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from elite.executor.contract import Executor
+from elite.executor.streamed.attach import Attached, attach
+from elite.executor.streamed.choose import fastest
+from elite.executor.streamed.executor import StreamedExecutor
+from elite.executor.streamed.kernels import KERNELS, AttentionShape, Kernel
+from elite.executor.whole import WholeExecutor
+from elite.facts import Device
+from elite.model import LoadedModel
+from elite.optimizations.fused_loss import FusedLoss
+from elite.streaming import Streaming, WeightPlace
+
+
+@dataclass(frozen=True)
+class Executors:
+    """What trains, what validates, and the streamed model behind both, if it is one."""
+
+    training: Executor
+    validation: Executor
+    attached: Attached | None
+
+
+def streams_weights(layout: Streaming | None) -> bool:
+    """Whether frozen weights stay in host memory when the model is loaded."""
+    return layout is not None and layout.weights is WeightPlace.streamed
+
+
+def build(loaded: LoadedModel, layout: Streaming | None, dtype: torch.dtype, device: Device, ranks: Any, cache: Path) -> Executors:
+    """Executors for training and for validation.
+
+    Args:
+        layout: of the streamed executor; None is the whole one.
+        dtype: of matrix products.
+        device: what is emulated decides which attention kernels may run.
+        ranks: this process among all; gradients are exchanged by DDP if there are several.
+        cache: folder where kernel choices are remembered.
+    """
+    attached = None
+    if layout is not None:
+
+        def choice(shape: AttentionShape) -> Kernel:
+            return fastest(shape, ranks.device, cache, layout.chunk, layout.block, kernels_of(device))
+
+        attached = attach(loaded.model, layout, ranks.device, choice)
+    model = DistributedDataParallel(loaded.model, broadcast_buffers=False) if ranks.world > 1 else loaded.model
+    # Validation runs on the bare model: DDP would wait for ranks that have fewer targets.
+    if layout is not None:
+        return Executors(StreamedExecutor(model, dtype), StreamedExecutor(loaded.model, dtype), attached)
+    fused = FusedLoss.name in loaded.applied
+    return Executors(WholeExecutor(model, dtype, fused), WholeExecutor(loaded.model, dtype, fused), None)
+
+
+def kernels_of(device: Device) -> list[str]:
+    """Names of the attention kernels that run on this device: a larger one may stand in for it."""
+    has = device.compute_capability
+    return [name for name, kernel in KERNELS.items() if has is None or kernel.capability <= has]

@@ -1,0 +1,201 @@
+"""Exact causal attention of one chunk: its own square, and the keys before it in blocks, merged by log-sum-exp.
+
+The forward keeps O and its log-sum-exp L. The backward takes the merged O and L and goes over the keys block by block; a chunk's
+own keys get what later chunks have added to them besides, so that the layer's projections see their whole gradient.
+
+Shapes: n query tokens of the chunk, H query heads, K key/value heads, D head dimension; q and o [n, H, D], k and v [n, K, D],
+L [H, n] in fp32.
+
+Source: Dao 2023, arXiv:2307.08691 (merging partial results by L); Milakov and Gimelshein 2018, arXiv:1805.02867.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from elite.errors import ModelError
+from elite.executor.streamed.chunks import Chunk
+from elite.executor.streamed.kernels import AttentionShape, Kernel, merge
+from elite.executor.streamed.keys_values import KeyValues
+
+STREAMED = "elite_streamed"
+
+
+class Phase(Enum):
+    """What a layer is called for."""
+
+    forward = "forward"
+    refill = "refill"
+    """Only until its keys and values are known."""
+    backward = "backward"
+
+
+class KeysKnown(Exception):
+    """Ends a layer's forward in the phase `refill`."""
+
+
+@dataclass
+class Work:
+    """What the attention of one layer needs to know about the chunk it is called for."""
+
+    phase: Phase
+    chunk: Chunk
+    keys_values: KeyValues
+    choose: Callable[[AttentionShape], Kernel]
+    """The kernel for a shape of attention."""
+    kept: tuple[Tensor, Tensor] | None = None
+    """O and L of the forward pass, where they were kept."""
+    made: tuple[Tensor, Tensor] | None = None
+    """O and L as computed."""
+    keys: tuple[Tensor, Tensor] | None = None
+    """The chunk's keys and values as computed."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a layer's attention."""
+
+    work: Work
+    kernel: Kernel
+    window: int | None
+    """Keys a query sees, itself included; None if all."""
+    scale: float
+
+
+def _attend(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    chunk, kernel, window, scale = call.work.chunk, call.kernel, call.window, call.scale
+    if not chunk.shares:
+        documents = zip(*(t.split(chunk.documents) for t in (q, k, v)), strict=True)
+        parts = [kernel.forward(dq, dk, dv, True, window, scale) for dq, dk, dv in documents]
+        return parts[0] if len(parts) == 1 else (torch.cat([o for o, _ in parts]), torch.cat([lse for _, lse in parts], dim=1))
+    if window is not None:
+        block = call.work.keys_values.view(_first_seen(chunk, window), chunk.offset + chunk.length)
+        return kernel.forward(q, block.k, block.v, True, window, scale)
+    o, lse = kernel.forward(q, k, v, True, None, scale)
+    for block in call.work.keys_values.prefix(chunk.offset):
+        o, lse = merge(o, lse, *kernel.forward(q, block.k, block.v, False, None, scale))
+    return o, lse
+
+
+def _first_seen(chunk: Chunk, window: int) -> int:
+    return max(0, chunk.offset - window + 1)
+
+
+class _ChunkAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, call: _Call) -> Tensor:
+        work = call.work
+        o, lse = work.made = work.kept or _attend(call, q, k, v)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.call = call
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        # o leads to this node, and the node by its call to o: a circle that would hold the chunk's tensors until Python looks for it.
+        del ctx.call
+        if not call.work.chunk.shares:
+            gradients = _whole_documents(call, do, *ctx.saved_tensors)
+        elif call.window is not None:
+            gradients = _windowed(call, do, *ctx.saved_tensors)
+        else:
+            gradients = _blockwise(call, do, *ctx.saved_tensors)
+        return (*(g.to(t.dtype) for g, t in zip(gradients, ctx.saved_tensors, strict=False)), None)
+
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def _whole_documents(call: _Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> Gradients:
+    lengths = call.work.chunk.documents
+    of_each = [t.split(lengths) for t in (do, q, k, v, o)]
+    logs = [part.contiguous() for part in lse.split(lengths, dim=1)]
+    parts = [
+        call.kernel.backward(a, b, c, d, e, log, True, call.window, call.scale) for a, b, c, d, e, log in zip(*of_each, logs, strict=True)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    dq, dk, dv = (torch.cat([part[i] for part in parts]) for i in range(3))
+    return dq, dk, dv
+
+
+def _windowed(call: _Call, do: Tensor, q: Tensor, _k: Tensor, _v: Tensor, o: Tensor, lse: Tensor) -> Gradients:
+    """The keys in reach are one view: gradients before the chunk are added there, those of its own are handed out."""
+    assert call.window is not None
+    chunk, keys_values = call.work.chunk, call.work.keys_values
+    first, stop = _first_seen(chunk, call.window), chunk.offset + chunk.length
+    block = keys_values.view(first, stop)
+    dq, dk, dv = call.kernel.backward(do, q, block.k, block.v, o, lse, True, call.window, call.scale)
+    before = chunk.offset - first
+    if keys_values.untouched:
+        # Chunks reach back less than to the beginning: not every key gets something from the last of them.
+        keys_values.zero()
+    for part, sink in keys_values.gradients(first, chunk.offset):
+        sink.add(dk[part.first - first : part.stop - first], dv[part.first - first : part.stop - first])
+    own = keys_values.own(chunk)
+    assert own is not None
+    return dq, dk[before:] + own[0], dv[before:] + own[1]
+
+
+def _blockwise(call: _Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> Gradients:
+    chunk, keys_values, kernel = call.work.chunk, call.work.keys_values, call.kernel
+    dq, dk, dv = kernel.backward(do, q, k, v, o, lse, True, None, call.scale)
+    own = keys_values.own(chunk)
+    if own is not None:
+        dk, dv = dk + own[0], dv + own[1]
+    if chunk.offset:
+        dq = dq.float()
+        for block, sink in keys_values.gradients(0, chunk.offset):
+            more, dk_block, dv_block = kernel.backward(do, q, block.k, block.v, o, lse, False, None, call.scale)
+            dq += more
+            sink.add(dk_block, dv_block)
+    return dq, dk, dv
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    work: Work,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_unused: Any,  # transformers hands every attention function position ids, cache arguments and more
+) -> tuple[Tensor, None]:
+    """As transformers calls it: query [1, H, n, D], key and value [1, K, n, D] → [1, n, H, D]."""
+    if softcap is not None or s_aux is not None or dropout:
+        raise ModelError(
+            f"{type(module).__name__}: soft-capped scores, attention sinks and attention dropout cannot be streamed", "executor=whole"
+        )
+    kind = query.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    q, k, v = (t[0].transpose(0, 1).to(dtype) for t in (query, key, value))
+    if work.chunk.shares and work.phase is not Phase.backward:
+        work.keys_values.put(work.chunk, k, v)
+    work.keys = (k, v)
+    if work.phase is Phase.refill:
+        raise KeysKnown
+    # A window that reaches over whole documents is none, and more kernels serve.
+    window = sliding_window if sliding_window is not None and sliding_window < work.chunk.longest else None
+    kernel = work.choose(AttentionShape(q.shape[1], k.shape[1], q.shape[2], dtype, window))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _ChunkAttention.apply(q, k, v, _Call(work, kernel, window, scale))[None], None
+
+
+def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+    """Causality and document borders follow from the chunk."""
+
+
+AttentionInterface.register(STREAMED, _attention)
+AttentionMaskInterface.register(STREAMED, _no_mask)

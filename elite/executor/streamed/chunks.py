@@ -1,0 +1,79 @@
+"""How a flat row of documents is cut into chunks.
+
+A batch is one flat row of T = B·S tokens. A document longer than a chunk is cut into chunks that share keys and values; shorter
+ones are collected whole, so that a chunk lies inside one document or holds whole documents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+ALIGNMENT = 128
+"""Pieces of a long document have a multiple of this many tokens, as attention kernels tile them; only the last may differ."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Query tokens handled at once."""
+
+    index: int
+    start: int
+    """First token in the flat row."""
+    stop: int
+    offset: int
+    """Tokens of the same document before `start`."""
+    documents: tuple[int, ...]
+    """Lengths of the parts of documents in it; more than one only if each is a whole document."""
+    longest: int
+    """Tokens of the longest document that it holds or is a part of."""
+    shares: bool
+    """Whether it is a part of a longer document, whose keys and values later chunks attend to."""
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.stop - self.start
+
+
+Group = tuple[Chunk, ...]
+"""Chunks that share keys and values: those of one long document, or one chunk of whole documents."""
+
+
+def cut(documents: Sequence[int], size: int) -> tuple[Group, ...]:
+    """Chunks of at most `size` tokens over documents of these lengths, in order."""
+    groups: list[Group] = []
+    whole: list[int] = []
+    position = index = 0
+
+    def collect() -> None:
+        nonlocal position, index
+        if whole:
+            stop = position + sum(whole)
+            groups.append((Chunk(index, position, stop, 0, tuple(whole), max(whole), shares=False),))
+            position, index = stop, index + 1
+            whole.clear()
+
+    for length in documents:
+        if sum(whole) + length > size:
+            collect()
+        if length <= size:
+            whole.append(length)
+            continue
+        pieces = _pieces(length, size)
+        offsets = [sum(pieces[:i]) for i in range(len(pieces))]
+        groups.append(
+            tuple(
+                Chunk(index + i, position + offset, position + offset + piece, offset, (piece,), length, shares=True)
+                for i, (offset, piece) in enumerate(zip(offsets, pieces, strict=True))
+            )
+        )
+        position, index = position + length, index + len(pieces)
+    collect()
+    return tuple(groups)
+
+
+def _pieces(length: int, size: int) -> list[int]:
+    """`length` in as few parts of at most `size` as it takes, as even as alignment lets them be."""
+    count = -(-length // size)
+    even = -(-length // count)
+    piece = min(size, -(-even // ALIGNMENT) * ALIGNMENT)
+    return [min(piece, length - start) for start in range(0, length, piece)]

@@ -1,0 +1,119 @@
+"""What a streamed step would take, measured without running all of it.
+
+Everything is allocated as in the real step. Of each sweep, a few chunks at the beginning of the row and a few at its end are run for
+real; a chunk's time is affine in the tokens before it, so the two ends give all chunks, and one layer gives all layers. Memory peaks
+where the last chunk meets all keys, which is run.
+
+The state that the chunks left out would have made (keys, kept outputs) is arbitrary here: times and memory do not depend on values.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from elite.executor.streamed.attention import Phase
+from elite.executor.streamed.chunks import Chunk, cut
+from elite.executor.streamed.runner import GradientSum, Runner, Step
+from elite.executor.streamed.sweeps import Sweep, backward_sweeps, forward_sweep
+from elite.revolve import layer_forwards
+
+CHUNKS = 3
+"""Chunks that are run at each end."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An extrapolated step. Seconds."""
+
+    tokens: int
+    chunks: int
+    embed_s: float
+    forward_s: float
+    """The first sweep through all layers, and what is passed forward again between kept boundaries."""
+    refill_s: float
+    """Keys and values computed again."""
+    head_s: float
+    backward_s: float
+    """All layers' own recomputation and backward."""
+
+    @property
+    def step_s(self) -> float:
+        """Forward and backward of one row."""
+        return self.embed_s + self.forward_s + self.refill_s + self.head_s + self.backward_s
+
+
+class Probe:
+    """Runs and times parts of one step over a single document.
+
+    Args:
+        runner: of a model that `attach` made streamed.
+        tokens: in the row.
+        vocab: ids are drawn below it.
+    """
+
+    def __init__(self, runner: Runner, tokens: int, vocab: int) -> None:
+        self._runner, self._cuda = runner, runner.device.type == "cuda"
+        ids = torch.randint(vocab, (1, tokens), device=runner.device)
+        positions = torch.arange(tokens, device=runner.device)[None]
+        runner.find_trained()
+        seed = 0 if runner.stem.training else None
+        self._step = Step(ids, positions, ids[0].roll(-1), cut([tokens], runner.layout.chunk), trains=True, seed=seed)
+        self._tokens = tokens
+
+    def run(self) -> Estimate:
+        """Allocate, run the ends, extrapolate."""
+        runner, step, layers = self._runner, self._step, len(self._runner.layers)
+        order = step.order
+        embed = self._timed(lambda chunks: runner.embed(step, chunks), order)
+        forward = self._sweep(forward_sweep(runner.store, 0, step.groups, trains=True))
+        head = self._timed(lambda chunks: runner.head(step, runner.outer_parameters, descend=True, chunks=chunks), order)
+        step.upstream = torch.ones((), device=runner.device)
+        last = backward_sweeps(runner.store, len(runner.store.kept) - 1, step.groups)
+        parts = {sweep.phase: sweep for sweep in last if sweep.layer == last[-1].layer}
+        refill = self._sweep(parts[Phase.refill]) if Phase.refill in parts else 0.0
+        backward = self._sweep(parts[Phase.backward])
+        return Estimate(
+            tokens=self._tokens,
+            chunks=len(order),
+            embed_s=embed,
+            forward_s=forward * layer_forwards(layers, runner.store.slots),
+            refill_s=refill * layers,
+            head_s=head,
+            backward_s=backward * layers,
+        )
+
+    def _sweep(self, sweep: Sweep) -> float:
+        """Seconds of one layer's whole sweep."""
+        runner = self._runner
+        totals = {sweep.layer: GradientSum(runner.layer_parameters[sweep.layer])}
+        with torch.no_grad():
+            return self._timed(lambda chunks: runner.run(self._step, [sweep.over(tuple(chunks))], None, totals), sweep.chunks)
+
+    def _timed(self, run: Callable[[Sequence[Chunk]], object], chunks: Sequence[Chunk]) -> float:
+        """Seconds that `run` takes over all `chunks`, from its time over a few at each end."""
+        if len(chunks) <= 2 * CHUNKS:
+            run(chunks)
+            return self._seconds(run, chunks)
+        ends = [self._per_chunk(run, part) for part in (chunks[:CHUNKS], chunks[-CHUNKS:])]
+        (near, at_near), (far, at_far) = ends
+        slope = (far - near) / (at_far - at_near)
+        return sum(near + slope * (chunk.offset - at_near) for chunk in chunks)
+
+    def _per_chunk(self, run: Callable[[Sequence[Chunk]], object], chunks: Sequence[Chunk]) -> tuple[float, float]:
+        """Seconds a chunk without what a run costs besides, and the mean of the tokens before those chunks."""
+        run(chunks)
+        seconds = self._seconds(run, chunks) - self._seconds(run, chunks[:1])
+        return seconds / (len(chunks) - 1), sum(chunk.offset for chunk in chunks[1:]) / (len(chunks) - 1)
+
+    def _seconds(self, run: Callable[[Sequence[Chunk]], object], chunks: Sequence[Chunk]) -> float:
+        self._synchronise()
+        began = time.perf_counter()
+        run(chunks)
+        self._synchronise()
+        return time.perf_counter() - began
+
+    def _synchronise(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize(self._runner.device)

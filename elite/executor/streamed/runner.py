@@ -1,0 +1,338 @@
+"""Carries out the sweeps of a step: brings chunks, calls layers on them, keeps what has to be kept, sums gradients.
+
+The sweeps come from `sweeps.py`, copies from `transfers.py`, rows from `store.py`, the model's own calls from `stem.py`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from elite.errors import ModelError
+from elite.executor.streamed.attention import KeysKnown, Phase, Work
+from elite.executor.streamed.chunks import Chunk, Group
+from elite.executor.streamed.kernels import AttentionShape, Kernel
+from elite.executor.streamed.keys_values import KeyValues
+from elite.executor.streamed.rows import Allocator, Rows
+from elite.executor.streamed.stem import Positions, Stem
+from elite.executor.streamed.store import Boundary, Store
+from elite.executor.streamed.sweeps import Sweep, backward_sweeps, forward_sweep, in_order
+from elite.executor.streamed.transfers import Fields, Transfers
+from elite.executor.streamed.weights import ResidentWeights, StreamedWeights
+from elite.losses import linear_cross_entropy
+from elite.streaming import Streaming, WeightPlace
+
+IGNORE = -100
+
+KernelChoice = Callable[[AttentionShape], Kernel]
+
+
+@dataclass
+class Step:
+    """One forward pass and what its backward needs to know."""
+
+    ids: Tensor
+    """[1, T] token ids of all rows."""
+    positions: Tensor
+    """[1, T]"""
+    labels: Tensor
+    """[T] the token each position has to predict; `IGNORE` scores none."""
+    groups: tuple[Group, ...]
+    trains: bool
+    label_smoothing: float = 0.0
+    seed: int | None = None
+    """Random state is set from it before each layer and chunk, so that a recomputation draws the same masks; None draws nothing."""
+    upstream: Tensor | None = None
+    """Gradient of the loss, once the backward has begun."""
+    _autocast: tuple[bool, torch.dtype] = field(init=False)
+
+    def __post_init__(self) -> None:
+        kind = self.ids.device.type
+        self._autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+
+    def autocast(self) -> torch.autocast:
+        """Autocast as it was when the step began: the backward runs in another thread, which knows nothing of it."""
+        enabled, dtype = self._autocast
+        return torch.autocast(self.ids.device.type, dtype=dtype, enabled=enabled)
+
+    @cached_property
+    def order(self) -> tuple[Chunk, ...]:
+        """All chunks, first to last."""
+        return in_order(self.groups)
+
+    @cached_property
+    def scored(self) -> list[bool]:
+        """Whether any token of each chunk is scored. Waits for the device once a step."""
+        flags = (self.labels != IGNORE).split([chunk.length for chunk in self.order])
+        found: list[bool] = torch.stack([flag.any() for flag in flags]).tolist()
+        return found
+
+    def part(self, chunk: Chunk) -> Positions:
+        """A chunk's tokens and positions."""
+        return Positions(chunk.index, self.ids[:, chunk.start : chunk.stop], self.positions[:, chunk.start : chunk.stop])
+
+
+class GradientSum:
+    """Gradients of some parameters, added up over chunks in fp32 (fp64 in fp64)."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
+        self._sums: list[Tensor | None] = [None] * len(parameters)
+
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add one gradient for each parameter, None for those that had no part in it."""
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                known = self._sums[i]
+                wide = torch.promote_types(gradient.dtype, torch.float32)
+                self._sums[i] = gradient.to(wide) if known is None else known.add_(gradient)
+
+    def result(self) -> list[Tensor | None]:
+        """The sums, in the parameters' dtype."""
+        return [None if total is None else total.to(p.dtype) for total, p in zip(self._sums, self._parameters, strict=True)]
+
+
+class Runner:
+    """Everything that a streamed model keeps from step to step.
+
+    Args:
+        core: a causal language model of transformers.
+        layout: how its passes are laid out.
+        device: where it computes.
+        choose: names the attention kernel for a shape.
+
+    Raises:
+        ModelError: its structure is not a stack of decoder layers.
+        PlanError: the host has no room for streamed weights.
+    """
+
+    def __init__(self, core: PreTrainedModel, layout: Streaming, device: torch.device, choose: KernelChoice) -> None:
+        self._core, self.layout, self.device, self._choose = core, layout, device, choose
+        self.stem = Stem(core)
+        self.layers = self.stem.layers
+        self._head: Any = core.get_output_embeddings()
+        self.weights = StreamedWeights(self.layers, device) if layout.weights is WeightPlace.streamed else ResidentWeights()
+        self.allocator = Allocator(device, Path(layout.folder) if layout.folder else None)
+        self.transfers = Transfers(device, layout.chunk, self.allocator.disk)
+        self.current: Step | None = None
+        """The step whose rows these are."""
+        self.store: Store
+        self.layer_parameters: list[list[nn.Parameter]]
+        """What is trained in each layer."""
+        self.outer_parameters: list[nn.Parameter]
+        """What is trained before and after the layers."""
+        self._keys_values = KeyValues(layout.keys_values, 0, layout.block, self.allocator, device)
+
+    def find_trained(self) -> None:
+        """Note which parameters are trained; adapters may come after this was made."""
+        inner = {id(p) for layer in self.layers for p in layer.parameters()}
+        self.layer_parameters = [[p for p in layer.parameters() if p.requires_grad] for layer in self.layers]
+        self.outer_parameters = [p for p in self._core.parameters() if p.requires_grad and id(p) not in inner]
+
+    def begin(self, step: Step, width: int, dtype: torch.dtype) -> None:
+        """Make the rows that `step` needs; what an earlier step left in them is lost."""
+        self.current = step
+        self.stem.forget()
+        self.transfers.reset()
+        self.transfers.settle()
+        self.weights.refresh()
+        longest = max((chunk.longest for chunk in step.order if chunk.shares), default=0)
+        if self._keys_values.tokens != longest:
+            self._keys_values = KeyValues(self.layout.keys_values, longest, self.layout.block, self.allocator, self.device)
+        self.store = Store(self.layout, self.allocator, len(self.layers), step.ids.shape[1], width, dtype)
+        if step.trains:
+            self.store.prepare()
+
+    def embed(self, step: Step, chunks: Sequence[Chunk] | None = None) -> None:
+        """Write the first boundary, of all chunks unless told which."""
+        with torch.no_grad(), self._as_in(step):
+            for chunk in step.order if chunks is None else chunks:
+                self._seed(step, 0, chunk)
+                with step.autocast():
+                    hidden = self.stem.embed(step.part(chunk))
+                if self.current is not step:
+                    self.begin(step, hidden.shape[-1], hidden.dtype)
+                self._write(self.store.sinks(0, step.trains), chunk, hidden[0])
+
+    def embed_backward(self, step: Step, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """Gradients of what stands before the layers."""
+        total = GradientSum(parameters)
+        with self._as_in(step):
+            for chunk, data in self.transfers.read(step.order, {"g": self.store.live.rows}):
+                self._seed(step, 0, chunk)
+                with torch.enable_grad(), step.autocast():
+                    hidden = self.stem.embed(step.part(chunk))[0]
+                total.add(torch.autograd.grad(hidden, parameters, self.store.live.decode(data["g"]), allow_unused=True))
+        return total.result()
+
+    def forward(self, step: Step, layers: range) -> None:
+        """The first sweep of these layers."""
+        sweeps = [forward_sweep(self.store, layer, step.groups, step.trains) for layer in layers]
+        following = layers.stop
+        after = forward_sweep(self.store, following, step.groups, step.trains) if following < len(self.layers) else None
+        with torch.no_grad():
+            self.run(step, sweeps, after, {})
+
+    def backward(self, step: Step, segment: int, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+        """Gradients of one segment's parameters; the gradient of its input replaces that of its output."""
+        sweeps = backward_sweeps(self.store, segment, step.groups)
+        if sweeps[0].phase is Phase.refill and self._keys_values.holds == sweeps[0].document:
+            # The forward pass has just left them there.
+            sweeps = sweeps[1:]
+        after = backward_sweeps(self.store, segment - 1, step.groups)[0] if segment else None
+        totals = {sweep.layer: GradientSum(self.layer_parameters[sweep.layer]) for sweep in sweeps}
+        with torch.no_grad():
+            self.run(step, sweeps, after, totals)
+        found = {p: g for layer, total in totals.items() for p, g in zip(self.layer_parameters[layer], total.result(), strict=True)}
+        return [found[p] for p in parameters]
+
+    def head(
+        self, step: Step, parameters: Sequence[nn.Parameter], descend: bool, chunks: Sequence[Chunk] | None = None
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Sum of the token losses (fp32 scalar), and its gradients; that of the last boundary replaces the boundary if `descend`."""
+        live, loss, total = self.store.live, torch.zeros((), device=self.device), GradientSum(parameters)
+        with self._as_in(step):
+            for chunk, data in self.transfers.read(step.order if chunks is None else chunks, {"h": live.rows}):
+                hidden = live.decode(data["h"]).detach().requires_grad_(descend)
+                if not step.scored[chunk.index]:
+                    gradient = torch.zeros_like(hidden)
+                else:
+                    with torch.set_grad_enabled(step.trains), step.autocast():
+                        part = self._loss(step, chunk, hidden)
+                    loss += part.detach()
+                    if not step.trains:
+                        continue
+                    first, *rest = torch.autograd.grad(part, [hidden, *parameters] if descend else [*parameters], allow_unused=True)
+                    total.add(rest if descend else [first, *rest])
+                    gradient = first
+                if descend:
+                    live.write(self.transfers, chunk, gradient)
+        return loss, total.result()
+
+    def host_bytes(self) -> int:
+        """Pinned host memory of rows and of streamed weights."""
+        return self.allocator.host_bytes() + self.weights.host_bytes
+
+    def undo(self) -> None:
+        """Put weights back and give all rows back."""
+        self.weights.undo()
+        self.allocator.release()
+
+    def _loss(self, step: Step, chunk: Chunk, hidden: Tensor) -> Tensor:
+        normed = self.stem.epilogue(step.part(chunk), hidden[None])[0]
+        labels = step.labels[chunk.start : chunk.stop]
+        return linear_cross_entropy(
+            normed, self._head.weight, self._head.bias, labels, ignore_index=IGNORE, label_smoothing=step.label_smoothing
+        )
+
+    def run(self, step: Step, sweeps: Sequence[Sweep], after: Sweep | None, totals: dict[int, GradientSum]) -> None:
+        """Carry sweeps out one after another.
+
+        Args:
+            after: the sweep that comes next, whose first copies may begin.
+            totals: where gradients of each layer's parameters go.
+        """
+        for sweep, following in zip(sweeps, [*sweeps[1:], after], strict=True):
+            then = (following.chunks, self._fields(following)) if following is not None else None
+            with self._as_in(step), self.weights.use(sweep.layer, following.layer if following else None):
+                self._prepare_keys(sweep)
+                for chunk, data in self.transfers.read(sweep.chunks, self._fields(sweep), then):
+                    self._chunk(step, sweep, chunk, data, totals)
+                    if following is not None and self._takes_over(sweep, following):
+                        self._keys_values.bring(chunk, self.store.keys(following.layer), self.transfers)
+                if following is not None and self._takes_over(sweep, following):
+                    self._keys_values.holds = following.document
+
+    def _prepare_keys(self, sweep: Sweep) -> None:
+        """Have a document's keys and values at hand for its backward."""
+        keys_values = self._keys_values
+        if sweep.phase is not Phase.backward:
+            keys_values.holds = sweep.document
+        elif sweep.chunks[0].shares:
+            keys_values.begin_backward()
+            if keys_values.holds != sweep.document:
+                for chunk in sweep.chunks:
+                    keys_values.bring(chunk, self.store.keys(sweep.layer), self.transfers)
+                keys_values.holds = sweep.document
+            self.transfers.settle()
+
+    def _takes_over(self, sweep: Sweep, following: Sweep) -> bool:
+        """Whether the next layer's keys and values may take the place of this one's, chunk by chunk: later chunks need them no more."""
+        return self.store.keeps_keys and sweep.phase is Phase.backward and sweep.chunks[0].shares and following.chunks == sweep.chunks
+
+    def _fields(self, sweep: Sweep) -> Fields:
+        fields: dict[str, Rows] = {"h": sweep.source.rows}
+        if sweep.phase is Phase.backward:
+            fields["g"] = self.store.live.rows
+            if sweep.keeps:
+                fields |= self.store.outputs(sweep.layer)
+        return fields
+
+    def _chunk(self, step: Step, sweep: Sweep, chunk: Chunk, data: dict[str, Tensor], totals: dict[int, GradientSum]) -> None:
+        work = Work(sweep.phase, chunk, self._keys_values, self._choose)
+        hidden = sweep.source.decode(data["h"])
+        if sweep.phase is Phase.refill:
+            try:
+                self._layer(step, sweep.layer, chunk, hidden, work)
+            except KeysKnown:
+                return
+            raise _without_attention(sweep.layer)
+        if sweep.phase is Phase.forward:
+            out = self._layer(step, sweep.layer, chunk, hidden, work)
+            if work.made is None:
+                raise _without_attention(sweep.layer)
+            self._write(sweep.sinks, chunk, out)
+            if sweep.keeps:
+                self.store.keep_attention(self.transfers, sweep.layer, chunk, work)
+            return
+        if sweep.keeps:
+            work.kept = self.store.output_of(data)
+        upstream = self.store.live.decode(data["g"])
+        if sweep.layer == len(self.layers) - 1:
+            # The head's gradients are those of a loss whose own gradient is 1.
+            assert step.upstream is not None
+            upstream = upstream * step.upstream
+        parameters = self.layer_parameters[sweep.layer]
+        hidden = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            out = self._layer(step, sweep.layer, chunk, hidden, work)
+        gradient, *rest = torch.autograd.grad(out, [hidden, *parameters], upstream, allow_unused=True)
+        assert gradient is not None
+        totals[sweep.layer].add(rest)
+        self.store.live.write(self.transfers, chunk, gradient)
+
+    def _layer(self, step: Step, layer: int, chunk: Chunk, hidden: Tensor, work: Work) -> Tensor:
+        """One layer on one chunk: [n, d] → [n, d]."""
+        with step.autocast():
+            # Before the seed: what records the arguments may draw random numbers itself.
+            arguments = self.stem.calls(step.part(chunk))[layer]
+            self._seed(step, layer + 1, chunk)
+            out: Tensor = self.layers[layer](hidden[None], **arguments, work=work)[0]
+        if out.dtype is not hidden.dtype:
+            raise ModelError(f"layer {layer} turns {hidden.dtype} into {out.dtype}: boundaries need one dtype", "executor=whole")
+        return out
+
+    def _write(self, sinks: Sequence[Boundary], chunk: Chunk, hidden: Tensor) -> None:
+        for sink in sinks:
+            sink.write(self.transfers, chunk, hidden)
+
+    @contextmanager
+    def _as_in(self, step: Step) -> Iterator[None]:
+        """Streamed attention, and random state that is left as it was."""
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(cuda, enabled=step.seed is not None), self.stem.streaming():
+            yield
+
+    def _seed(self, step: Step, stage: int, chunk: Chunk) -> None:
+        if step.seed is not None:
+            torch.manual_seed(step.seed + stage * len(step.order) + chunk.index)
+
+
+def _without_attention(layer: int) -> ModelError:
+    return ModelError(f"layer {layer} never called its attention: what lies before a chunk would be lost on it", "executor=whole")

@@ -1,0 +1,98 @@
+"""Which executor carries out a run, in which layout: the fastest that fits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from elite.config import Executor, RunConfig
+from elite.facts import Device, Facts, ModelShape
+from elite.optimizations import decide
+from elite.optimizations.contract import Decision, Estimate
+from elite.plan import streamed
+from elite.plan.batch import facts_of
+from elite.plan.memory import predict
+from elite.plan.time import recomputed, step_flops, step_seconds
+from elite.streaming import Streaming
+
+STREAMED_GAIN = 1.05
+"""A streamed step must be predicted this much faster before it is preferred to a whole one that fits."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One executor in one layout."""
+
+    executor: Executor
+    layout: Streaming | None
+    """Of the streamed executor."""
+    facts: Facts
+    decisions: tuple[Decision, ...]
+    estimate: Estimate
+    host_bytes: float
+    """Pinned host memory of one rank."""
+    disk_bytes: float
+    fits: bool
+    step_flops: float
+    step_s: float
+
+
+def choose_executor(config: RunConfig, device: Device, shape: ModelShape, accumulation: int) -> Prediction:
+    """The executor that was asked for; with `auto`, the fastest that fits, else the one that takes least."""
+    wanted = config.executor.name
+    whole = _whole(config, device, shape, accumulation)
+    if wanted is Executor.whole or (wanted is Executor.auto and whole.fits and device.kind == "cpu"):
+        return whole
+    small = _streamed(config, device, shape, accumulation)
+    if wanted is Executor.streamed or not whole.fits:
+        return small if small.fits or wanted is Executor.streamed else min((whole, small), key=lambda made: made.estimate.total)
+    return small if small.fits and small.step_s * STREAMED_GAIN < whole.step_s else whole
+
+
+def _whole(config: RunConfig, device: Device, shape: ModelShape, accumulation: int) -> Prediction:
+    facts = facts_of(config, device, shape)
+    decisions = decide(config.optimizations, facts)
+    estimate = predict(facts, decisions)
+    again = recomputed(decisions)
+    flops, seconds = step_flops(facts, again, accumulation), step_seconds(facts, decisions, again, accumulation)
+    return Prediction(Executor.whole, None, facts, decisions, estimate, 0, 0, _fits(config, device, estimate), flops, seconds)
+
+
+def _streamed(config: RunConfig, device: Device, shape: ModelShape, accumulation: int) -> Prediction:
+    """The first layout that fits device and host; if none does, the one that exceeds them least."""
+    made = list[Prediction]()
+    for prediction in _streamed_in_turn(config, device, shape, accumulation):
+        if prediction.fits:
+            return prediction
+        made.append(prediction)
+
+    def excess(prediction: Prediction) -> float:
+        on_host = 0.0 if device.kind == "cpu" else prediction.host_bytes / max(1.0, streamed.host_usable(device))
+        return max(prediction.estimate.total / device.memory_usable_bytes, on_host)
+
+    return min(made, key=excess)
+
+
+def _streamed_in_turn(config: RunConfig, device: Device, shape: ModelShape, accumulation: int) -> Iterator[Prediction]:
+    facts = facts_of(config, device, shape, Executor.streamed.value)
+    decisions = decide(config.optimizations, facts)
+    folder = config.executor.folder or config.output.cache
+    memory = streamed.StreamedMemory(facts, decisions)
+    for layout in streamed.layouts(config.executor, facts.context, folder):
+        estimate, host = memory.device(layout), memory.host(layout)
+        again = streamed.recomputed(facts, layout)
+        fits = _fits(config, device, estimate) and (device.kind == "cpu" or host <= streamed.host_usable(device))
+        yield Prediction(
+            Executor.streamed,
+            layout,
+            facts,
+            decisions,
+            estimate,
+            host,
+            memory.disk(layout),
+            fits,
+            step_flops(facts, again, accumulation),
+            step_seconds(facts, decisions, again, accumulation),
+        )
+
+
+def _fits(config: RunConfig, device: Device, estimate: Estimate) -> bool:
+    return estimate.total <= device.memory_usable_bytes * (1 - config.plan.headroom_fraction)

@@ -1,0 +1,164 @@
+"""Memory and work of a streamed step, and the layout that a plan chooses. Bytes, seconds, operations.
+
+Symbols as in `memory.py`; n tokens of a chunk, b keys of a block, v bytes of a value. On the device, beside weights and what is trained:
+
+    saved activations   what autograd keeps of one layer, for n tokens
+    workspaces          of one layer, for n tokens: hidden states and their gradients, gradients as wide as the MLP
+    keys and values     S·2KD(v + 4): K and V in the compute dtype, dK and dV in fp32 (in the host: two blocks in, two out)
+    attention           b·2HDv: a kernel's gradients of a block, expanded to all heads; b·2KD·4: their sums; n·2HD·4: dQ
+    staging             two buffers for each kind of row in each direction
+    loss                one tile of logits and the gradient of a chunk
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+from elite.config import ExecutorConfig
+from elite.facts import GIB, Device, Facts
+from elite.optimizations.contract import Decision, Estimate, Site
+from elite.optimizations.shapes import value_bytes
+from elite.plan.memory import folded
+from elite.revolve import layer_forwards, slots_for
+from elite.streaming import VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
+
+CHUNKS = ((32768, 16384, 8192, 4096), (2048, 1024))
+"""Longest first: longer chunks run faster. Rather than go below the first few, keys and values leave the device."""
+BLOCKS = (65536, 16384)
+"""Longer ones cost memory and spare additions."""
+ARGUMENT_BYTES = 256 * 1024**2
+"""Rotary embeddings are kept up to this size."""
+LOGIT_BYTES = 256 * 1024**2
+"""One tile of logits in fp32, at most."""
+HIDDEN_COPIES = 6
+"""Hidden states [n, d] at once while a layer's backward runs: its input, its output, their gradients, a sum and its terms."""
+HOST_RESERVE_BYTES = 4 * GIB
+"""Host memory left for libraries, the tokenised corpus and the system."""
+
+
+class StreamedMemory:
+    """What a streamed step takes where, for one run and any layout."""
+
+    def __init__(self, facts: Facts, decisions: tuple[Decision, ...]) -> None:
+        self._facts = facts
+        self._whole = folded(facts, decisions)
+        self._width = value_bytes(self._whole, facts)
+        layers = facts.model.num_hidden_layers
+        checkpointed = any(d.active and Site.LAYER_ACTIVATIONS in d.optimization.claims for d in decisions)
+        self._one_layer = self._whole.saved_activations if checkpointed else self._whole.saved_activations / layers
+
+    def device(self, layout: Streaming) -> Estimate:
+        """Device memory at the peak, by component."""
+        facts, whole, width = self._facts, self._whole, self._width
+        model, tokens = facts.model, facts.micro_tokens
+        chunk, block = min(layout.chunk, tokens), min(layout.block, facts.context)
+        share = chunk / tokens
+        heads, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+        streamed = layout.weights is WeightPlace.streamed
+        at_hand = facts.context if layout.keys_values is Place.device else 4 * block
+        rows_here = facts.device.kind == "cpu" or layout.boundaries is Place.device
+        return replace(
+            whole,
+            linear_weights=2 * whole.linear_weights / model.num_hidden_layers if streamed else whole.linear_weights,
+            saved_activations=self._one_layer * share,
+            layer_inputs=0.0,
+            attention_scores=0.0,
+            layer_workspace=HIDDEN_COPIES * width * model.hidden_size * chunk + min(ARGUMENT_BYTES, 2 * width * model.head_dim * tokens),
+            mlp_workspace=whole.mlp_workspace * share,
+            keys_values=0.0 if facts.context <= chunk else at_hand * 2 * keys * (width + 4),
+            attention_workspace=block * 2 * (heads * width + keys * 4) + chunk * 2 * heads * 4,
+            staging=self.host(layout) if rows_here else 2 * chunk * self._moved_row(layout),
+            loss_workspace=min(LOGIT_BYTES, 4 * tokens * model.vocab_size),
+        )
+
+    def host(self, layout: Streaming) -> float:
+        """Pinned host memory of one rank; device memory of rows for `boundaries=device`."""
+        keys = self._facts.model.num_key_value_heads * self._facts.model.head_dim
+        rows = 0.0 if layout.boundaries is Place.disk else self._rows(layout)
+        weights = self._whole.linear_weights if layout.weights is WeightPlace.streamed else 0.0
+        return rows + weights + (2 * keys * (self._width + 4) * self._facts.context if layout.keys_values is Place.host else 0.0)
+
+    def disk(self, layout: Streaming) -> float:
+        """Disk space of one rank."""
+        return self._rows(layout) if layout.boundaries is Place.disk else 0.0
+
+    def _rows(self, layout: Streaming) -> float:
+        """Everything that outlives a chunk."""
+        hidden, layers = self._facts.model.hidden_size, self._facts.model.num_hidden_layers
+        exact = self._width * hidden
+        kept = exact if layout.encoding is BoundaryEncoding.exact else VALUE_BITS[layout.encoding] / 8 * hidden
+        slots = slots_for(layout.keep, layers, layout.slots)
+        row = slots * kept + exact + (exact if slots < layers else 0)
+        if layout.keep is Keep.attention:
+            row += layers * (self._output_row() + self._keys_row(layout))
+        return row * self._facts.micro_tokens
+
+    def _moved_row(self, layout: Streaming) -> float:
+        """Bytes a token that a layer's backward brings and takes, or its forward: boundary, gradient, gradient; outputs, in and out."""
+        row = 3 * self._width * self._facts.model.hidden_size
+        return row + (2 * self._output_row() + self._keys_row(layout) if layout.keep is Keep.attention else 0.0)
+
+    def _output_row(self) -> float:
+        """O and its log-sum-exp, bytes a token."""
+        return self._facts.model.num_attention_heads * (self._facts.model.head_dim * self._width + 4)
+
+    def _keys_row(self, layout: Streaming) -> float:
+        """Kept keys and values, bytes a token; 0 where they are computed again."""
+        model = self._facts.model
+        row = 2 * self._width * model.num_key_value_heads * model.head_dim
+        near = layout.boundaries is not Place.disk and layout.keys_values is Place.device
+        return row if near and row <= self._width * model.hidden_size else 0.0
+
+
+def recomputed(facts: Facts, layout: Streaming) -> tuple[float, float]:
+    """Forward passes through all layers besides the first one: of their linear maps, and of their attention."""
+    layers = facts.model.num_hidden_layers
+    again = layer_forwards(layers, slots_for(layout.keep, layers, layout.slots)) / layers - 1
+    return again + 1, again + (0 if layout.keep is Keep.attention else 1)
+
+
+def layouts(config: ExecutorConfig, tokens: int, folder: str) -> Iterator[Streaming]:
+    """Layouts that the options leave open, the fastest first: least recomputation, then long chunks, then weights at hand.
+
+    Args:
+        tokens: of one sequence.
+        folder: for boundaries on disk.
+    """
+    keeps = _open(config.keep, Keep)
+    for keep in keeps:
+        if keep is Keep.attention and config.keep is None and config.encoding is not BoundaryEncoding.exact:
+            continue
+        for slots in [config.slots or 4] if keep is not Keep.multilevel or config.slots else [8, 6, 4, 3, 2, 1]:
+            for chunk, block, keys_values, weights in _sizes(config, tokens):
+                yield Streaming(
+                    chunk=chunk,
+                    block=block,
+                    keep=keep,
+                    slots=slots,
+                    boundaries=config.boundaries or Place.host,
+                    encoding=config.encoding,
+                    keys_values=keys_values,
+                    weights=weights,
+                    folder=folder if config.boundaries is Place.disk else None,
+                )
+
+
+def _sizes(config: ExecutorConfig, tokens: int) -> Iterator[tuple[int, int, Place, WeightPlace]]:
+    """Chunk, block, place of keys and values, place of weights: what decides the device's memory, in order of speed."""
+    # Copies of one chunk hide behind the computation of another, so there should be two.
+    useful = [[chunk for chunk in chunks if 2 * chunk <= max(tokens, 2 * CHUNKS[-1][-1])] for chunks in CHUNKS]
+    for chunks in useful if config.chunk is None else [[config.chunk]]:
+        for keys_values in _open(config.keys_values, (Place.device, Place.host)):
+            for chunk in chunks:
+                for block in _open(config.block, BLOCKS):
+                    for weights in _open(config.weights, WeightPlace):
+                        yield chunk, block, keys_values, weights
+
+
+def _open(asked: Any, choices: Iterable[Any]) -> list[Any]:
+    return list(choices) if asked is None else [asked]
+
+
+def host_usable(device: Device) -> float:
+    """Host memory that one rank's rows may take."""
+    return max(0.0, device.host_ram_bytes - HOST_RESERVE_BYTES) / device.count

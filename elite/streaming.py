@@ -1,0 +1,89 @@
+"""How a streamed pass is laid out: what is kept for the backward, where, in which encoding. Plain values, no torch.
+
+A *chunk* is the query tokens handled at once, a *block* the keys of one attention-backward call, a *boundary* the hidden states
+[tokens, hidden] at a layer's input.
+"""
+
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any
+
+
+class Keep(Enum):
+    """What the forward pass leaves for the backward, most memory and least recomputation first."""
+
+    attention = "attention"
+    """Every boundary, and every layer's attention output with its log-sum-exp: no attention is computed twice."""
+    layers = "layers"
+    """Every boundary."""
+    sqrt = "sqrt"
+    """About 2√L boundaries: no layer is passed forward more than twice before its backward."""
+    multilevel = "multilevel"
+    """As few boundaries as `slots` says, by binomial checkpointing (Griewank and Walther 2000)."""
+
+
+class Place(Enum):
+    """Where rows wait."""
+
+    device = "device"
+    host = "host"
+    """Pinned host memory."""
+    disk = "disk"
+    """A memory-mapped file."""
+
+
+class BoundaryEncoding(Enum):
+    """How a kept boundary is stored. The forward pass itself always goes on with exact values."""
+
+    exact = "exact"
+    int8 = "int8"
+    int4 = "int4"
+
+
+VALUE_BITS = {BoundaryEncoding.int8: 8.5, BoundaryEncoding.int4: 4.5}
+"""Bits a value of the lossy encodings, everything included, at most."""
+
+
+class WeightPlace(Enum):
+    """Where frozen weights of the decoder layers wait."""
+
+    resident = "resident"
+    """On the device."""
+    streamed = "streamed"
+    """In pinned host memory; a layer's weights are copied while the layer before it works."""
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """One layout, every choice made."""
+
+    chunk: int = 8192
+    """Most query tokens at once."""
+    block: int = 65536
+    """Most keys in one attention-backward call: library kernels expand K/V gradients to all query heads."""
+    keep: Keep = Keep.layers
+    slots: int = 4
+    """Boundaries at once under `multilevel`."""
+    boundaries: Place = Place.host
+    encoding: BoundaryEncoding = BoundaryEncoding.exact
+    keys_values: Place = Place.device
+    """Keys, values and their gradients of the layer at work: `device` or `host`."""
+    weights: WeightPlace = WeightPlace.resident
+    folder: str | None = None
+    """Where boundaries on disk are kept; needed for `boundaries=disk` alone."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+        return {f.name: value.value if isinstance(value := getattr(self, f.name), Enum) else value for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "Streaming":
+        """What `to_dict` made plain."""
+        kinds: dict[str, Any] = {
+            "keep": Keep,
+            "boundaries": Place,
+            "encoding": BoundaryEncoding,
+            "keys_values": Place,
+            "weights": WeightPlace,
+        }
+        return cls(**{name: kinds[name](value) if name in kinds else value for name, value in plain.items()})
