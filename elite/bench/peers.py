@@ -9,6 +9,7 @@ head twice, nothing else. Where the streamed step's time goes comes from a profi
 import argparse
 import gc
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ RECIPE = (
     "optimizations.tiled_mlp.enabled=true",
 )
 STREAMED = (*COMMON, "executor=streamed", "executor.weights=streamed", "executor.keep=attention", "executor.chunk=16384")
+WARM_S = 3.0
+"""Rates are taken at the clocks of a long step, which are lower than those of a short burst."""
+MATMUL_CALLS_A_SECOND = 1000
+"""Roughly, so that products too run warm."""
 MATMUL_TOKENS = 16384
 """Rows of the matrix product whose rate stands for all linear maps."""
 
@@ -87,10 +92,13 @@ def _rates() -> dict[str, float]:
     model, chunk = config.model, config.executor.chunk or MATMUL_TOKENS
     head_dim = model.hidden_size // model.num_attention_heads
     shape = AttentionShape(model.num_attention_heads, model.num_key_value_heads, head_dim, torch.bfloat16)
+    began = time.perf_counter()
+    while time.perf_counter() - began < WARM_S:
+        rates(shape, device, KERNELS["cudnn"], chunk, 4 * chunk)
     found = rates(shape, device, KERNELS["cudnn"], chunk, 4 * chunk)
     a = torch.randn(MATMUL_TOKENS, model.hidden_size, device=device, dtype=torch.bfloat16)
     b = torch.randn(model.intermediate_size, model.hidden_size, device=device, dtype=torch.bfloat16)
-    for _ in range(3):
+    for _ in range(int(WARM_S * MATMUL_CALLS_A_SECOND)):
         a @ b.t()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()

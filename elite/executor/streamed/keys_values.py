@@ -156,7 +156,11 @@ class Sink:
         """Add [keys, K, D] each."""
         owner, part = self._owner, self._part
         for i, (kind, more) in enumerate((("dk", dk), ("dv", dv))):
-            total = more.float() if self._sums is None else self._sums[i].add_(more)
+            if self._sums is None:
+                total = more.float()
+            else:
+                # What waits to leave the device must not be a buffer that the next block comes into.
+                total = self._sums[i].add_(more) if owner.on_device else self._sums[i] + more
             if not owner.on_device or self._sums is None:
                 owner._write(kind, part.start, part.stop, total)
 

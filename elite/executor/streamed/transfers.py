@@ -1,10 +1,10 @@
 """Copies between where rows wait and the device, on their own streams, a chunk ahead of the computation.
 
-Every copy goes through fixed staging buffers, two for each kind of row and direction, so that memory does not depend on timing.
-Nothing here makes the host wait for the GPU, except where rows lie on disk.
+What comes goes through fixed staging buffers, what leaves stays alive until it has left; two of each for each kind of row, so that
+memory does not depend on timing. Nothing here makes the host wait for the GPU, except where rows lie on disk.
 
     host → device    issued one chunk ahead; the compute stream waits for the copy's event, the copy for the buffer's last use
-    device → host    issued at once; the compute stream waits only before it fills the same buffer again
+    device → host    issued at once; the compute stream waits only before the tensor before the last one is given up
     disk             a thread moves bytes between the memory-mapped file and a pinned staging buffer
 """
 
@@ -42,6 +42,19 @@ class _Buffer:
 
 
 @dataclass
+class _Outgoing:
+    """What is on its way from the device: the tensor stays alive until the computation has waited for its copy."""
+
+    data: Tensor | None = None
+    copied: Any = None
+    """Event after which `data` has left the device."""
+    host: Tensor | None = None
+    """For rows on disk: pinned memory in between."""
+    stored: Future[None] | None = None
+    """After which `host` may be overwritten."""
+
+
+@dataclass
 class _Request:
     """A chunk whose copies have been issued."""
 
@@ -70,7 +83,8 @@ class Transfers:
         self._inward: Any
         self._outward: Any
         self._inward, self._outward = (torch.cuda.Stream(device) if self._cuda else None for _ in range(2))
-        self._buffers: dict[tuple[str, str], deque[_Buffer]] = {}
+        self._buffers: dict[str, deque[_Buffer]] = {}
+        self._outgoing: dict[str, deque[_Outgoing]] = {}
         self._early: deque[_Request] = deque()
         self._copied_in: Any = None
 
@@ -102,23 +116,24 @@ class Transfers:
         self._early = queue
 
     def write(self, kind: str, rows: Rows, chunk: Chunk, data: Tensor) -> None:
-        """Copy `data` [chunk.length, row_bytes] (uint8, on the device) to where these rows wait."""
-        if rows.place is Place.device:
-            rows.part(chunk.start, chunk.stop).copy_(data)
-            return
-        buffer = self._next_buffer("out", kind, rows)
-        staged = buffer.device[: chunk.length]
-        self._compute_waits(buffer.free)
-        staged.copy_(data)
-        self._after_compute(self._outward)
+        """Copy `data` [chunk.length, row_bytes] (uint8, on the device) to where these rows wait. Nobody may write to `data` any more."""
         target = rows.part(chunk.start, chunk.stop)
-        if rows.place is Place.disk:
-            self._to_disk(buffer, staged, rows, chunk)
+        if rows.place is Place.device:
+            target.copy_(data)
             return
+        going = self._next_outgoing(kind, rows)
+        # Only what is computed after this may take the place of the tensor that went before.
+        self._compute_waits(going.copied)
+        going.data = data
+        if going.stored is not None:
+            going.stored.result()
+        self._after_compute(self._outward)
         with self._on(self._outward):
-            target.copy_(staged, non_blocking=True)
-            buffer.free = self._event(self._outward)
-            rows.written[chunk.start] = (chunk.stop, buffer.free)
+            (target if going.host is None else going.host[: chunk.length]).copy_(data, non_blocking=True)
+            going.copied = self._event(self._outward)
+        if going.host is not None:
+            going.stored = self._disk.submit(_store, going.host[: chunk.length], target, going.copied)
+        rows.written[chunk.start] = (chunk.stop, going.stored or going.copied)
 
     def copy_in(self, target: Tensor, rows: Rows, chunk: Chunk) -> None:
         """Begin to copy a chunk's rows into `target` on the device, once all computation so far is done; `settle` waits for it."""
@@ -166,7 +181,7 @@ class Transfers:
         if rows.place is Place.device:
             request.tensors[kind] = source
             return
-        buffer = self._next_buffer("in", kind, rows)
+        buffer = self._next_buffer(kind, rows)
         staged = request.tensors[kind] = buffer.device[: chunk.length]
         request.buffers.append(buffer)
         written = rows.under_way(chunk.start, chunk.stop)
@@ -200,20 +215,19 @@ class Transfers:
         for buffer in request.buffers:
             buffer.free = event
 
-    def _to_disk(self, buffer: _Buffer, staged: Tensor, rows: Rows, chunk: Chunk) -> None:
-        assert buffer.host is not None
-        if isinstance(buffer.host_free, Future):
-            buffer.host_free.result()
-        host = buffer.host[: chunk.length]
-        with self._on(self._outward):
-            host.copy_(staged, non_blocking=True)
-            buffer.free = self._event(self._outward)
-        store = self._disk.submit(_store, host, rows.part(chunk.start, chunk.stop), buffer.free)
-        buffer.host_free = store
-        rows.written[chunk.start] = (chunk.stop, store)
+    def _next_outgoing(self, kind: str, rows: Rows) -> _Outgoing:
+        ring = self._outgoing.setdefault(f"{kind}/{rows.place.value}", deque())
+        if len(ring) < AHEAD:
+            ring.append(_Outgoing())
+        else:
+            ring.rotate(-1)
+        going = ring[-1]
+        if rows.place is Place.disk and (going.host is None or going.host.shape[1] != rows.row_bytes):
+            going.host = pinned(self._most, rows.row_bytes, self._device)
+        return going
 
-    def _next_buffer(self, direction: str, kind: str, rows: Rows) -> _Buffer:
-        ring = self._buffers.setdefault((direction, f"{kind}/{rows.row_bytes}"), deque())
+    def _next_buffer(self, kind: str, rows: Rows) -> _Buffer:
+        ring = self._buffers.setdefault(f"{kind}/{rows.row_bytes}", deque())
         if len(ring) < AHEAD:
             ring.append(_Buffer(torch.empty(self._most, rows.row_bytes, dtype=torch.uint8, device=self._device)))
         else:

@@ -1,0 +1,123 @@
+"""The streamed executor's arithmetic against what its rows really take, and the choice of executor and layout."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from elite import geometry, hardware
+from elite.config import Executor, ExecutorConfig
+from elite.executor.streamed.attach import attach
+from elite.executor.streamed.kernels import KERNELS
+from elite.facts import GIB, Facts
+from elite.optimizations import decide
+from elite.plan import make_plan
+from elite.plan.executors import choose_executor
+from elite.plan.streamed import StreamedMemory, layouts, recomputed
+from elite.revolve import layer_forwards, slots_for
+from elite.streaming import VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
+from tests.models import tiny
+from tests.plan.helpers import CORPUS, STANDARD, device, phi2, run_config, switches
+from tests.plan.test_memory import small
+
+TOKENS = 256
+GEOMETRY = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
+BASE = Streaming(chunk=64, block=64, slots=2)
+
+
+def facts(config: object, tokens: int = TOKENS) -> Facts:
+    shape = geometry.shape(config)  # type: ignore[arg-type]
+    # On a GPU: there, host rows are not the device's memory.
+    return Facts(shape, replace(device("rtx3090"), supports_bf16=True), tokens, 1, shape.lora_params(4), "lora", "streamed")
+
+
+@pytest.mark.parametrize("keep", Keep, ids=lambda keep: keep.value)
+@pytest.mark.parametrize("place", [Place.host, Place.disk], ids=lambda place: place.value)
+def test_rows_take_what_is_planned(keep: Keep, place: Place, tmp_path: Path) -> None:
+    layout = replace(BASE, keep=keep, boundaries=place, keys_values=Place.host, folder=str(tmp_path))
+    config = small("llama", 64)
+    found = facts(config)
+    model = tiny("llama", **{name: getattr(config, name) for name in GEOMETRY})
+    attached = attach(model, layout, choice=lambda _shape: KERNELS["math"])
+    ids = torch.randint(0, config.vocab_size, (1, TOKENS))
+    model(input_ids=ids, labels=ids).loss.backward()
+    rows = attached.runner.allocator._rows.values()
+    in_host, on_disk = (sum(r.storage.nbytes for r in rows if r.place is where) for where in (Place.host, Place.disk))
+    memory = StreamedMemory(found, decide(switches(), found))
+    attached.undo()
+    assert in_host == memory.host(layout)
+    assert on_disk == memory.disk(layout)
+
+
+def test_lossy_boundaries_take_their_bits() -> None:
+    found = facts(small("llama", 64))
+    memory = StreamedMemory(found, decide(switches(), found))
+    exact, lossy = (memory.host(replace(BASE, encoding=encoding)) for encoding in (BoundaryEncoding.exact, BoundaryEncoding.int4))
+    kept = slots_for(BASE.keep, found.model.num_hidden_layers, BASE.slots) * TOKENS * found.model.hidden_size
+    assert exact - lossy == kept * (4 - VALUE_BITS[BoundaryEncoding.int4] / 8)
+
+
+def test_streamed_weights_leave_two_layers_on_the_device() -> None:
+    found = facts(small("llama", 64))
+    memory = StreamedMemory(found, decide(switches(), found))
+    resident, streamed = (replace(BASE, weights=place) for place in (WeightPlace.resident, WeightPlace.streamed))
+    weights = memory.device(resident).linear_weights
+    assert memory.device(streamed).linear_weights == 2 * weights / found.model.num_hidden_layers
+    assert memory.host(streamed) - memory.host(resident) == weights
+
+
+def test_depth_costs_no_device_memory_beside_weights() -> None:
+    totals = []
+    for layers in (6, 12):
+        config = replace(run_config(131072, executor=Executor.streamed), executor=ExecutorConfig(name=Executor.streamed, chunk=4096))
+        shape = replace(phi2(), num_hidden_layers=layers)
+        found = replace(facts(small("llama", 64)), model=shape, context=131072, trainable_params=0)
+        layout = next(layouts(config.executor, 131072, ""))
+        totals.append(StreamedMemory(found, decide(switches(*STANDARD), found)).device(replace(layout, weights=WeightPlace.streamed)))
+    assert totals[0].total - totals[0].other_weights == pytest.approx(totals[1].total - totals[1].other_weights)
+
+
+def test_what_is_passed_forward_again() -> None:
+    found = facts(small("llama", 64))
+    layers = found.model.num_hidden_layers
+    assert recomputed(found, replace(BASE, keep=Keep.attention)) == (1, 0)
+    assert recomputed(found, replace(BASE, keep=Keep.layers)) == (1, 1)
+    again = layer_forwards(layers, 1) / layers
+    assert recomputed(found, replace(BASE, keep=Keep.multilevel, slots=1)) == (again, again)
+
+
+def test_the_least_recomputation_that_fits_is_chosen() -> None:
+    machine = device("rtx3090")
+    config = run_config(131072, executor=Executor.streamed)
+    kept = []
+    for ram in (512, 48, 32, 12):
+        made = choose_executor(config, replace(machine, host_ram_bytes=ram * GIB), phi2(), 1)
+        assert made.fits and made.layout is not None
+        kept.append(made.layout.keep)
+    assert kept == sorted(kept, key=list(Keep).index) and kept[0] is Keep.attention and kept[-1] is Keep.multilevel
+
+
+def test_what_is_asked_for_is_kept() -> None:
+    asked = ExecutorConfig(
+        Executor.streamed, 2048, 4096, Keep.sqrt, 4, Place.disk, BoundaryEncoding.int8, Place.host, WeightPlace.streamed, "here"
+    )
+    expected = Streaming(2048, 4096, Keep.sqrt, 4, Place.disk, BoundaryEncoding.int8, Place.host, WeightPlace.streamed, "here")
+    assert list(layouts(asked, 131072, "here")) == [expected]
+    assert Streaming.from_dict(expected.to_dict()) == expected
+
+
+def test_auto_is_the_fastest_that_fits() -> None:
+    machine = device("rtx3090")
+    short, long = (make_plan(run_config(n, executor=Executor.auto), machine, phi2(), CORPUS) for n in (4096, 1 << 20))
+    assert (short.executor, short.fits, short.layout) == ("whole", True, None)
+    assert (long.executor, long.fits) == ("streamed", True) and long.layout is not None
+    assert make_plan(run_config(4096, executor=Executor.auto), hardware.device(run_config().hardware), phi2(), CORPUS).executor == "whole"
+
+
+def test_a_host_without_room_is_said() -> None:
+    small_host = replace(device("rtx2060s"), host_ram_bytes=8 * GIB)
+    made = make_plan(run_config(1 << 20, executor=Executor.streamed), small_host, phi2(), CORPUS)
+    assert not made.fits
+    assert "of host memory, 4.00 GiB can be used" in made.shortage
+    assert "tier.context=" in made.fix
