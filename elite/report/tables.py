@@ -1,22 +1,26 @@
 """Tables in the documentation, made from measurement files: `python -m elite.report.tables [--check]`.
 
-A document holds `<!-- table: NAME -->` … `<!-- end -->`; what stands between is written from `docs/measurements/NAME.json`.
+A document holds `<!-- table: NAME -->` … `<!-- end -->`. What stands between is what `TABLES` says, else the runs in
+`docs/measurements/NAME.json`. The comparison of executors is drawn besides, as soon as it has been measured.
 """
 
 import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from elite.config import CONF_DIR
+from elite.report import plot, streamed
+from elite.report.markdown import NONE, gibibytes, grid, missing
 from elite.report.measurement import MEASUREMENTS
 
 ROOT = CONF_DIR.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
+PLOT = ROOT / "docs" / "streamed.svg"
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-GIB = 2**30
 HEAD = (
     "device",
     "model",
@@ -44,37 +48,65 @@ def row(run: dict[str, Any]) -> tuple[str, ...]:
         str(summary["steps"]),
         f"{summary['tokens_per_s']:,.0f}",
         f"{summary['step_s']:.2f}",
-        f"{summary['measured_peak_bytes'] / GIB:.2f}",
-        f"{summary['predicted_peak_bytes'] / GIB:.2f}",
+        gibibytes(summary["measured_peak_bytes"]),
+        gibibytes(summary["predicted_peak_bytes"]),
         # Random weights have a loss too, but it says nothing.
-        "–" if random else f"{first['val_loss']:.3f} → {last['val_loss']:.3f}",
-        "–" if random else f"{first['val_loss_alone']:.3f} → {last['val_loss_alone']:.3f}",
+        NONE if random else f"{first['val_loss']:.3f} → {last['val_loss']:.3f}",
+        NONE if random else f"{first['val_loss_alone']:.3f} → {last['val_loss_alone']:.3f}",
     )
 
 
 def table(measurement: dict[str, Any]) -> str:
-    """A measurement as a Markdown table."""
-    rows = [HEAD, tuple("---" for _ in HEAD), *(row(run) for run in measurement["runs"])]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    """Runs as a Markdown table."""
+    return grid(HEAD, [row(run) for run in measurement["runs"]])
+
+
+def figure(folder: Path) -> str:
+    """A link to the drawing, for a document at the root."""
+    if streamed.comparison(folder) is None:
+        return missing(f"{streamed.PEERS}.json")
+    return f"![Peak GPU memory and tokens/s against context]({PLOT.relative_to(ROOT).as_posix()})"
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "streamed_plot": figure,
+    "streamed_peers": streamed.peers,
+    "streamed_time": streamed.parts,
+    "streamed_contexts": streamed.contexts,
+    "streamed_probe": streamed.probed,
+    "encodings": streamed.encodings,
+}
 
 
 def filled(text: str, folder: Path = MEASUREMENTS) -> str:
-    """`text` with every table block written anew."""
+    """`text` with every table block written anew.
+
+    Raises:
+        FileNotFoundError: a block names neither a table nor a measurement.
+    """
 
     def fill(match: re.Match[str]) -> str:
-        measurement = json.loads((folder / f"{match['name']}.json").read_text())
-        return f"{match[1]}{table(measurement)}\n{match[3]}"
+        name = match["name"]
+        made = TABLES[name](folder) if name in TABLES else table(json.loads((folder / f"{name}.json").read_text()))
+        return f"{match[1]}{made}\n{match[3]}"
 
     return BLOCK.sub(fill, text)
 
 
+def generated(folder: Path = MEASUREMENTS) -> dict[Path, str]:
+    """What every document, and the drawing if there is something to draw, should hold."""
+    made = {document: filled(document.read_text(), folder) for document in DOCUMENTS}
+    found = streamed.comparison(folder)
+    return made if found is None else made | {PLOT: plot.drawn(found)}
+
+
 def main(check: bool) -> int:
     """Write all documents, or only say which are stale."""
-    stale = [document for document in DOCUMENTS if filled(document.read_text()) != document.read_text()]
-    for document in stale:
-        print(f"{'stale' if check else 'written'}: {document.relative_to(ROOT)}")
+    stale = {path: text for path, text in generated().items() if not path.exists() or path.read_text() != text}
+    for path, text in stale.items():
+        print(f"{'stale' if check else 'written'}: {path.relative_to(ROOT)}")
         if not check:
-            document.write_text(filled(document.read_text()))
+            path.write_text(text)
     return 1 if check and stale else 0
 
 

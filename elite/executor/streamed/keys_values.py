@@ -156,13 +156,11 @@ class Sink:
         """Add [keys, K, D] each."""
         owner, part = self._owner, self._part
         for i, (kind, more) in enumerate((("dk", dk), ("dv", dv))):
-            if self._sums is None:
-                total = more.float()
-            else:
-                # What waits to leave the device must not be a buffer that the next block comes into.
-                total = self._sums[i].add_(more) if owner.on_device else self._sums[i] + more
-            if not owner.on_device or self._sums is None:
-                owner._write(kind, part.start, part.stop, total)
+            if owner.on_device and self._sums is not None:
+                self._sums[i].add_(more)
+                continue
+            # A sum of its own: what waits to leave the device must not be a buffer that the next block comes into.
+            owner._write(kind, part.start, part.stop, more.float() if self._sums is None else self._sums[i] + more)
 
 
 def _range(first: int, stop: int) -> Chunk:
