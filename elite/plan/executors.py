@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from elite.config import Executor, RunConfig
 from elite.facts import Device, Facts, ModelShape
@@ -74,7 +75,7 @@ def _streamed(config: RunConfig, device: Device, shape: ModelShape, accumulation
 def _streamed_in_turn(config: RunConfig, device: Device, shape: ModelShape, accumulation: int) -> Iterator[Prediction]:
     facts = facts_of(config, device, shape, Executor.streamed.value)
     decisions = decide(config.optimizations, facts)
-    folder = config.executor.folder or config.output.cache
+    folder = str(Path(config.executor.folder or config.output.cache).expanduser())
     memory = streamed.StreamedMemory(facts, decisions)
     for layout in streamed.layouts(config.executor, facts.context, folder):
         estimate, host = memory.device(layout), memory.host(layout)

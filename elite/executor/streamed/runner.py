@@ -138,6 +138,8 @@ class Runner:
     def begin(self, step: Step, width: int, dtype: torch.dtype) -> None:
         """Make the rows that `step` needs; what an earlier step left in them is lost."""
         self.current = step
+        # Asked now, while the device has little to do: later the answer would wait for the whole forward pass.
+        _ = step.scored
         self.stem.forget()
         self.transfers.reset()
         self.transfers.settle()
@@ -331,7 +333,17 @@ class Runner:
 
     def _seed(self, step: Step, stage: int, chunk: Chunk) -> None:
         if step.seed is not None:
-            torch.manual_seed(step.seed + stage * len(step.order) + chunk.index)
+            # torch.manual_seed would queue a call, with a formatted stack, for every kind of device that is not here.
+            for generator in self._generators:
+                generator.manual_seed(step.seed + stage * len(step.order) + chunk.index)
+
+    @cached_property
+    def _generators(self) -> list[torch.Generator]:
+        """The default generators that a layer may draw from."""
+        if self.device.type != "cuda":
+            return [torch.default_generator]
+        index = self.device.index if self.device.index is not None else torch.cuda.current_device()
+        return [torch.default_generator, torch.cuda.default_generators[index]]
 
 
 def _without_attention(layer: int) -> ModelError:
