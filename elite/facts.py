@@ -38,6 +38,10 @@ class ModelShape:
     """Parameters of one decoder layer."""
     total_params: int
     """All parameters, a tied head counted once."""
+    sliding_window: int | None = None
+    """Keys that a query of a windowed layer sees; None if every layer sees all."""
+    unstreamable: str = ""
+    """Why the streamed executor cannot carry this model; empty if it can."""
 
     @property
     def linear_params(self) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from elite.config import ModelConfig
 from elite.errors import ModelError
 from elite.facts import LinearShape, ModelShape
+from elite.streamable import reason_against, sliding_window
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -118,6 +119,8 @@ def _shape(name: str, config_json: str) -> ModelShape:
         layer_linears=linears,
         layer_params=sum(p.numel() for p in first.parameters()),
         total_params=sum(p.numel() for p in model.parameters()),
+        sliding_window=sliding_window(config),
+        unstreamable=reason_against(model) or "",
     )
 
 

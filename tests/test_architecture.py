@@ -15,7 +15,7 @@ LAYERS = (
     {"errors", "facts", "console", "streaming", "revolve", "kernels"},
     {"optimizations", "losses"},
     {"config"},
-    {"compose", "hardware", "geometry", "pretrained", "attention"},
+    {"compose", "hardware", "geometry", "pretrained", "attention", "streamable"},
     {"plan"},
     {"model", "data"},
     {"executor", "distributed"},

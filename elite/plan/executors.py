@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elite.config import Executor, RunConfig
+from elite.errors import PlanError
 from elite.facts import Device, Facts, ModelShape
 from elite.optimizations import decide
 from elite.optimizations.contract import Decision, Estimate
@@ -12,7 +13,7 @@ from elite.plan import streamed
 from elite.plan.batch import facts_of
 from elite.plan.memory import predict
 from elite.plan.time import recomputed, step_flops, step_seconds
-from elite.streaming import Streaming
+from elite.streaming import Place, Streaming
 
 STREAMED_GAIN = 1.05
 """A streamed step must be predicted this much faster before it is preferred to a whole one that fits."""
@@ -37,10 +38,16 @@ class Prediction:
 
 
 def choose_executor(config: RunConfig, device: Device, shape: ModelShape, accumulation: int) -> Prediction:
-    """The executor that was asked for; with `auto`, the fastest that fits, else the one that takes least."""
+    """The executor that was asked for; with `auto`, the fastest that fits, else the one that takes least.
+
+    Raises:
+        PlanError: the model cannot be streamed as asked.
+    """
     wanted = config.executor.name
+    if shape.unstreamable and wanted is Executor.streamed:
+        raise PlanError(f"{shape.name} cannot be streamed: {shape.unstreamable}", "executor=whole")
     whole = _whole(config, device, shape, accumulation)
-    if wanted is Executor.whole or (wanted is Executor.auto and whole.fits and device.kind == "cpu"):
+    if wanted is Executor.whole or shape.unstreamable or (wanted is Executor.auto and whole.fits and device.kind == "cpu"):
         return whole
     small = _streamed(config, device, shape, accumulation)
     if wanted is Executor.streamed or not whole.fits:
@@ -64,6 +71,8 @@ def _streamed(config: RunConfig, device: Device, shape: ModelShape, accumulation
         if prediction.fits:
             return prediction
         made.append(prediction)
+    if not made:
+        raise PlanError("executor.keys_values=host does not go with a sliding window", "executor.keys_values=device")
 
     def excess(prediction: Prediction) -> float:
         on_host = 0.0 if device.kind == "cpu" else prediction.host_bytes / max(1.0, streamed.host_usable(device))
@@ -78,6 +87,8 @@ def _streamed_in_turn(config: RunConfig, device: Device, shape: ModelShape, accu
     folder = str(Path(config.executor.folder or config.output.cache).expanduser())
     memory = streamed.StreamedMemory(facts, decisions)
     for layout in streamed.layouts(config.executor, facts.context, folder):
+        if layout.keys_values is Place.host and shape.sliding_window:
+            continue
         estimate, host = memory.device(layout), memory.host(layout)
         again = streamed.recomputed(facts, layout)
         fits = _fits(config, device, estimate) and (device.kind == "cpu" or host <= streamed.host_usable(device))

@@ -8,6 +8,7 @@ import torch
 
 from elite import geometry, hardware
 from elite.config import Executor, ExecutorConfig
+from elite.errors import PlanError
 from elite.executor.streamed.attach import attach
 from elite.executor.streamed.kernels import KERNELS
 from elite.facts import GIB, Facts
@@ -121,3 +122,25 @@ def test_a_host_without_room_is_said() -> None:
     assert not made.fits
     assert "of host memory, 4.00 GiB can be used" in made.shortage
     assert "tier.context=" in made.fix
+
+
+def test_what_cannot_be_streamed_is_said_before_anything_is_loaded() -> None:
+    shape = replace(phi2(), unstreamable="it caps its logits")
+    with pytest.raises(PlanError, match="phi2 cannot be streamed: it caps its logits"):
+        make_plan(run_config(executor=Executor.streamed), device("rtx3090"), shape, CORPUS)
+    assert make_plan(run_config(executor=Executor.auto), device("rtx3090"), shape, CORPUS).executor == "whole"
+
+
+def test_windowed_keys_stay_on_the_device() -> None:
+    config, windowed = run_config(1 << 20, executor=Executor.streamed), replace(phi2(), sliding_window=4096)
+    assert choose_executor(config, device("rtx2060s"), phi2(), 1).layout.keys_values is Place.host  # type: ignore[union-attr]
+    assert choose_executor(config, device("rtx2060s"), windowed, 1).layout.keys_values is Place.device  # type: ignore[union-attr]
+    asked = replace(config, executor=replace(config.executor, keys_values=Place.host))
+    with pytest.raises(PlanError, match="sliding window"):
+        choose_executor(asked, device("rtx2060s"), windowed, 1)
+
+
+@pytest.mark.parametrize(("kind", "why"), [("gemma2", "caps its logits"), ("lfm2", "no attention"), ("llama", "")])
+def test_shapes_know_whether_they_can_be_streamed(kind: str, why: str) -> None:
+    shape = geometry._shape(kind, tiny(kind, attention="eager").config.to_json_string(use_diff=False))
+    assert why in shape.unstreamable and bool(why) == bool(shape.unstreamable)

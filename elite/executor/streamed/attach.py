@@ -25,18 +25,11 @@ from elite.executor.streamed import choose
 from elite.executor.streamed.chunks import cut
 from elite.executor.streamed.functions import loss_sum
 from elite.executor.streamed.runner import IGNORE, KernelChoice, Runner, Step
+from elite.streamable import reason_against, sliding_window
 from elite.streaming import BoundaryEncoding, Keep, Place, Streaming
 
 KERNEL_CACHE = Path("~/.cache/elite").expanduser()
 """Where measured kernel choices are kept."""
-
-UNSUPPORTED = {
-    "final_logit_softcapping": "caps its logits",
-    "attn_logit_softcapping": "caps its attention scores",
-    "logit_scale": "scales its logits",
-    "logits_scaling": "scales its logits",
-}
-"""Fields of a model's configuration that change what the streamed head or attention would have to compute."""
 
 
 @dataclass(frozen=True)
@@ -46,25 +39,6 @@ class Attached:
     runner: Runner
     undo: Callable[[], None]
     """Makes the model what it was."""
-
-
-def reason_against(model: PreTrainedModel, layout: Streaming) -> str | None:
-    """Why this model cannot be streamed in this layout, or None if it can."""
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    for name, what in UNSUPPORTED.items():
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            return f"it {what} ({name})"
-    if not isinstance(getattr(model.get_decoder(), "layers", None), nn.ModuleList):
-        return "its decoder layers lie elsewhere than in get_decoder().layers"
-    if not isinstance(head, nn.Linear):
-        return f"its head is a {type(head).__name__}, not a linear map"
-    if any("sinks" in name for name, _ in model.named_parameters()):
-        return "its attention has sinks"
-    if getattr(config, "attention_dropout", 0.0):
-        return "it drops attention weights out (attention_dropout)"
-    if layout.keys_values is Place.host and getattr(config, "sliding_window", None):
-        return "keys and values in host memory do not go with sliding windows"
-    return None
 
 
 def check_layout(layout: Streaming) -> None:
@@ -101,7 +75,9 @@ def attach(model: Any, layout: Streaming, device: torch.device | None = None, ch
     """
     check_layout(layout)
     core: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
-    against = reason_against(core, layout)
+    against = reason_against(core)
+    if against is None and layout.keys_values is Place.host and sliding_window(core.config):
+        against = "keys and values in host memory do not go with its sliding window (executor.keys_values)"
     if against is not None:
         raise ModelError(f"{type(core).__name__} cannot be streamed: {against}", "executor=whole")
     where: torch.device = device or next(core.get_input_embeddings().parameters()).device

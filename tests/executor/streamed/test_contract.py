@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from elite import hardware
+from elite import hardware, streamable
 from elite.errors import ModelError, PlanError
 from elite.executor.streamed.attach import attach
 from elite.executor.streamed.rows import HOST_RESERVE_BYTES
@@ -48,9 +48,13 @@ def test_models_that_cannot_be_streamed(kind: str, changes: dict[str, Any], why:
 
 
 @pytest.mark.parametrize("trains", [True, False], ids=["training", "evaluation"])
-def test_layers_without_attention(trains: bool) -> None:
+def test_layers_without_attention(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A convolution over chunks would miss what lies before each: an error, in evaluation as well."""
     model = tiny("lfm2", attention="eager")
+    with pytest.raises(ModelError, match="no attention"):
+        attach(model, LAYOUT)
+    # An architecture that does not say so in its configuration is found out when it runs.
+    monkeypatch.setattr(streamable, "ATTENTION", frozenset(model.config.layer_types))
     attached = attach(model, LAYOUT)
     with pytest.raises(ModelError, match="attention"), torch.set_grad_enabled(trains):
         loss = model(**batch()).loss
@@ -60,7 +64,7 @@ def test_layers_without_attention(trains: bool) -> None:
 
 
 def test_windows_with_keys_on_the_host() -> None:
-    with pytest.raises(ModelError, match="sliding windows"):
+    with pytest.raises(ModelError, match="sliding window"):
         attach(tiny("mistral"), replace(LAYOUT, keys_values=Place.host))
 
 
