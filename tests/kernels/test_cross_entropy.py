@@ -1,15 +1,11 @@
 """The kernel and its reference against torch; under the interpreter on a CPU, in a process of its own."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from elite.config import CONF_DIR
 from elite.kernels.cross_entropy import reference
+from tests.kernels.interpreter import run_interpreted
 
 CASES = [(5, 97, 0.0), (4, 64, 0.1), (3, 9001, 0.0), (3, 20000, 0.2)]
 
@@ -55,11 +51,7 @@ def check_kernel(device: str) -> None:
 
 
 def test_kernel_in_the_interpreter() -> None:
-    # Triton decides at import whether it interprets.
-    script = "from tests.kernels.test_cross_entropy import check_kernel; check_kernel('cpu')"
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", script], cwd=CONF_DIR.parent, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_interpreted("tests.kernels.test_cross_entropy", "check_kernel")
 
 
 @pytest.mark.gpu
