@@ -30,7 +30,7 @@ lint: setup ## Style and types
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-docs: setup ## Tables in README and docs, from docs/measurements
+docs: setup ## Tables and the drawing in README and docs, from docs/measurements
 	$(PYTHON) -m elite.report.tables
 
 clean: ## Remove runs and caches of this checkout

@@ -101,6 +101,7 @@ def described(made: Assembled, device: Device | None = None) -> dict[str, Any]:
         "executor": plan.executor,
         "layout": plan.layout,
         "active": [switch.name for switch in plan.decisions if switch.active],
+        "usable_bytes": plan.usable_bytes,
         "planned": {"device_bytes": plan.total_bytes, "host_bytes": plan.host_bytes, "step_s": plan.step_s},
     }
 

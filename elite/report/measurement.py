@@ -1,4 +1,4 @@
-"""Keep a finished run as a measurement: `python -m elite.report.measurement NAME RUN_FOLDER [RUN_FOLDER …]`.
+"""Keep finished runs, or a file of `elite.bench`, as a measurement: `python -m elite.report.measurement NAME RUN_FOLDER … | FILE`.
 
 Writes `docs/measurements/NAME.json` with device, versions, commit, command line, configuration, prediction and the raw line
 of every step, so that each number in the documentation can be traced and taken again.
@@ -41,18 +41,40 @@ def collect(folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def write(name: str, folders: list[Path], target: Path = MEASUREMENTS) -> Path:
-    """Write the measurement `name` of these runs; returns its path."""
+def write(name: str, sources: list[Path], target: Path = MEASUREMENTS) -> Path:
+    """Write the measurement `name` of these run folders, or of one file that a benchmark or a probe wrote; returns its path.
+
+    Raises:
+        EliteError: a run has not ended well, or a file is not alone.
+    """
+    if any(source.is_file() for source in sources):
+        if len(sources) > 1:
+            raise EliteError("a benchmark's file is a measurement by itself", "give one file, or run folders")
+        content = _without_places(json.loads(sources[0].read_text()))
+    else:
+        content = {"runs": [collect(RunFolder(folder)) for folder in sources]}
     target.mkdir(parents=True, exist_ok=True)
     path = target / f"{name}.json"
-    path.write_text(json.dumps({"name": name, "runs": [collect(RunFolder(folder)) for folder in folders]}, indent=1) + "\n")
+    path.write_text(json.dumps({"name": name} | content, indent=1) + "\n")
     return path
+
+
+def _without_places(value: Any) -> Any:
+    """Absolute paths, alone or as `option=/path`, by their last part: where things lay on that machine says nothing to others."""
+    if isinstance(value, dict):
+        return {key: _without_places(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_places(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    option, sign, place = value.rpartition("=")
+    return option + sign + Path(place).name if Path(place).is_absolute() else value
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name")
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("sources", nargs="+", type=Path)
     parser.add_argument("--target", type=Path, default=MEASUREMENTS)
     arguments = parser.parse_args()
-    print(write(arguments.name, arguments.folders, arguments.target))
+    print(write(arguments.name, arguments.sources, arguments.target))

@@ -1,0 +1,64 @@
+"""Small measurement files of the shapes that benchmarks and probes write, with round figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from elite.facts import GIB
+from elite.streaming import BoundaryEncoding, Keep, Place, Streaming, WeightPlace
+
+ENVIRONMENT = {"commit": "abc1234", "command": ["bench.py"], "versions": {"torch": "2.99.0", "transformers": "5.99.0"}}
+MODEL = {
+    "name": "tiny",
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "weights": "random",
+    "adapter": "lora, rank 4",
+}
+PROFILE = {"attention_s": 6.0, "other_compute_s": 3.0, "exposed_copies_s": 0.5, "host_s": 0.3, "short_gaps_s": 0.2, "wall_s": 10.0}
+LAYOUT = Streaming(keep=Keep.attention, weights=WeightPlace.streamed)
+LOSSY = Streaming(
+    keep=Keep.multilevel, slots=3, encoding=BoundaryEncoding.int4, boundaries=Place.disk, keys_values=Place.host, folder="/home/me/rows"
+)
+
+
+def step(seconds: float, gib: float) -> dict[str, float]:
+    """One optimizer step."""
+    return {"step_s": seconds, "allocated_peak_bytes": (gib - 0.5) * GIB, "reserved_peak_bytes": gib * GIB}
+
+
+def _run(name: str, tokens: int, steps: list[dict[str, float]]) -> dict[str, Any]:
+    layout = LAYOUT.to_dict() if name == "streamed" else None
+    run = {"name": name, "model": MODEL, "device": "Card 1", "context": tokens, "layout": layout, "steps": steps}
+    return run | ({"host_pinned_bytes": 6 * GIB, "profile": PROFILE if tokens > 1024 else None} if layout else {})
+
+
+def comparison() -> dict[str, Any]:
+    """Two contexts: at 1,024 tokens the executors are as fast, at 4,096 the streamed one twice as fast."""
+    recipe = [_run("recipe", tokens, [step(99, 2), step(tokens / 128, tokens / 256)]) for tokens in (1024, 4096)]
+    streamed = [
+        _run("streamed", 1024, [step(99, 3), step(8, 3)]),
+        _run("streamed", 4096, [step(99, 5), step(15, 4), step(16, 4), step(17, 4)]),
+    ]
+    floors = [{"context": 1024, "step_s": 4.0}, {"context": 4096, "step_s": 12.0}]
+    return {"environment": ENVIRONMENT, "runs": recipe + streamed, "floors": floors, "rates": {}}
+
+
+def probe(tokens: int, steps: list[dict[str, float]], layout: Streaming = LAYOUT) -> dict[str, Any]:
+    """A probe that says 90 seconds and 5 GiB, planned were 120 and 4.5."""
+    return {
+        "environment": ENVIRONMENT,
+        "model": MODEL,
+        "device": "Card 1 held to card2",
+        "context": tokens,
+        "layout": layout.to_dict(),
+        "planned": {"device_bytes": 4.5 * GIB, "host_bytes": 7 * GIB, "step_s": 120.0},
+        "probe": step(90, 5) | {"tokens": tokens, "host_pinned_bytes": 7 * GIB},
+        "steps": steps,
+    }
+
+
+def write(folder: Path, name: str, content: dict[str, Any]) -> None:
+    """As a measurement."""
+    (folder / f"{name}.json").write_text(json.dumps({"name": name} | content))
