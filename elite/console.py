@@ -9,6 +9,9 @@ from transformers.utils import logging as transformers_logging
 
 console = Console(highlight=False, soft_wrap=True)
 
+# While it is imported, before `start_logging`, it warns on some CPUs that an optional package of its own is absent.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 
 def start_logging() -> None:
     """Our own log lines from INFO, other libraries' from ERROR, no progress bars but ours."""
