@@ -1,0 +1,281 @@
+"""Errors of bf16 gradients, streamed and ordinary, on a pretrained model and real code: `python -m elite.bench.gradients FILE`.
+
+The reference is the ordinary backward in fp32, its attention by plain products, its loss in fp64. Against it stand the whole executor
+in bf16 and the streamed one in several layouts, on the same weights (frozen ones as bf16 rounds them) and the same row. Each gradient
+tensor g has the relative error ‖g − g_ref‖ / ‖g_ref‖ in the 2-norm; a streamed layout is as good as the ordinary pass where the ratio
+of the two errors is about 1.
+"""
+
+import gc
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from elite import geometry, hardware
+from elite.bench import text
+from elite.config import AdapterMethod, RunConfig
+from elite.console import console
+from elite.data.batches import IGNORE, Batch, TrainStream
+from elite.data.tokens import TokenStore
+from elite.distributed.ranks import Ranks, joined
+from elite.errors import DataError
+from elite.executor.build import Executors, build, streams_weights
+from elite.executor.contract import Executor
+from elite.model import LoadedModel, load
+from elite.optimizations import decide
+from elite.plan import facts_of
+from elite.runfolder import environment
+from elite.streaming import Keep, Place, Streaming, WeightPlace
+from elite.training.step import accumulate, make_scaler
+
+ORDINARY = ("optimizations=none", "optimizations.flash_attention.enabled=true", "optimizations.gradient_checkpointing.enabled=true")
+"""Nothing but the executor differs between the bf16 passes."""
+REFERENCE_ATTENTION = "elite_bench_reference"
+REFERENCE_QUERIES = 1024
+"""Queries whose scores exist at once in the reference."""
+ADAPTER_SPREAD = 0.02
+"""Standard deviation of the adapters' entries. Fresh ones have B = 0, and with it no gradient for A."""
+WORSE = 1.1
+"""Ratio of errors above which a tensor is counted."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward and backward."""
+
+    loss: float
+    """Mean over the row's tokens, nats."""
+    gradients: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all passes of one comparison share."""
+
+    config: RunConfig
+    dtype: torch.dtype
+    """Of matrix products and frozen weights."""
+    batch: Batch
+    ranks: Ranks
+
+    def reference(self) -> Pass:
+        """In fp32, on the weights that the others have."""
+        loaded = self._loaded("whole", streamed_weights=False)
+        loaded.model.float()
+        loaded.core.set_attn_implementation(REFERENCE_ATTENTION)
+        return self._passed(loaded, ReferenceExecutor(loaded.model), torch.float32)
+
+    def whole(self) -> Pass:
+        """The ordinary pass."""
+        loaded = self._loaded("whole", streamed_weights=False)
+        return self._passed(loaded, self._executors(loaded, None).training, self.dtype)
+
+    def streamed(self, layout: Streaming) -> Pass:
+        """The streamed pass in one layout."""
+        loaded = self._loaded("streamed", streams_weights(layout))
+        executors = self._executors(loaded, layout)
+        try:
+            return self._passed(loaded, executors.training, self.dtype)
+        finally:
+            assert executors.attached is not None
+            executors.attached.undo()
+
+    def _loaded(self, executor: str, streamed_weights: bool) -> LoadedModel:
+        config = self.config
+        facts = facts_of(config, hardware.device(config.hardware), geometry.shape(config.model), executor)
+        torch.manual_seed(config.seed)
+        loaded = load(config, decide(config.optimizations, facts), self.dtype, self.ranks.device, streamed_weights)
+        if loaded.model is not loaded.core:
+            _spread(loaded.trainable, config.seed)
+        return loaded
+
+    def _executors(self, loaded: LoadedModel, layout: Streaming | None) -> Executors:
+        cache = Path(self.config.output.cache).expanduser()
+        return build(loaded, layout, self.dtype, hardware.device(self.config.hardware), self.ranks, cache)
+
+    def _passed(self, loaded: LoadedModel, executor: Executor, dtype: torch.dtype) -> Pass:
+        loss = accumulate(executor, [self.batch], make_scaler(self.ranks.device, dtype), self.ranks)
+        return Pass(loss, {name: p.grad for name, p in loaded.model.named_parameters() if p.grad is not None})
+
+
+class ReferenceExecutor:
+    """The ordinary pass in fp32 without autocast, its loss in fp64: over 49,152 classes torch's fp32 one errs by 1e-5 on a CPU.
+
+    Args:
+        model: attends to a row as one document.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def loss_sum(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
+        """Sum of the token losses in nats, fp64 scalar. See `elite.executor.contract`; all positions are scored."""
+        assert keep is None
+        logits = self.model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        return F.cross_entropy(logits.double().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def compare(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """Full fine-tuning and LoRA; what the file gets.
+
+    Args:
+        config: `tier.context` is the length of the row.
+        dtype: of all passes but the reference.
+
+    Raises:
+        DataError: the repository has no document of that length.
+    """
+    # On some GPUs PyTorch may be told to multiply fp32 as TF32; the reference must not.
+    torch.set_float32_matmul_precision("highest")
+    batch, runs = full_row(text.tokens(config), config), []
+    with joined() as ranks:
+        for method in (AdapterMethod.full, AdapterMethod.lora):
+            adapted = replace(config, adapter=replace(config.adapter, method=method))
+            runs.append({"adapter": method.value, **_compared(Bench(adapted, dtype, batch, ranks))})
+    return {
+        "environment": environment(),
+        "device": hardware.device(config.hardware).name,
+        "model": {"name": config.model.name, "weights": config.model.weights.value, "lora_rank": config.adapter.rank},
+        "context": config.tier.context,
+        "trained_positions": config.model.max_position_embeddings,
+        "dtype": str(dtype).removeprefix("torch."),
+        "runs": runs,
+    }
+
+
+def full_row(store: TokenStore, config: RunConfig) -> Batch:
+    """The first row of the training stream that is one document from end to end.
+
+    Raises:
+        DataError: there is none.
+    """
+    context = config.tier.context
+    stream = TrainStream(store, config.data, context, 1, config.seed, packed=True)
+    for _ in range(stream.sequences_per_epoch):
+        (batch,) = stream.next_window(1)
+        if batch.documents == ((context,),):
+            return batch
+    raise DataError(f"{config.data.repo} fills no row of {context:,} tokens", "a larger repository, or a shorter --context")
+
+
+def layouts(tokens: int, adapter: AdapterMethod) -> list[Streaming]:
+    """Everything kept in turn, in chunks that divide the row and in such that don't; K/V in host memory; with adapters, weights too."""
+    even, odd = tokens // 4, tokens * 3 // 10
+    found = [Streaming(even, 2 * even, keep, slots=3) for keep in Keep]
+    found += [Streaming(odd, 2 * even, keep, slots=3) for keep in Keep]
+    found += [Streaming(n, odd, keep, keys_values=Place.host) for n, keep in ((even, Keep.layers), (odd, Keep.attention))]
+    if adapter is AdapterMethod.lora:
+        found += [replace(layout, weights=WeightPlace.streamed) for layout in found]
+    return found
+
+
+def _compared(bench: Bench) -> dict[str, Any]:
+    adapter, tokens = bench.config.adapter.method, bench.config.tier.context
+    reference = bench.reference()
+    _free(bench.ranks.device)
+    ordinary = bench.whole()
+    errors = relative_errors(ordinary.gradients, reference.gradients)
+    whole = {"loss": ordinary.loss, "worst_error": max(errors.values()), "median_error": statistics.median(errors.values())}
+    console.print(f"{adapter.value}: {len(errors)} tensors, loss {reference.loss:.6f}; whole: loss {ordinary.loss:.6f}, {_words(whole)}")
+    lines = []
+    for layout in layouts(tokens, adapter):
+        _free(bench.ranks.device)
+        done = bench.streamed(layout)
+        found = against(errors, relative_errors(done.gradients, reference.gradients))
+        lines.append({"layout": layout.to_dict(), "divides": tokens % layout.chunk == 0, "loss": done.loss, **found})
+        console.print(f"  {_chosen(layout)}: loss {done.loss:.6f}, {_words(found)}")
+    return {"tensors": len(errors), "reference_loss": reference.loss, "whole": whole, "streamed": lines}
+
+
+def relative_errors(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
+    """‖g − g_ref‖ / ‖g_ref‖ of every tensor. The same tensors must have gradients in both."""
+    if found.keys() != reference.keys():
+        raise AssertionError(f"gradients of other tensors: {sorted(found.keys() ^ reference.keys())[:4]}")
+    return {
+        name: ((found[name].double() - right.double()).norm() / right.double().norm()).item() for name, right in sorted(reference.items())
+    }
+
+
+def against(ordinary: Mapping[str, float], streamed: Mapping[str, float]) -> dict[str, Any]:
+    """Errors of a streamed pass and their ratios to those of the ordinary one, over all tensors."""
+    # An error below fp32's own rounding is no figure to divide by.
+    smallest = torch.finfo(torch.float32).eps
+    ratios = {name: streamed[name] / max(error, smallest) for name, error in ordinary.items()}
+    worst = max(ratios, key=lambda name: ratios[name])
+    return {
+        "worst_error": max(streamed.values()),
+        "median_error": statistics.median(streamed.values()),
+        "worst_ratio": ratios[worst],
+        "worst_ratio_tensor": worst,
+        "median_ratio": statistics.median(ratios.values()),
+        "tensors_above": sum(ratio > WORSE for ratio in ratios.values()),
+    }
+
+
+def _chosen(layout: Streaming) -> str:
+    """What differs from the defaults."""
+    usual = Streaming().to_dict()
+    return " ".join(f"{name}={value}" for name, value in layout.to_dict().items() if name in ("chunk", "keep") or value != usual[name])
+
+
+def _words(found: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in found.items() if name != "loss" and not isinstance(value, str))
+
+
+def _free(device: torch.device) -> None:
+    """Give back what the last pass took."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _spread(adapters: list[nn.Parameter], seed: int) -> None:
+    """The same entries on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapters:
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * ADAPTER_SPREAD)
+
+
+def _reference_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, scaling: float | None = None, **_unused: Any
+) -> tuple[Tensor, None]:
+    """Causal attention of one document by plain products, some queries at a time. query [B,H,S,D], key and value [B,K,S,D] → [B,S,H,D]."""
+    groups, length = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    parts = []
+    for start in range(0, length, REFERENCE_QUERIES):
+        stop = min(start + REFERENCE_QUERIES, length)
+        tensors = query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop]
+        parts.append(checkpoint(_attended, *tensors, scaling, use_reentrant=False))
+    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """The queries are those of the last keys."""
+    n, m = query.shape[2], key.shape[2]
+    visible = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(query, key, value, visible, scale=scale)
+
+
+AttentionInterface.register(REFERENCE_ATTENTION, _reference_attention)
+AttentionMaskInterface.register(REFERENCE_ATTENTION, lambda *_arguments, **_named: None)
+
+
+def main() -> None:
+    """The command."""
+    arguments = text.options(__doc__.splitlines()[0]).parse_args()
+    text.write(arguments.file, compare(text.request(arguments, *ORDINARY), getattr(torch, arguments.dtype)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The bench of gradient errors: in fp32 every pass is within rounding of its reference, and its figures are what they say."""
+
+import json
+import math
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from elite.bench import gradients, text
+from elite.compose import from_overrides
+from elite.config import AdapterMethod, RunConfig
+from elite.errors import DataError
+from elite.streaming import Keep, Place, WeightPlace
+
+CONTEXT = 256
+
+
+@pytest.fixture
+def config(repository: Path, cache: Path) -> RunConfig:
+    """A tiny random model and a real repository."""
+    made = from_overrides("debug=tiny", *gradients.ORDINARY, f"data.repo={repository}", f"output.cache={cache}").config
+    return text.at_context(made, CONTEXT)
+
+
+def test_every_layout_gives_the_gradients_of_the_reference(config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # Several parts, the last one shorter.
+    monkeypatch.setattr(gradients, "REFERENCE_QUERIES", 100)
+    text.write(tmp_path / "new" / "gradients.json", gradients.compare(config, torch.float32))
+    found = json.loads((tmp_path / "new" / "gradients.json").read_text())
+    assert found["context"] == CONTEXT and found["dtype"] == "float32" and found["environment"]["versions"]["torch"]
+    # Two layers: nine tensors each, final norm and embedding, which is the head; adapters: A and B of seven maps each.
+    assert {run["adapter"]: run["tensors"] for run in found["runs"]} == {"full": 20, "lora": 28}
+    for run in found["runs"]:
+        # The weights are random: a guess among 512.
+        assert run["reference_loss"] == pytest.approx(math.log(512), abs=0.2)
+        passes = [run["whole"], *run["streamed"]]
+        assert all(line["loss"] == pytest.approx(run["reference_loss"], abs=1e-5) for line in passes)
+        assert all(0 < line["worst_error"] <= 1e-5 for line in passes)
+        assert len(run["streamed"]) == len(gradients.layouts(CONTEXT, AdapterMethod(run["adapter"])))
+        assert {line["divides"] for line in run["streamed"]} == {True, False}
+
+
+@pytest.mark.parametrize("adapter", AdapterMethod)
+def test_layouts_cover_what_can_differ(adapter: AdapterMethod) -> None:
+    found = gradients.layouts(16384, adapter)
+    for divides in (True, False):
+        chosen = [layout for layout in found if (16384 % layout.chunk == 0) is divides]
+        assert {layout.keep for layout in chosen} == set(Keep) and {layout.keys_values for layout in chosen} == {Place.device, Place.host}
+    streamed = {layout.keep for layout in found if layout.weights is WeightPlace.streamed}
+    assert streamed == (set(Keep) if adapter is AdapterMethod.lora else set())
+
+
+def test_errors_and_ratios_by_hand() -> None:
+    right = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([2.0])}
+    ordinary = gradients.relative_errors({"a": torch.tensor([3.0, 5.0]), "b": torch.tensor([2.2])}, right)
+    streamed = gradients.relative_errors({"a": torch.tensor([3.0, 5.5]), "b": torch.tensor([1.9])}, right)
+    assert ordinary == pytest.approx({"a": 0.2, "b": 0.1}) and streamed == pytest.approx({"a": 0.3, "b": 0.05})
+    found = gradients.against(ordinary, streamed)
+    assert found.pop("worst_ratio_tensor") == "a"
+    expected = {"worst_error": 0.3, "median_error": 0.175, "worst_ratio": 1.5, "median_ratio": 1.0, "tensors_above": 1}
+    assert found == pytest.approx(expected)
+    with pytest.raises(AssertionError, match="other tensors"):
+        gradients.relative_errors({"a": right["a"]}, right)
+
+
+def test_a_row_is_one_document(config: RunConfig) -> None:
+    store = text.tokens(config)
+    batch = gradients.full_row(store, config)
+    assert batch.documents == ((CONTEXT,),) and batch.label_tokens == CONTEXT - 1
+    assert torch.equal(batch.labels[:, :-1], batch.input_ids[:, 1:])
+    with pytest.raises(DataError, match="too little text"):
+        gradients.full_row(store, text.at_context(config, 2**20))
+
+
+def test_the_pretrained_request(repository: Path) -> None:
+    asked = text.request(Namespace(context=16384, model_path="/a folder", repo=str(repository)), *gradients.ORDINARY)
+    assert (asked.model.name, asked.model.path, asked.data.repo) == ("smollm2_135m", "/a folder", str(repository))
+    assert (asked.tier.context, asked.training.global_batch_tokens, asked.adapter.rank) == (16384, 16384, 8)
+    assert asked.tier.target_length < asked.tier.context
+    on = asked.optimizations
+    assert on.flash_attention.enabled and on.gradient_checkpointing.enabled and not (on.fused_lora.enabled or on.fused_loss.enabled)
