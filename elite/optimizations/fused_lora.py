@@ -45,10 +45,15 @@ class FusedLoRA(Optimization):
         for module in plain:
             # The instance's attribute hides the class's method, so nothing but this model changes.
             module.forward = _forward(module)
+            if _is_whole(module):
+                # Set where a recomputation needs the gradients of this map, but not what it returns.
+                module.output_unread = False
 
         def undo() -> None:
             for module in plain:
                 del module.forward
+                if _is_whole(module):
+                    del module.output_unread
 
         return Applied(len(plain), f"of {len(adapted)} adapted linear maps", undo)
 
@@ -64,16 +69,21 @@ def _is_plain(module: Any) -> bool:
     return name not in module.lora_variant and all(type(linear) is nn.Linear and linear.bias is None for linear in pair)
 
 
-def _forward(module: Any) -> Callable[..., "Tensor"]:
-    """The forward that replaces `module`'s; where the adapter is off or merged, or more is asked, peft's own answers."""
+def _is_whole(module: Any) -> bool:
+    """Whether base and adapter are one function: a quantised base keeps its own."""
     from torch import nn
 
+    return type(module.base_layer) is nn.Linear and not module.base_layer.weight.requires_grad
+
+
+def _forward(module: Any) -> Callable[..., "Tensor"]:
+    """The forward that replaces `module`'s; where the adapter is off or merged, or more is asked, peft's own answers."""
     from elite.optimizations.functions.lora import adapted_linear, add_low_rank
 
     peft_forward, base = module.forward, module.base_layer
     name = module.active_adapters[0]
     a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-    whole = type(base) is nn.Linear and not base.weight.requires_grad
+    whole = _is_whole(module)
 
     def forward(x: "Tensor", *args: Any, **kwargs: Any) -> "Tensor":
         if module.disable_adapters or module.merged or args or kwargs:
@@ -82,7 +92,7 @@ def _forward(module: Any) -> Callable[..., "Tensor"]:
         # An inactive dropout is the identity, which returns the same tensor.
         dropped, scaling = dropout(x), module.scaling[name]
         if whole:
-            return adapted_linear(x, dropped, base.weight, base.bias, a.weight, b.weight, scaling)
+            return adapted_linear(x, dropped, base.weight, base.bias, a.weight, b.weight, scaling, module.output_unread)
         return add_low_rank(base(x), dropped, a.weight, b.weight, scaling)
 
     return forward

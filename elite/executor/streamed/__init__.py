@@ -7,6 +7,7 @@
     keys_values.py   K, V and their gradients           stem.py        the model's own calls around its layers
     rows.py          memory at a place                  encoding.py    boundaries in fewer bits
     transfers.py     copies between places              weights.py     frozen weights, one layer ahead
+    unread.py        what a recomputation leaves out    probe.py       a step measured by its ends
 
 Which boundaries are kept is `elite/revolve.py`'s arithmetic, which the planner shares.
 """

@@ -4,14 +4,13 @@ Boundaries never enter the graph: they wait in the store. What links the Functio
 parameters are inputs, so their gradients, hooks and DDP's buckets come about as always, segment by segment.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from elite.executor.streamed.hooks import hooks_aside
 from elite.executor.streamed.runner import Runner, Step
 
 Gradients = tuple[Tensor | None, ...]
@@ -32,7 +31,7 @@ class _Embed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _ticket: Tensor) -> Gradients:
         runner, step = _current(ctx)
-        with _hooks_aside(ctx.parameters):
+        with hooks_aside(ctx.parameters):
             return None, None, *runner.embed_backward(step, ctx.parameters)
 
 
@@ -47,14 +46,14 @@ class _Segment(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, ticket: Tensor) -> Gradients:
         runner, step = _current(ctx)
-        with _hooks_aside(ctx.parameters):
+        with hooks_aside(ctx.parameters):
             return ticket, None, None, None, *runner.backward(step, ctx.segment, ctx.parameters)
 
 
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ticket: Tensor, runner: Runner, step: Step, *parameters: nn.Parameter) -> Tensor:
-        with _hooks_aside(parameters):
+        with hooks_aside(parameters):
             loss, ctx.gradients = runner.head(step, parameters, descend=ctx.needs_input_grad[0])
         ctx.pass_ = (runner, step)
         return loss
@@ -67,19 +66,6 @@ class _Head(torch.autograd.Function):
             raise RuntimeError("a streamed pass has one backward: gradients take the place of what a second one would need")
         step.upstream = upstream
         return torch.zeros_like(upstream), None, None, *(None if g is None else g * upstream for g in ctx.gradients)
-
-
-@contextmanager
-def _hooks_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within, tensor hooks do not fire: not on the gradient of each chunk, only on the sums that the Functions return."""
-    hooked = [(parameter, parameter._backward_hooks) for parameter in parameters if parameter._backward_hooks]
-    for parameter, _ in hooked:
-        parameter._backward_hooks = None
-    try:
-        yield
-    finally:
-        for parameter, hooks in hooked:
-            parameter._backward_hooks = hooks
 
 
 def _current(ctx: Any) -> tuple[Runner, Step]:

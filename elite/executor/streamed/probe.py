@@ -70,6 +70,7 @@ class Probe:
         forward = self._sweep(forward_sweep(runner.store, 0, step.groups, trains=True))
         head = self._timed(lambda chunks: runner.head(step, runner.outer_parameters, descend=True, chunks=chunks), order)
         step.upstream = torch.ones((), device=runner.device)
+        runner.find_unread(step)
         last = backward_sweeps(runner.store, len(runner.store.kept) - 1, step.groups)
         parts = {sweep.phase: sweep for sweep in last if sweep.layer == last[-1].layer}
         refill = self._sweep(parts[Phase.refill]) if Phase.refill in parts else 0.0

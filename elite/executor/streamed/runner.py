@@ -17,18 +17,23 @@ from transformers import PreTrainedModel
 from elite.errors import ModelError
 from elite.executor.streamed.attention import KeysKnown, Phase, Work
 from elite.executor.streamed.chunks import Chunk, Group
+from elite.executor.streamed.hooks import hooks_aside
 from elite.executor.streamed.kernels import AttentionShape, Kernel
 from elite.executor.streamed.keys_values import KeyValues
+from elite.executor.streamed.math_kernel import MATH
 from elite.executor.streamed.rows import Allocator, Rows
 from elite.executor.streamed.stem import Positions, Stem
 from elite.executor.streamed.store import Boundary, Store
 from elite.executor.streamed.sweeps import Sweep, backward_sweeps, forward_sweep, in_order
 from elite.executor.streamed.transfers import Fields, Transfers
+from elite.executor.streamed.unread import UnreadOutputs
 from elite.executor.streamed.weights import ResidentWeights, StreamedWeights
 from elite.losses import linear_cross_entropy
 from elite.streaming import Streaming, WeightPlace
 
 IGNORE = -100
+FEW = 16
+"""Tokens on which a layer's gradients are tried out."""
 
 KernelChoice = Callable[[AttentionShape], Kernel]
 
@@ -119,6 +124,7 @@ class Runner:
         self._head: Any = core.get_output_embeddings()
         self.weights = StreamedWeights(self.layers, device) if layout.weights is WeightPlace.streamed else ResidentWeights()
         self.allocator = Allocator(device, Path(layout.folder) if layout.folder else None)
+        self.unread = UnreadOutputs(self.layers)
         self.transfers = Transfers(device, layout.chunk, self.allocator.disk)
         self.current: Step | None = None
         """The step whose rows these are."""
@@ -183,6 +189,8 @@ class Runner:
 
     def backward(self, step: Step, segment: int, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
         """Gradients of one segment's parameters; the gradient of its input replaces that of its output."""
+        if segment == self.store.segments - 1:
+            self.find_unread(step)
         sweeps = backward_sweeps(self.store, segment, step.groups)
         if sweeps[0].phase is Phase.refill and self._keys_values.holds == sweeps[0].document:
             # The forward pass has just left them there.
@@ -193,6 +201,10 @@ class Runner:
             self.run(step, sweeps, after, totals)
         found = {p: g for layer, total in totals.items() for p, g in zip(self.layer_parameters[layer], total.result(), strict=True)}
         return [found[p] for p in parameters]
+
+    def find_unread(self, step: Step) -> None:
+        """Find out, before the first backward, what recomputing layers may leave out."""
+        self.unread.find(lambda layer: self._few_gradients(step, layer))
 
     def head(
         self, step: Step, parameters: Sequence[nn.Parameter], descend: bool, chunks: Sequence[Chunk] | None = None
@@ -302,7 +314,7 @@ class Runner:
             upstream = upstream * step.upstream
         parameters = self.layer_parameters[sweep.layer]
         hidden = hidden.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), self.unread.left_out(sweep.layer):
             out = self._layer(step, sweep.layer, chunk, hidden, work)
         gradient, *rest = torch.autograd.grad(out, [hidden, *parameters], upstream, allow_unused=True)
         assert gradient is not None
@@ -319,6 +331,18 @@ class Runner:
         if out.dtype is not hidden.dtype:
             raise ModelError(f"layer {layer} turns {hidden.dtype} into {out.dtype}: boundaries need one dtype", "executor=whole")
         return out
+
+    def _few_gradients(self, step: Step, layer: int) -> list[Tensor | None]:
+        """Gradients of one layer on the first few tokens."""
+        few = min(FEW, step.ids.shape[1])
+        chunk = Chunk(-1, 0, few, 0, (few,), few, shares=False)
+        work = Work(Phase.backward, chunk, self._keys_values, lambda _shape: MATH)
+        parameters = [p for p in self.layers[layer].parameters() if p.requires_grad]
+        with self.weights.use(layer, None), hooks_aside(parameters), torch.enable_grad(), self._as_in(step):
+            hidden = self.stem.embed(step.part(chunk))[0].detach().requires_grad_()
+            out = self._layer(step, layer, chunk, hidden, work)
+            upstream = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
+            return list(torch.autograd.grad(out, [hidden, *parameters], upstream, allow_unused=True))
 
     def _write(self, sinks: Sequence[Boundary], chunk: Chunk, hidden: Tensor) -> None:
         for sink in sinks:

@@ -20,14 +20,17 @@ ALIGNMENT = 8
 """Tensor cores want inner dimensions that are a multiple of this many half-precision values."""
 
 
-def adapted_linear(x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def adapted_linear(
+    x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, unread: bool = False
+) -> Tensor:
     """The whole map [..., in] → [..., out], in autocast's dtype where it is on, else in that of `weight`.
 
     Args:
         dropped: x after dropout; the same tensor where there is none.
+        unread: nobody reads the output, only its gradient counts: zeros are returned instead.
     """
     # Passed once, the input has one gradient, which both products add to.
-    out: Tensor = _AdaptedLinear.apply(x, None if dropped is x else dropped, weight, bias, a, b, scaling)
+    out: Tensor = _AdaptedLinear.apply(x, None if dropped is x else dropped, weight, bias, a, b, scaling, unread)
     return out
 
 
@@ -40,13 +43,24 @@ def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dropped: Tensor | None, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scaling: float,
+        unread: bool,
     ) -> Tensor:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         rows = x.to(dtype).flatten(0, -2)
         low = (rows if dropped is None else dropped.to(dtype).flatten(0, -2)) @ a.to(dtype).mT
-        out = _sum_of_products(rows, weight.to(dtype).mT, low, b.mT, scaling, None if bias is None else bias.to(dtype))
+        if unread:
+            out = rows.new_zeros(len(rows), len(weight))
+        else:
+            out = _sum_of_products(rows, weight.to(dtype).mT, low, b.mT, scaling, None if bias is None else bias.to(dtype))
         # The base is frozen, so its own input is not needed.
         read = x if dropped is None else dropped
         ctx.save_for_backward(read, low, weight, a, b)
@@ -66,7 +80,7 @@ class _AdaptedLinear(torch.autograd.Function):
             frozen = weight.to(grad.dtype)
             grad_x = grad @ frozen if ctx.dropout else _sum_of_products(grad, frozen, down, a, ctx.scaling, None)
             grad_x = grad_x.view_as(read).to(read.dtype)
-        return grad_x, grad_dropped, None, None, grad_a.to(a.dtype), grad_b.to(b.dtype), None
+        return grad_x, grad_dropped, None, None, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None
 
 
 class _AddLowRank(torch.autograd.Function):
