@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
+from elite.errors import PlanError
+
 
 class Keep(Enum):
     """What the forward pass leaves for the backward, most memory and least recomputation first."""
@@ -87,3 +89,21 @@ class Streaming:
             "weights": WeightPlace,
         }
         return cls(**{name: kinds[name](value) if name in kinds else value for name, value in plain.items()})
+
+
+def check_layout(layout: Streaming) -> None:
+    """Refuse layouts that contradict themselves.
+
+    Raises:
+        PlanError: this is one.
+    """
+    if layout.keep is Keep.attention and layout.encoding is not BoundaryEncoding.exact:
+        raise PlanError(
+            f"executor.keep=attention with executor.encoding={layout.encoding.value}: kept outputs belong to exact boundaries",
+            "executor.encoding=exact or executor.keep=layers",
+        )
+    if layout.keys_values is Place.disk:
+        raise PlanError("executor.keys_values=disk: keys and values are read for every chunk", "executor.keys_values=host")
+    for name, value in (("chunk", layout.chunk), ("block", layout.block), ("slots", layout.slots)):
+        if value < 1:
+            raise PlanError(f"executor.{name}={value}: must be positive", f"leave executor.{name} out")

@@ -13,7 +13,7 @@ from elite.plan import streamed
 from elite.plan.batch import facts_of
 from elite.plan.memory import predict
 from elite.plan.time import recomputed, step_flops, step_seconds
-from elite.streaming import Place, Streaming
+from elite.streaming import Place, Streaming, check_layout
 
 STREAMED_GAIN = 1.05
 """A streamed step must be predicted this much faster before it is preferred to a whole one that fits."""
@@ -87,6 +87,7 @@ def _streamed_in_turn(config: RunConfig, device: Device, shape: ModelShape, accu
     folder = str(Path(config.executor.folder or config.output.cache).expanduser())
     memory = streamed.StreamedMemory(facts, decisions)
     for layout in streamed.layouts(config.executor, facts.context, folder):
+        check_layout(layout)
         if layout.keys_values is Place.host and shape.sliding_window:
             continue
         estimate, host = memory.device(layout), memory.host(layout)

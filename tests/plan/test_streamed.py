@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,3 +145,15 @@ def test_windowed_keys_stay_on_the_device() -> None:
 def test_shapes_know_whether_they_can_be_streamed(kind: str, why: str) -> None:
     shape = geometry._shape(kind, tiny(kind, attention="eager").config.to_json_string(use_diff=False))
     assert why in shape.unstreamable and bool(why) == bool(shape.unstreamable)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"keys_values": Place.disk}, {"keep": Keep.attention, "encoding": BoundaryEncoding.int8}],
+    ids=["keys on disk", "outputs of rounded boundaries"],
+)
+def test_contradictions_are_refused_by_the_plan(asked: dict[str, Any]) -> None:
+    config = run_config(131072, executor=Executor.streamed)
+    contradictory = replace(config, executor=replace(config.executor, **asked))
+    with pytest.raises(PlanError, match="executor."):
+        make_plan(contradictory, device("rtx3090"), phi2(), CORPUS)

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from elite.errors import ModelError, PlanError
+from elite.errors import ModelError
 from elite.executor.streamed import choose
 from elite.executor.streamed.chunks import cut
 from elite.executor.streamed.functions import loss_sum
 from elite.executor.streamed.runner import IGNORE, KernelChoice, Runner, Step
 from elite.streamable import reason_against, sliding_window
-from elite.streaming import BoundaryEncoding, Keep, Place, Streaming
+from elite.streaming import Place, Streaming, check_layout
 
 KERNEL_CACHE = Path("~/.cache/elite").expanduser()
 """Where measured kernel choices are kept."""
@@ -39,24 +39,6 @@ class Attached:
     runner: Runner
     undo: Callable[[], None]
     """Makes the model what it was."""
-
-
-def check_layout(layout: Streaming) -> None:
-    """Refuse layouts that contradict themselves.
-
-    Raises:
-        PlanError: this is one.
-    """
-    if layout.keep is Keep.attention and layout.encoding is not BoundaryEncoding.exact:
-        raise PlanError(
-            f"executor.keep=attention with executor.encoding={layout.encoding.value}: kept outputs belong to exact boundaries",
-            "executor.encoding=exact or executor.keep=layers",
-        )
-    if layout.keys_values is Place.disk:
-        raise PlanError("executor.keys_values=disk: keys and values are read for every chunk", "executor.keys_values=host")
-    for name, value in (("chunk", layout.chunk), ("block", layout.block), ("slots", layout.slots)):
-        if value < 1:
-            raise PlanError(f"executor.{name}={value}: must be positive", f"leave executor.{name} out")
 
 
 def attach(model: Any, layout: Streaming, device: torch.device | None = None, choice: KernelChoice | None = None) -> Attached:
