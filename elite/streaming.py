@@ -19,7 +19,7 @@ class Keep(Enum):
     layers = "layers"
     """Every boundary."""
     sqrt = "sqrt"
-    """About 2√L boundaries: no layer is passed forward more than twice before its backward."""
+    """About 2√L boundaries: in all, layers are passed forward less than twice before their own backward."""
     multilevel = "multilevel"
     """As few boundaries as `slots` says, by binomial checkpointing (Griewank and Walther 2000)."""
 
@@ -55,6 +55,10 @@ class WeightPlace(Enum):
     """In pinned host memory; a layer's weights are copied while the layer before it works."""
 
 
+ARGUMENT_BYTES = 256 * 1024**2
+"""Layer arguments (rotary embeddings) of chunks are kept on the device up to this size, and made anew beyond."""
+
+
 @dataclass(frozen=True)
 class Streaming:
     """One layout, every choice made."""
@@ -73,6 +77,16 @@ class Streaming:
     weights: WeightPlace = WeightPlace.resident
     folder: str | None = None
     """Where boundaries on disk are kept; needed for `boundaries=disk` alone."""
+
+    def keeps_keys(self, row_bytes: float, boundary_bytes: float) -> bool:
+        """Whether keys and values are kept with the attention outputs: where they take no more than what they could be computed from.
+
+        Args:
+            row_bytes: a token's keys and values.
+            boundary_bytes: a token's exact boundary.
+        """
+        near = self.boundaries is not Place.disk and self.keys_values is Place.device
+        return self.keep is Keep.attention and near and row_bytes <= boundary_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""

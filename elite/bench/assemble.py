@@ -1,5 +1,6 @@
 """A model ready to take optimizer steps on random tokens, assembled as a run would assemble it."""
 
+import json
 import resource
 import time
 from collections.abc import Iterator
@@ -104,6 +105,12 @@ def described(made: Assembled, device: Device | None = None) -> dict[str, Any]:
         "usable_bytes": plan.usable_bytes,
         "planned": {"device_bytes": plan.total_bytes, "host_bytes": plan.host_bytes, "step_s": plan.step_s},
     }
+
+
+def write(file: Path, found: dict[str, Any]) -> None:
+    """Write a result as JSON."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def with_context(config: RunConfig, tokens: int) -> RunConfig:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from elite.bench import text
-from elite.bench.assemble import Assembled, assembled, described
+from elite.bench.assemble import Assembled, assembled, described, write
 from elite.config import AdapterMethod, Executor, RunConfig
 from elite.console import console
 from elite.data.batches import TrainStream
@@ -102,7 +102,7 @@ def main() -> None:
     arguments = options.parse_args()
     mixed = str(arguments.dtype != "float32").lower()
     overrides = f"training.max_steps={arguments.steps}", f"optimizations.mixed_precision.enabled={mixed}"
-    text.write(arguments.file, compare(text.request(arguments, *overrides)))
+    write(arguments.file, compare(text.request(arguments, *overrides)))
 
 
 if __name__ == "__main__":

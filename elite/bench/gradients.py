@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from elite import geometry, hardware
 from elite.bench import text
+from elite.bench.assemble import write
 from elite.config import AdapterMethod, RunConfig
 from elite.console import console
 from elite.data.batches import IGNORE, Batch, TrainStream
@@ -274,7 +275,7 @@ AttentionMaskInterface.register(REFERENCE_ATTENTION, lambda *_arguments, **_name
 def main() -> None:
     """The command."""
     arguments = text.options(__doc__.splitlines()[0]).parse_args()
-    text.write(arguments.file, compare(text.request(arguments, *ORDINARY), getattr(torch, arguments.dtype)))
+    write(arguments.file, compare(text.request(arguments, *ORDINARY), getattr(torch, arguments.dtype)))
 
 
 if __name__ == "__main__":

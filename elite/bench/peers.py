@@ -8,19 +8,18 @@ head twice, nothing else. Where the streamed step's time goes comes from a profi
 
 import argparse
 import gc
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from elite.bench.assemble import Assembled, assembled, described, with_context
+from elite.bench.assemble import Assembled, assembled, described, with_context, write
 from elite.bench.profile import profiled, sdpa_kernels
 from elite.compose import from_overrides
 from elite.console import console
-from elite.executor.streamed.choose import rates
-from elite.executor.streamed.kernels import KERNELS, AttentionShape
+from elite.executor.streamed.choose import fastest, rates
+from elite.executor.streamed.kernels import AttentionShape
 from elite.plan.words import gib
 from elite.runfolder import environment
 
@@ -92,10 +91,11 @@ def _rates() -> dict[str, float]:
     model, chunk = config.model, config.executor.chunk or MATMUL_TOKENS
     head_dim = model.hidden_size // model.num_attention_heads
     shape = AttentionShape(model.num_attention_heads, model.num_key_value_heads, head_dim, torch.bfloat16)
+    kernel = fastest(shape, device, Path(from_overrides(*STREAMED).config.output.cache).expanduser(), chunk, 4 * chunk)
     began = time.perf_counter()
     while time.perf_counter() - began < WARM_S:
-        rates(shape, device, KERNELS["cudnn"], chunk, 4 * chunk)
-    found = rates(shape, device, KERNELS["cudnn"], chunk, 4 * chunk)
+        rates(shape, device, kernel, chunk, 4 * chunk)
+    found = rates(shape, device, kernel, chunk, 4 * chunk)
     a = torch.randn(MATMUL_TOKENS, model.hidden_size, device=device, dtype=torch.bfloat16)
     b = torch.randn(model.intermediate_size, model.hidden_size, device=device, dtype=torch.bfloat16)
     for _ in range(int(WARM_S * MATMUL_CALLS_A_SECOND)):
@@ -128,9 +128,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--contexts", type=int, nargs="+", default=[2**15, 2**16, 2**17, 2**18])
     arguments = parser.parse_args()
-    found = compare(arguments.contexts)
-    arguments.file.parent.mkdir(parents=True, exist_ok=True)
-    arguments.file.write_text(json.dumps(found, indent=1) + "\n")
+    write(arguments.file, compare(arguments.contexts))
 
 
 if __name__ == "__main__":

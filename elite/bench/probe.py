@@ -4,13 +4,12 @@
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from elite.bench.assemble import Assembled, assembled, described, peaks, reset_peak
+from elite.bench.assemble import Assembled, assembled, described, peaks, reset_peak, write
 from elite.config import Executor, RunConfig
 from elite.console import console
 from elite.executor.streamed.probe import Probe
@@ -30,9 +29,7 @@ def probe(config: RunConfig) -> dict[str, Any]:
         result["steps"] = [made.step() for _ in range(config.probe.steps)]
     _show(result)
     if config.probe.file is not None:
-        path = Path(config.probe.file)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        write(Path(config.probe.file), result)
     return result
 
 

@@ -1,10 +1,8 @@
 """What benches on real text share: the pretrained SmolLM2, one row of a repository's tokens a step, the command's options."""
 
 import argparse
-import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from elite import geometry, pretrained
 from elite.bench.assemble import with_context
@@ -55,9 +53,3 @@ def tokens(config: RunConfig) -> TokenStore:
     if tokenizer is None or len(tokenizer) > geometry.shape(config.model).vocab_size:
         raise ModelError(f"model={config.model.name} has no tokenizer that fits it", "model.path=FOLDER")
     return tokenise(harvest(config.data, config.seed), tokenizer, cache)
-
-
-def write(file: Path, found: dict[str, Any]) -> None:
-    """Write a result."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found, indent=1) + "\n")

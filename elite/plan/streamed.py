@@ -20,14 +20,12 @@ from elite.optimizations.contract import Decision, Estimate, Site
 from elite.optimizations.shapes import value_bytes
 from elite.plan.memory import folded
 from elite.revolve import layer_forwards, slots_for
-from elite.streaming import VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
+from elite.streaming import ARGUMENT_BYTES, VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
 
 CHUNKS = ((32768, 16384, 8192, 4096), (2048, 1024))
 """Longest first: longer chunks run faster. Rather than go below the first few, keys and values leave the device."""
 BLOCKS = (65536, 16384)
 """Longer ones cost memory and spare additions."""
-ARGUMENT_BYTES = 256 * 1024**2
-"""Rotary embeddings are kept up to this size."""
 LOGIT_BYTES = 256 * 1024**2
 """One tile of logits in fp32, at most."""
 HIDDEN_COPIES = 6
@@ -106,8 +104,7 @@ class StreamedMemory:
         """Kept keys and values, bytes a token; 0 where they are computed again."""
         model = self._facts.model
         row = 2 * self._width * model.num_key_value_heads * model.head_dim
-        near = layout.boundaries is not Place.disk and layout.keys_values is Place.device
-        return row if near and row <= self._width * model.hidden_size else 0.0
+        return row if layout.keeps_keys(row, self._width * model.hidden_size) else 0.0
 
 
 def recomputed(facts: Facts, layout: Streaming) -> tuple[float, float]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from elite.bench import gradients, text
+from elite.bench.assemble import write
 from elite.compose import from_overrides
 from elite.config import AdapterMethod, RunConfig
 from elite.errors import DataError
@@ -27,7 +28,7 @@ def config(repository: Path, cache: Path) -> RunConfig:
 def test_every_layout_gives_the_gradients_of_the_reference(config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Several parts, the last one shorter.
     monkeypatch.setattr(gradients, "REFERENCE_QUERIES", 100)
-    text.write(tmp_path / "new" / "gradients.json", gradients.compare(config, torch.float32))
+    write(tmp_path / "new" / "gradients.json", gradients.compare(config, torch.float32))
     found = json.loads((tmp_path / "new" / "gradients.json").read_text())
     assert found["context"] == CONTEXT and found["dtype"] == "float32" and found["environment"]["versions"]["torch"]
     # Two layers: nine tensors each, final norm and embedding, which is the head; adapters: A and B of seven maps each.

@@ -6,6 +6,7 @@ How:    before it is timed, a kernel's outputs and gradients over merged parts a
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,8 @@ from torch import Tensor
 from elite.errors import PlanError
 from elite.executor.streamed.kernels import KERNELS, AttentionShape, Kernel, merge
 from elite.executor.streamed.math_kernel import MATH
+
+log = logging.getLogger("elite.executor")
 
 CHOICES = "attention_kernels.json"
 """File in the cache folder: what was measured, by what it was measured for."""
@@ -76,6 +79,9 @@ def fastest(
             return KERNELS[entry["choice"]]
         reasons |= entry["wrong"]
     if MATH in usable:
+        if device.type == "cuda":
+            left_out = "; ".join(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+            log.warning("attention of %s runs as plain matrix products, which is slow: %s", _words(shape), left_out)
         return MATH
     said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise PlanError(f"no attention kernel for {_words(shape)} on {_device_name(device)} ({said})", "allow more kernels, or executor=whole")
@@ -132,6 +138,9 @@ def _measure(kernels: Sequence[Kernel], shape: AttentionShape, device: torch.dev
     for kernel in kernels:
         try:
             found = error(kernel, shape, device)
+        except torch.cuda.OutOfMemoryError:
+            # The device is full: that says nothing about the kernel, and must not be remembered as if it did.
+            raise
         except RuntimeError as failure:
             wrong[kernel.name] = f"fails here: {str(failure).splitlines()[0]}"
             continue

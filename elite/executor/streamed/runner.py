@@ -6,7 +6,7 @@ The sweeps come from `sweeps.py`, copies from `transfers.py`, rows from `store.p
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from elite.data.batches import IGNORE
 from elite.errors import ModelError
 from elite.executor.streamed.attention import KeysKnown, Phase, Work
 from elite.executor.streamed.chunks import Chunk, Group
@@ -31,7 +32,6 @@ from elite.executor.streamed.weights import ResidentWeights, StreamedWeights
 from elite.losses import linear_cross_entropy
 from elite.streaming import Streaming, WeightPlace
 
-IGNORE = -100
 FEW = 16
 """Tokens on which a layer's gradients are tried out."""
 
@@ -118,7 +118,9 @@ class Runner:
     """
 
     def __init__(self, core: PreTrainedModel, layout: Streaming, device: torch.device, choose: KernelChoice) -> None:
-        self._core, self.layout, self.device, self._choose = core, layout, device, choose
+        self._core, self.layout, self.device = core, layout, device
+        # Asked for every layer and chunk; the answer may come from a file.
+        self._choose = cache(choose)
         self.stem = Stem(core)
         self.layers = self.stem.layers
         self._head: Any = core.get_output_embeddings()

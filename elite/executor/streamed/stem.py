@@ -16,9 +16,7 @@ from transformers import PreTrainedModel
 
 from elite.errors import ModelError
 from elite.executor.streamed.attention import STREAMED
-
-CALLS_KEPT_BYTES = 256 * 1024**2
-"""Layer arguments (rotary embeddings) of chunks are kept on the device up to this size, and made anew beyond."""
+from elite.streaming import ARGUMENT_BYTES
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ class Stem:
     def _keep(self, index: int, recorded: list[dict[str, Any]]) -> None:
         # Layers share most of them.
         size = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in _tensors(recorded)}.values())
-        if self._calls_bytes + size <= CALLS_KEPT_BYTES:
+        if self._calls_bytes + size <= ARGUMENT_BYTES:
             self._calls[index] = recorded
             self._calls_bytes += size
 

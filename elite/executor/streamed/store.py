@@ -18,7 +18,7 @@ from elite.executor.streamed.encoding import ENCODINGS, Encoding
 from elite.executor.streamed.rows import Allocator, Rows
 from elite.executor.streamed.transfers import Transfers
 from elite.revolve import kept_boundaries, slots_for
-from elite.streaming import BoundaryEncoding, Keep, Place, Streaming
+from elite.streaming import BoundaryEncoding, Keep, Streaming
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ class Store:
         o, lse = work.made
         self._output_dtype, self._lse_dtype = o.dtype, lse.dtype
         data = {"o": o.flatten(1), "lse": lse.t()}
-        if self._worth_keeping(*work.keys):
+        row_bytes = sum(t[0].numel() * t.element_size() for t in work.keys)
+        if self._layout.keeps_keys(row_bytes, self.live.rows.row_bytes):
             data |= {"k": work.keys[0].flatten(1), "v": work.keys[1].flatten(1)}
             self.keeps_keys = True
         for kind, values in data.items():
@@ -137,11 +138,6 @@ class Store:
     def keys(self, layer: int) -> dict[str, Rows]:
         """Rows of keys and values."""
         return {kind: self._allocator.known(f"{kind}{layer}") for kind in ("k", "v")}
-
-    def _worth_keeping(self, k: Tensor, v: Tensor) -> bool:
-        per_token = (k[0].numel() + v[0].numel()) * k.element_size()
-        near = self._layout.boundaries is not Place.disk and self._layout.keys_values is Place.device
-        return near and per_token <= self.live.rows.row_bytes
 
     def output_of(self, data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """O [n, H, D] and its log-sum-exp [H, n] of rows that have been read."""

@@ -171,3 +171,15 @@ def test_rates_are_measured() -> None:
     found = rates(SHAPE, CPU, KERNELS["math"], 32, 64)
     assert set(found) == {"diagonal_forward", "diagonal_backward", "prefix_forward", "prefix_backward"}
     assert all(rate > 0 for rate in found.values())
+
+
+def test_a_full_device_says_nothing_about_a_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, Other("other"))
+
+    def full(*_arguments: object) -> float:
+        raise torch.cuda.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(choose, "error", full)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        choose.fastest(SHAPE, CPU, tmp_path, 8, 16, ["other"])
+    assert not (tmp_path / choose.CHOICES).exists()

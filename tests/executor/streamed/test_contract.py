@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from elite import hardware, streamable
 from elite.errors import ModelError, PlanError
 from elite.executor.streamed.attach import attach
+from elite.executor.streamed.math_kernel import MATH, AttentionShape, Kernel
 from elite.executor.streamed.rows import HOST_RESERVE_BYTES
 from elite.facts import GIB
 from elite.streaming import BoundaryEncoding, Keep, Place, Streaming, WeightPlace
@@ -298,3 +299,18 @@ def test_streamed_weights_may_be_written_between_steps() -> None:
     plain = ordinary_loss(other, IDS, IDS, [[40], [40]])
     assert model(**batch()).loss.item() == pytest.approx(plain.item(), rel=1e-5)
     attached.undo()
+
+
+def test_a_kernel_is_chosen_once_for_a_shape() -> None:
+    """The answer may lie in a file, and every layer asks for every chunk."""
+    asked = []
+
+    def choice(shape: AttentionShape) -> Kernel:
+        asked.append(shape)
+        return MATH
+
+    attached = attach(tiny("llama", attention="eager"), LAYOUT, choice=choice)
+    for _ in range(2):
+        attached.runner._core(**batch()).loss.backward()
+    attached.undo()
+    assert len(asked) == len(set(asked)) == 1

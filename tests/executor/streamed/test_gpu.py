@@ -76,6 +76,8 @@ def test_the_host_never_waits_for_the_device_inside_a_step(name: str, monkeypatc
     monkeypatch.setattr(attached.runner, "begin", watched)
     try:
         step()
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            ids.sum().item()  # the watch was on
     finally:
         torch.cuda.set_sync_debug_mode("default")
     attached.undo()
