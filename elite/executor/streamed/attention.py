@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from elite.errors import ModelError
 from elite.executor.streamed.chunks import Chunk
@@ -193,9 +193,6 @@ def _attention(
     return _ChunkAttention.apply(q, k, v, _Call(work, kernel, window, scale))[None], None
 
 
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    """Causality and document borders follow from the chunk."""
-
-
+# No mask is registered under this name, and so transformers makes none: causality and document borders follow from the chunk. Making one
+# would also look for packed documents, and wait for the device.
 AttentionInterface.register(STREAMED, _attention)
-AttentionMaskInterface.register(STREAMED, _no_mask)
