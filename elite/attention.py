@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from elite.errors import ModelError
 
@@ -83,14 +83,9 @@ def _interface(kernel: Any) -> Any:
     return attention
 
 
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
-    """Causality and document borders are the attention functions' own business."""
-
-
+# No mask is registered under these names, and so transformers makes none: causality and document borders are the functions' own business.
 AttentionInterface.register(DOCUMENT_SDPA, _interface(_fused))
 AttentionInterface.register(DOCUMENT_EAGER, _interface(_eager))
-AttentionMaskInterface.register(DOCUMENT_SDPA, _no_mask)
-AttentionMaskInterface.register(DOCUMENT_EAGER, _no_mask)
 
 
 @contextmanager

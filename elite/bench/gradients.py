@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from elite import geometry, hardware
 from elite.bench import text
@@ -269,7 +269,6 @@ def _attended(query: Tensor, key: Tensor, value: Tensor, scale: float | None) ->
 
 
 AttentionInterface.register(REFERENCE_ATTENTION, _reference_attention)
-AttentionMaskInterface.register(REFERENCE_ATTENTION, lambda *_arguments, **_named: None)
 
 
 def main() -> None:

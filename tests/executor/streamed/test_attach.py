@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import masking_utils
 
+from elite.executor.streamed.attach import attach
 from elite.streaming import Keep, Place, Streaming, WeightPlace
 from tests.executor.streamed.exactness import Documents, assert_same, gradients, ordinary_loss, shifted, streamed, tokens, uneven
 
@@ -88,6 +90,24 @@ def check(kind: str, case: Case, folder: Path) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 def test_models(kind: str, keep: Keep, documents: Documents, tmp_path: Path) -> None:
     check(kind, Case(lay(16, keep=keep), documents), tmp_path)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_transformers_makes_no_mask(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To make one it would first look for documents in the positions, and on a GPU the host would wait for that."""
+
+    def looked(_positions: object) -> None:
+        raise AssertionError("looked for documents")
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", looked)
+    model, ids = uneven(kind), tokens(1, 40)
+    positions = torch.arange(20).repeat(2)[None]
+    with pytest.raises(AssertionError, match="looked for documents"):
+        model(input_ids=ids, position_ids=positions, use_cache=False)
+    attached = attach(model, lay(16))
+    model(input_ids=ids, position_ids=positions, labels=ids).loss.backward()
+    assert all(gradient is not None for gradient in gradients(model).values())
+    attached.undo()
 
 
 # Each value of each choice meets the values of the others that could disturb it; not the full product.
