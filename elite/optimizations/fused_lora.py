@@ -3,6 +3,7 @@
 What:   an adapted linear map in a handful of kernels: no separate scaling, sum and dtype conversions of whole activations.
 How:    one autograd function a map instead of peft's forward. out = x Wᵀ + b, then out += (x Aᵀ)(s B)ᵀ in place, both as matrix
         products that add to their output; backward dx = dout W, then dx += (dout s B) A in place. Dropout stays peft's own.
+        Maps that siblings call on the same tensor (queries, keys, values; gate, up) are one function, which the first of them calls.
         A quantised base keeps its own forward, to whose output one matrix product adds the adapter's.
 Memory: nothing at rest: the input and the adapter's r values a token are kept, as by peft. Transient copies of the output go.
 Source: Hu et al. 2021, arXiv:2106.09685; the fused form after Unsloth's and LoRAFusion's (Zhu et al. 2025, arXiv:2510.00206).
@@ -16,6 +17,11 @@ from elite.optimizations.contract import Applied, Estimate, Exactness, Optimizat
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from elite.optimizations.functions.lora import AdaptedMap
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names under which transformers' layers keep maps of one input, in the order of their calls."""
 
 
 class FusedLoRA(Optimization):
@@ -42,9 +48,10 @@ class FusedLoRA(Optimization):
 
         adapted: list[Any] = [module for module in target.modules() if isinstance(module, LoraLayer)]
         plain = [module for module in adapted if _is_plain(module)]
+        shared = {id(module): group for group in _groups(target, plain) for module in group.maps}
         for module in plain:
             # The instance's attribute hides the class's method, so nothing but this model changes.
-            module.forward = _forward(module)
+            module.forward = _forward(module, shared.get(id(module)))
             if _is_whole(module):
                 # Set where a recomputation needs the gradients of this map, but not what it returns.
                 module.output_unread = False
@@ -76,7 +83,70 @@ def _is_whole(module: Any) -> bool:
     return type(module.base_layer) is nn.Linear and not module.base_layer.weight.requires_grad
 
 
-def _forward(module: Any) -> Callable[..., "Tensor"]:
+class _SharedInput:
+    """Sibling maps that are called on one tensor, one after another: the call of the first computes all.
+
+    Args:
+        maps: adapted linear maps in the order in which they are called.
+    """
+
+    def __init__(self, maps: list[Any]) -> None:
+        self.maps = maps
+        self._input: Any = None
+        self._state: tuple[object, ...] = ()
+        self._outputs: dict[int, Tensor] = {}
+
+    def output(self, module: Any, x: "Tensor") -> "Tensor | None":
+        """The output of one of the maps, None if it has to be computed on its own."""
+        from elite.optimizations.functions.lora import adapted_linears
+
+        state = _state(x)
+        if module is self.maps[0] and all(_alone(map_) for map_ in self.maps):
+            outputs = adapted_linears(x, [_tensors(map_) for map_ in self.maps])
+            self._outputs = dict(zip(map(id, self.maps), outputs, strict=True))
+            self._input, self._state = x, state
+        elif self._input is not x or self._state != state:
+            return None
+        out = self._outputs.pop(id(module), None)
+        if not self._outputs:
+            self._input = None
+        return out
+
+
+def _state(x: "Tensor") -> tuple[object, ...]:
+    """Two calls with the same tensor and the same of this give the same output."""
+    import torch
+
+    return torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), None if x.is_inference() else x._version
+
+
+def _alone(module: Any) -> bool:
+    """Whether nothing but x and the map's own matrices determines what it returns."""
+    dropout = module.lora_dropout[module.active_adapters[0]]
+    return not (module.disable_adapters or module.merged or module.output_unread or (dropout.training and getattr(dropout, "p", 0.0)))
+
+
+def _tensors(module: Any) -> "AdaptedMap":
+    from elite.optimizations.functions.lora import AdaptedMap
+
+    name, base = module.active_adapters[0], module.base_layer
+    return AdaptedMap(base.weight, base.bias, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+
+
+def _groups(target: Any, plain: list[Any]) -> list[_SharedInput]:
+    """Siblings among the whole maps of `plain` that a decoder layer calls on one tensor."""
+    from elite.optimizations.functions.lora import ALIGNMENT
+
+    usable, found = {id(module) for module in plain if _is_whole(module)}, []
+    for parent in target.modules():
+        for names in SIBLINGS:
+            maps: list[Any] = [getattr(parent, name, None) for name in names]
+            if all(id(module) in usable for module in maps) and sum(len(_tensors(module).a) for module in maps) % ALIGNMENT == 0:
+                found.append(_SharedInput(maps))
+    return found
+
+
+def _forward(module: Any, shared: _SharedInput | None) -> Callable[..., "Tensor"]:
     """The forward that replaces `module`'s; where the adapter is off or merged, or more is asked, peft's own answers."""
     from elite.optimizations.functions.lora import adapted_linear, add_low_rank
 
@@ -91,6 +161,9 @@ def _forward(module: Any) -> Callable[..., "Tensor"]:
             return out
         # An inactive dropout is the identity, which returns the same tensor.
         dropped, scaling = dropout(x), module.scaling[name]
+        together = shared.output(module, x) if shared is not None and dropped is x else None
+        if together is not None:
+            return together
         if whole:
             return adapted_linear(x, dropped, base.weight, base.bias, a.weight, b.weight, scaling, module.output_unread)
         return add_low_rank(base(x), dropped, a.weight, b.weight, scaling)

@@ -1,5 +1,6 @@
 """Fused LoRA against peft's own forward: outputs, every gradient, dropout's masks, quantised bases."""
 
+import weakref
 from typing import Any
 
 import pytest
@@ -18,14 +19,14 @@ from tests.plan.live_bytes import SavedBytes
 from tests.test_attention import row
 
 
-def adapted(kind: str = "llama", dropout: float = 0.0, packed: bool = False, **options: Any) -> Any:
+def adapted(kind: str = "llama", dropout: float = 0.0, packed: bool = False, rank: int = 8, **options: Any) -> Any:
     """A tiny model with adapters whose B is not zero."""
     core = tiny(kind, hidden_size=64)
     if packed:
         QLoRA(QLoRA.Config(enabled=True)).apply(core)
         nn.Module.to(core, torch.device("cpu"))
     config = LoraConfig(
-        r=4, lora_alpha=10, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False, **options
+        r=rank, lora_alpha=10, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False, **options
     )
     torch.manual_seed(3)
     model = get_peft_model(core, config).train()
@@ -60,13 +61,13 @@ def assert_close(one: dict[str, Tensor], two: dict[str, Tensor], tolerance: floa
         assert expected.any() and error <= tolerance, f"{name}: {error}"
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("kind", ["llama", "phi"])
-def test_outputs_and_gradients_are_those_of_peft(kind: str, dropout: float) -> None:
-    model = adapted(kind, dropout)
+@pytest.mark.parametrize(("dropout", "rank"), [(0.0, 8), (0.0, 3), (0.3, 8)])
+@pytest.mark.parametrize("kind", ["llama", "phi", "qwen3"])
+def test_outputs_and_gradients_are_those_of_peft(kind: str, dropout: float, rank: int) -> None:
+    model = adapted(kind, dropout, rank=rank)
     expected = run(model)
     applied = fuse(model)
-    assert applied.count == sum(isinstance(module, LoraLayer) for module in model.modules()) == (14 if kind == "llama" else 12)
+    assert applied.count == sum(isinstance(module, LoraLayer) for module in model.modules()) == (12 if kind == "phi" else 14)
     fused = run(model)
     assert_close(fused, expected, 1e-5)
     assert any(not torch.equal(fused[name], expected[name]) for name in fused), "peft's own forward ran"
@@ -154,7 +155,7 @@ def test_the_input_is_kept_once(dropout: float) -> None:
     with saved.hooks:
         linear(x)
     mask = 4 * 50 * 64 if dropout else 0
-    assert saved.total == 4 * 50 * (64 + 4) + mask
+    assert saved.total == 4 * 50 * (64 + 8) + mask
 
 
 def test_the_function_alone_under_checkpoint() -> None:
@@ -165,3 +166,83 @@ def test_the_function_alone_under_checkpoint() -> None:
     (expected,) = torch.autograd.grad(linear(x).square().sum(), x)
     (got,) = torch.autograd.grad(checkpoint(linear, x, use_reentrant=False).square().sum(), x)
     assert torch.equal(got, expected)
+
+
+def siblings(**options: Any) -> tuple[Any, Any]:
+    """The attention of a fused model, whose three maps take one input, and that of the same model under peft."""
+    ours, theirs = adapted("phi", **options), adapted("phi", **options)
+    fuse(ours)
+    first, second = (model.get_base_model().get_decoder().layers[0].self_attn for model in (ours, theirs))
+    return first, second
+
+
+def check(attention: Any, reference: Any, inputs: str = "xxx", used: str = "qkv") -> None:
+    """Outputs of the maps, called in turn on the inputs named, and gradients where only some of them are `used`."""
+    torch.manual_seed(5)
+    values, results = {name: torch.randn(2, 5, 64) for name in sorted(set(inputs))}, []
+    for module in (attention, reference):
+        leaves = {name: value.clone().requires_grad_() for name, value in values.items()}
+        maps = {name: getattr(module, f"{name}_proj") for name in "qkv"}
+        outputs = {name: maps[name](leaves[given]) for name, given in zip("qkv", inputs, strict=True)}
+        wanted = [leaves[given] for given in dict.fromkeys(g for g, name in zip(inputs, "qkv", strict=True) if name in used)]
+        wanted += [p for name in used for p in maps[name].parameters() if p.requires_grad]
+        total = torch.stack([outputs[name].square().sum() for name in used]).sum()
+        results.append([*outputs.values(), *torch.autograd.grad(total, wanted)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("used", ["qkv", "qv", "k"])
+def test_siblings_are_one_function(used: str) -> None:
+    attention, reference = siblings()
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    assert attention.q_proj(x).grad_fn is attention.k_proj(x).grad_fn is attention.v_proj(x).grad_fn
+    check(attention, reference, used=used)
+
+
+def test_siblings_on_different_inputs_are_several_functions() -> None:
+    for inputs in ("xyx", "yyx", "xyy"):
+        check(*siblings(), inputs)
+
+
+def test_what_changed_since_the_first_sibling_counts() -> None:
+    attention, reference = siblings()
+    x = torch.randn(5, 64)
+    attention.q_proj(x)
+    x += 1
+    torch.testing.assert_close(attention.k_proj(x), reference.k_proj(x))
+    attention.q_proj(x)
+    with torch.no_grad():
+        assert not attention.v_proj(x).requires_grad
+    attention.q_proj(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention.v_proj(x).dtype is torch.bfloat16
+
+
+def test_a_sibling_switched_off_stays_off() -> None:
+    attention, reference = siblings()
+    for module in (attention, reference):
+        module.k_proj.enable_adapters(False)
+    check_values(attention, reference)
+
+
+def test_dropout_is_drawn_for_every_sibling() -> None:
+    attention, _ = siblings(dropout=0.3)
+    x = torch.randn(5, 64)
+    assert attention.q_proj(x).grad_fn is not attention.k_proj(x).grad_fn
+
+
+def check_values(attention: Any, reference: Any) -> None:
+    x = torch.randn(5, 64)
+    for name in "qkv":
+        torch.testing.assert_close(getattr(attention, f"{name}_proj")(x), getattr(reference, f"{name}_proj")(x))
+
+
+def test_nothing_of_a_pass_is_held() -> None:
+    attention, _ = siblings()
+    x = torch.randn(5, 64)
+    held = weakref.ref(x)
+    for name in "qkv":
+        getattr(attention, f"{name}_proj")(x)
+    del x
+    assert held() is None

@@ -20,8 +20,8 @@ from transformers import AttentionInterface
 
 from elite.errors import ModelError
 from elite.executor.streamed.chunks import Chunk
-from elite.executor.streamed.kernels import AttentionShape, Kernel, merge
-from elite.executor.streamed.keys_values import KeyValues
+from elite.executor.streamed.kernels import AttentionShape, Kernel, group_sum, merge
+from elite.executor.streamed.keys_values import Block, KeyValues, Sink
 
 STREAMED = "elite_streamed"
 
@@ -145,18 +145,23 @@ def _windowed(call: _Call, do: Tensor, q: Tensor, _k: Tensor, _v: Tensor, o: Ten
 
 
 def _blockwise(call: _Call, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> Gradients:
-    chunk, keys_values, kernel = call.work.chunk, call.work.keys_values, call.kernel
-    dq, dk, dv = kernel.backward(do, q, k, v, o, lse, True, None, call.scale)
-    own = keys_values.own(chunk)
-    if own is not None:
-        dk, dv = dk + own[0], dv + own[1]
+    chunk, keys_values = call.work.chunk, call.work.keys_values
+    dq, dk, dv = call.kernel.backward_by_head(do, q, k, v, o, lse, True, None, call.scale)
+    later = keys_values.own(chunk) or (None, None)
+    # Rounded once, after both are added.
+    dk, dv = (group_sum(more, k.shape[1], base, torch.empty_like(k)) for more, base in zip((dk, dv), later, strict=True))
     if chunk.offset:
         dq = dq.float()
         for block, sink in keys_values.gradients(0, chunk.offset):
-            more, dk_block, dv_block = kernel.backward(do, q, block.k, block.v, o, lse, False, None, call.scale)
-            dq += more
-            sink.add(dk_block, dv_block)
+            dq += _over_block(call, do, q, block, sink, o, lse)
     return dq, dk, dv
+
+
+def _over_block(call: _Call, do: Tensor, q: Tensor, block: Block, sink: Sink, o: Tensor, lse: Tensor) -> Tensor:
+    """dq from one block; nothing else outlives the call, so that only one block's gradients exist at a time."""
+    dq, dk, dv = call.kernel.backward_by_head(do, q, block.k, block.v, o, lse, False, None, call.scale)
+    sink.add(dk, dv)
+    return dq
 
 
 def _attention(

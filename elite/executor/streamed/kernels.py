@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elite.executor.streamed.math_kernel import MATH, AttentionShape, Kernel, merge
+from elite.executor.streamed.math_kernel import MATH, AttentionShape, Kernel, group_sum, merge
 
-__all__ = ["KERNELS", "AttentionShape", "Kernel", "merge"]
+__all__ = ["KERNELS", "AttentionShape", "Kernel", "group_sum", "merge"]
 
 aten = torch.ops.aten
 
@@ -69,13 +69,13 @@ class _Square(_Library):
         before = self.forward(q, k[: m - n], v[: m - n], False, None, scale)
         return merge(*self.forward(q, k[m - n :], v[m - n :], True, None, scale), *before)
 
-    def backward(
+    def backward_by_head(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, window: int | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert window is None
         n, m = len(q), len(k)
         if min(n, m) == 1:
-            return MATH.backward(do, q, k, v, o, lse, causal, None, scale)
+            return MATH.backward_by_head(do, q, k, v, o, lse, causal, None, scale)
         if not causal or n == m:
             return self._backward(do, q, k, v, o, lse, causal, scale)
         dq_before, dk_before, dv_before = self.backward(do, q, k[: m - n], v[: m - n], o, lse, False, None, scale)
@@ -90,7 +90,7 @@ class _Square(_Library):
     def _backward(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """As `backward`, n = m if causal."""
+        """As `backward_by_head`, n = m if causal."""
 
 
 class CuDNN(_Square):
@@ -117,7 +117,7 @@ class CuDNN(_Square):
         dq, dk, dv = aten._scaled_dot_product_cudnn_attention_backward(
             *tensors, lse.contiguous()[None, :, :, None], unused, unused, None, None, None, len(q), len(k), 0.0, causal, scale=scale
         )
-        return dq[0].transpose(0, 1), _group_sum(dk[0], k.shape[1]), _group_sum(dv[0], k.shape[1])
+        return dq[0].transpose(0, 1), dk[0].transpose(0, 1), dv[0].transpose(0, 1)
 
 
 class Efficient(_Square):
@@ -154,7 +154,7 @@ class Efficient(_Square):
             *(unused, unused, 0.0, [True, True, True, False], causal),
             scale=scale,
         )
-        return dq.permute(2, 0, 1, 3).flatten(1, 2), _group_sum(dk.flatten(0, 1), kv_heads), _group_sum(dv.flatten(0, 1), kv_heads)
+        return dq.permute(2, 0, 1, 3).flatten(1, 2), dk.flatten(0, 1).transpose(0, 1), dv.flatten(0, 1).transpose(0, 1)
 
 
 _EFFICIENT_KEYS = 2**16
@@ -177,7 +177,7 @@ class Flash(_Library):
         )
         return o[0], lse[0]
 
-    def backward(
+    def backward_by_head(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, window: int | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         # The state of a random generator is read under dropout alone.
@@ -212,7 +212,7 @@ class FlashAttn(_Library):
         o, lse, *_ = _flash_attn_forward(q[None], k[None], v[None], 0.0, scale, causal, left, right, 0.0, None, False)
         return o[0], lse[0]
 
-    def backward(
+    def backward_by_head(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, window: int | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn.flash_attn_interface import _flash_attn_backward
@@ -242,13 +242,6 @@ def _groups(t: Tensor, kv_heads: int) -> Tensor:
 def _shared(t: Tensor, heads: int) -> Tensor:
     """[m, K, D] → [K, G, m, D], without a copy: the heads of a group read the same memory."""
     return t.transpose(0, 1)[:, None].expand(-1, heads // t.shape[1], -1, -1)
-
-
-def _group_sum(t: Tensor, kv_heads: int) -> Tensor:
-    """[H, m, D] or [K, m, D] → [m, K, D]: gradients of the query heads of a group added up, in fp32."""
-    if len(t) != kv_heads:
-        t = t.unflatten(0, (kv_heads, -1)).sum(1, dtype=torch.float32)
-    return t.transpose(0, 1)
 
 
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (MATH, CuDNN(), Flash(), FlashAttn(), Efficient())}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from elite.executor.streamed.chunks import Chunk
+from elite.executor.streamed.math_kernel import group_sum
 from elite.executor.streamed.rows import Allocator, Rows
 from elite.executor.streamed.transfers import Transfers
 from elite.streaming import Place
@@ -46,6 +47,7 @@ class KeyValues:
         self._heads: tuple[int, int] = (0, 0)
         self._dtype = torch.float32
         self._low = 0
+        self._expected: Transfers | None = None
         self.holds: tuple[int, int] | None = None
         """The layer and document whose keys and values these are, by `Sweep.document`."""
 
@@ -70,8 +72,13 @@ class KeyValues:
         for kind, source in rows.items():
             transfers.copy_in(self._rows[kind].part(chunk.offset, chunk.offset + chunk.length), source, chunk)
 
+    def expect(self, transfers: Transfers) -> None:
+        """What `transfers` has begun to bring is on its way: it is waited for when it is first read, behind other work."""
+        self._expected = transfers
+
     def view(self, first: int, stop: int) -> Block:
         """One block over a whole range; on the device alone."""
+        self._arrive()
         k, v = (self._typed(self._rows[kind].part(first, stop), self._dtype) for kind in ("k", "v"))
         return Block(first, stop, k, v)
 
@@ -97,6 +104,7 @@ class KeyValues:
 
     def gradients(self, first: int, stop: int) -> Iterator[tuple[Block, "Sink"]]:
         """Keys `first` … `stop` − 1 block by block, each with where its gradient goes."""
+        self._arrive()
         fresh = stop <= self._low
         order = [_range(a, min(a + self._block, stop)) for a in range(first, stop, self._block)]
         kinds = ("k", "v") if fresh else ("k", "v", "dk", "dv")
@@ -129,6 +137,11 @@ class KeyValues:
             self._rows[kind].storage.zero_()
         self._low = 0
 
+    def _arrive(self) -> None:
+        if self._expected is not None:
+            self._expected.settle()
+            self._expected = None
+
     def _allocate(self, k: Tensor) -> None:
         self._heads, self._dtype = (k.shape[1], k.shape[2]), k.dtype
         width = k.shape[1] * k.shape[2]
@@ -153,14 +166,16 @@ class Sink:
         self._owner, self._part, self._sums = owner, part, sums
 
     def add(self, dk: Tensor, dv: Tensor) -> None:
-        """Add [keys, K, D] each."""
+        """Add [keys, K, D] each, or [keys, H, D] of the query heads that share them."""
         owner, part = self._owner, self._part
         for i, (kind, more) in enumerate((("dk", dk), ("dv", dv))):
-            if owner.on_device and self._sums is not None:
-                self._sums[i].add_(more)
-                continue
-            # A sum of its own: what waits to leave the device must not be a buffer that the next block comes into.
-            owner._write(kind, part.start, part.stop, more.float() if self._sums is None else self._sums[i] + more)
+            heads, base = owner._heads[0], None if self._sums is None else self._sums[i]
+            if owner.on_device:
+                group_sum(more, heads, base, owner._typed(owner._rows[kind].part(part.start, part.stop), torch.float32))
+            else:
+                # A sum of its own: what waits to leave the device must not be a buffer that the next block comes into.
+                total = more.new_empty(len(more), *owner._heads, dtype=torch.float32)
+                owner._write(kind, part.start, part.stop, group_sum(more, heads, base, total))
 
 
 def _range(first: int, stop: int) -> Chunk:

@@ -8,7 +8,7 @@ Every kernel attends n queries to m keys and can go back over any part of the ke
 so that attention over keys in parts is the parts' outputs merged by L, and its gradient the sum of the parts' gradients.
 
 Shapes: n queries, m keys, H query heads, K key/value heads (H % K == 0), D head dimension; q, o, do, dq [n, H, D];
-k, v, dk, dv [m, K, D]; L [H, n].
+k, v, dk, dv [m, K, D]; L [H, n]. The G = H / K query heads of a group share one key/value head.
 
 Source: Dao 2023, arXiv:2307.08691; Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax).
 """
@@ -57,15 +57,22 @@ class Kernel(ABC):
             o in q's dtype, L (natural logarithm) in fp32; fp64 for fp64 inputs.
         """
 
-    @abstractmethod
     def backward(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, window: int | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients dq, dk, dv, in q's dtype or fp32; dk and dv are summed over the query heads of a group.
+        """Gradients dq, in q's dtype or wider, dk and dv, in fp32 at least.
 
         Args:
             o, lse: over all keys a query attends to, of which k and v may be a part.
         """
+        dq, dk, dv = self.backward_by_head(do, q, k, v, o, lse, causal, window, scale)
+        return dq, group_sum(dk, k.shape[1]), group_sum(dv, v.shape[1])
+
+    @abstractmethod
+    def backward_by_head(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, window: int | None, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `backward`, in q's dtype or wider, and dk and dv [m, H, D] where the kernel leaves a group's sum to the caller."""
 
 
 def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,6 +82,26 @@ def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tenso
     else:
         from elite.kernels.merge.reference import merge as merged
     return merged(o_a, lse_a, o_b, lse_b)
+
+
+def group_sum(more: Tensor, kv_heads: int, base: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Gradients of keys or values [m, H, D] summed over the heads of each group and added to `base` [m, K, D], in `out` or a new tensor.
+
+    Args:
+        base: may be `out` itself.
+        out: [m, K, D]; of fp32 (fp64 in fp64) where None.
+    """
+    if out is None:
+        wide = torch.promote_types(more.dtype, torch.float32)
+        if base is None and more.shape[1] == kv_heads:
+            return more.to(wide)
+        out = more.new_empty(len(more), kv_heads, more.shape[2], dtype=wide)
+    if more.is_cuda and more.dtype is not torch.float64:
+        from elite.kernels.group_sum.kernel import group_sum as summed
+    else:
+        from elite.kernels.group_sum.reference import group_sum as summed
+    summed(more, base, out)
+    return out
 
 
 class Math(Kernel):
@@ -115,7 +142,7 @@ class Math(Kernel):
             lse[:, rows] = (top + total.log()).view(heads, -1)
         return o, lse
 
-    def backward(
+    def backward_by_head(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, window: int | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         (n, heads, _), m, kv_heads = q.shape, len(k), k.shape[1]

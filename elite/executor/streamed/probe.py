@@ -67,6 +67,7 @@ class Probe:
         runner, step, layers = self._runner, self._step, len(self._runner.layers)
         order = step.order
         embed = self._timed(lambda chunks: runner.embed(step, chunks), order)
+        runner.record_arguments(step)
         forward = self._sweep(forward_sweep(runner.store, 0, step.groups, trains=True))
         head = self._timed(lambda chunks: runner.head(step, runner.outer_parameters, descend=True, chunks=chunks), order)
         step.upstream = torch.ones((), device=runner.device)

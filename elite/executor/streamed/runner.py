@@ -170,6 +170,12 @@ class Runner:
                     self.begin(step, hidden.shape[-1], hidden.dtype)
                 self._write(self.store.sinks(0, step.trains), chunk, hidden[0])
 
+    def record_arguments(self, step: Step) -> None:
+        """Have what the decoder hands to its layers at hand for all chunks, as far as it is kept."""
+        with self._as_in(step), step.autocast():
+            for chunk in step.order:
+                self.stem.calls(step.part(chunk))
+
     def embed_backward(self, step: Step, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
         """Gradients of what stands before the layers."""
         total = GradientSum(parameters)
@@ -276,7 +282,7 @@ class Runner:
                 for chunk in sweep.chunks:
                     keys_values.bring(chunk, self.store.keys(sweep.layer), self.transfers)
                 keys_values.holds = sweep.document
-            self.transfers.settle()
+            keys_values.expect(self.transfers)
 
     def _takes_over(self, sweep: Sweep, following: Sweep) -> bool:
         """Whether the next layer's keys and values may take the place of this one's, chunk by chunk: later chunks need them no more."""

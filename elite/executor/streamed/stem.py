@@ -6,7 +6,7 @@ rotary embeddings and per-layer arguments are the model's own, whatever its arch
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,8 +151,11 @@ class Stem:
 
     @contextmanager
     def _until_enough(self) -> Iterator[None]:
-        with suppress(_Enough):
+        try:
             yield
+        except _Enough as enough:
+            # Some of transformers' frames hold the exception that left them: without this, chunks would live until the collector runs.
+            enough.__traceback__ = None
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

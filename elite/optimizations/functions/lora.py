@@ -6,18 +6,40 @@
 An update added to an output wider than the input reads and writes all of that output again. There the two products become one, with
 the rank beside the inner dimension: [x, x Aᵀ] [W, s B]ᵀ, which copies the narrower side instead; likewise dx where the input is wider.
 
+Maps of one input (queries, keys and values; gate and up) are one function: its adapters' As stand side by side, so that x is read once
+for all of them, and dx is added up inside the matrix products instead of between them.
+
 Shapes: x [..., in], W [out, in], b [out], A [r, in], B [out, r]; W and b are frozen, A and B train. The factor s rides in the matrix
 products. With dropout, `dropped` stands for x in everything that A and B touch.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 ALIGNMENT = 8
 """Tensor cores want inner dimensions that are a multiple of this many half-precision values."""
+
+
+@dataclass(frozen=True)
+class AdaptedMap:
+    """One of several maps of an input."""
+
+    weight: Tensor
+    bias: Tensor | None
+    a: Tensor
+    b: Tensor
+    scaling: float
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Weight, bias, A, B."""
+        return self.weight, self.bias, self.a, self.b
 
 
 def adapted_linear(
@@ -32,6 +54,12 @@ def adapted_linear(
     # Passed once, the input has one gradient, which both products add to.
     out: Tensor = _AdaptedLinear.apply(x, None if dropped is x else dropped, weight, bias, a, b, scaling, unread)
     return out
+
+
+def adapted_linears(x: Tensor, maps: Sequence[AdaptedMap]) -> tuple[Tensor, ...]:
+    """Several maps of one input [..., in], without dropout: what `adapted_linear` would make of each, [..., out] of its own."""
+    outputs: tuple[Tensor, ...] = _AdaptedLinears.apply(x, tuple(m.scaling for m in maps), *(t for m in maps for t in m.tensors))
+    return outputs
 
 
 def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -53,8 +81,7 @@ class _AdaptedLinear(torch.autograd.Function):
         scaling: float,
         unread: bool,
     ) -> Tensor:
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        dtype = _compute_dtype(x, weight)
         rows = x.to(dtype).flatten(0, -2)
         low = (rows if dropped is None else dropped.to(dtype).flatten(0, -2)) @ a.to(dtype).mT
         if unread:
@@ -83,6 +110,52 @@ class _AdaptedLinear(torch.autograd.Function):
         return grad_x, grad_dropped, None, None, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None
 
 
+class _AdaptedLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scalings: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        weights: Any
+        up_maps: Any
+        weights, biases, down_maps, up_maps = (tensors[i::4] for i in range(4))
+        dtype = _compute_dtype(x, weights[0])
+        rows = x.to(dtype).flatten(0, -2)
+        low = rows @ _stacked(down_maps, dtype).mT
+        ctx.save_for_backward(x, low, *weights, *down_maps, *up_maps)
+        ctx.scalings = scalings
+        ctx.set_materialize_grads(False)
+        both = torch.cat([rows, low], 1)
+        outputs, first = [], 0
+        for weight, bias, b, scaling in zip(weights, biases, up_maps, scalings, strict=True):
+            rank = b.shape[1]
+            beside = F.pad((b * scaling).to(dtype), (first, low.shape[1] - first - rank))
+            wide = torch.cat([weight.to(dtype), beside], 1).mT
+            outputs.append((both @ wide if bias is None else torch.addmm(bias.to(dtype), both, wide)).view(*x.shape[:-1], -1))
+            first += rank
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, low, *tensors = ctx.saved_tensors
+        count = len(upstream)
+        weights, down_maps, up_maps = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        # A map whose output nobody used has no part in anything.
+        grads = [low.new_zeros(len(low), len(w)) if g is None else g.flatten(0, -2) for g, w in zip(upstream, weights, strict=True)]
+        ranks = [b.shape[1] for b in up_maps]
+        down = torch.empty_like(low)
+        for grad, b, part in zip(grads, up_maps, down.split(ranks, 1), strict=True):
+            torch.mm(grad, b.to(grad.dtype), out=part)
+        grads_a = _wide_product(down.mT, x.to(low.dtype).flatten(0, -2)).split(ranks)
+        grads_b = [_wide_product(grad.mT, part) for grad, part in zip(grads, low.split(ranks, 1), strict=True)]
+        of_maps: list[Tensor | None] = []
+        for a, b, grad_a, grad_b, scaling in zip(down_maps, up_maps, grads_a, grads_b, ctx.scalings, strict=True):
+            of_maps += [None, None, (grad_a * scaling).to(a.dtype), (grad_b * scaling).to(b.dtype)]
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            scaled = [a * scaling for a, scaling in zip(down_maps, ctx.scalings, strict=True)]
+            grad_x = _summed_through(grads, weights, down, _stacked(scaled, low.dtype)).view_as(x).to(x.dtype)
+        return grad_x, None, *of_maps
+
+
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -99,6 +172,28 @@ class _AddLowRank(torch.autograd.Function):
         down, grad_a, grad_b = _adapter_gradients(grad, x, low, b, ctx.scaling)
         grad_x = _through_a(down, a, ctx.scaling).view_as(x).to(x.dtype) if ctx.needs_input_grad[1] else None
         return upstream[0], grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), None
+
+
+def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _stacked(maps: Sequence[Any], dtype: torch.dtype) -> Tensor:
+    """[r, in] of each → [Σ r, in]."""
+    return torch.cat([a.to(dtype) for a in maps])
+
+
+def _summed_through(grads: Sequence[Tensor], weights: Sequence[Tensor], down: Tensor, a: Tensor) -> Tensor:
+    """Σ grad · weight + down · a [tokens, in]: what has fewer columns than the sum in one product, the others added to it one by one."""
+    dtype, width = down.dtype, a.shape[1]
+    few = [i for i, grad in enumerate(grads) if grad.shape[1] < width]
+    left = torch.cat([*(grads[i] for i in few), down], 1)
+    total = left @ torch.cat([*(weights[i].to(dtype) for i in few), a])
+    for i, grad in enumerate(grads):
+        if i not in few:
+            total.addmm_(grad, weights[i].to(dtype))
+    return total
 
 
 def _sum_of_products(x: Tensor, wide: Tensor, low: Tensor, narrow: Tensor, scaling: float, bias: Tensor | None) -> Tensor:

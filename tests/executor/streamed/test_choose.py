@@ -31,10 +31,10 @@ class Other(Math):
             raise RuntimeError(self._failure)
         return super().forward(q, k, v, causal, window, scale)
 
-    def backward(
+    def backward_by_head(
         self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool, window: int | None, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dq, dk, dv = super().backward(do, q, k, v, o, lse, causal, window, scale)
+        dq, dk, dv = super().backward_by_head(do, q, k, v, o, lse, causal, window, scale)
         return dq, dk, dv * self._dv_factor
 
 

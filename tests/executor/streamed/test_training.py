@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elite.executor.streamed.attach import attach
+from elite.executor.streamed.math_kernel import Math
 from elite.streaming import Keep, Place, Streaming, WeightPlace
 from tests.executor.streamed.exactness import assert_same, gradients, ordinary_loss, shifted, spread, streamed, tokens, uneven
 from tests.models import tiny
@@ -338,3 +339,25 @@ def test_another_folder_is_needed_for_the_disk(tmp_path: Path) -> None:
     model = tiny("llama", attention="eager")
     spread(model)
     compare(model.eval(), replace(LAYOUT, boundaries=Place.disk, folder=str(tmp_path / "new" / "folder")))
+
+
+class ByHead(Math):
+    """Leaves the sum over the heads of a group to the caller, as libraries' kernels do; each head's part is another one."""
+
+    def backward_by_head(self, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = super().backward_by_head(*arguments)
+        group = dq.shape[1] // dk.shape[1]
+        assert group > 1
+        shares = torch.arange(1, group + 1).repeat(dk.shape[1])[:, None] * 2 / (group * (group + 1))
+        return dq, dk.repeat_interleave(group, 1) * shares, dv.repeat_interleave(group, 1) * shares
+
+
+@pytest.mark.parametrize("place", [Place.device, Place.host], ids=lambda place: place.value)
+def test_kernels_that_leave_a_sum_over_heads_to_the_caller(place: Place) -> None:
+    model, ids = uneven("llama"), tokens(1, 40)
+    ordinary_loss(model, ids, ids, [[40]]).backward()
+    expected = gradients(model)
+    attached = attach(model, Streaming(chunk=8, block=12, keys_values=place), choice=lambda _shape: ByHead())
+    model(input_ids=ids, labels=ids).loss.backward()
+    attached.undo()
+    assert_same(gradients(model), expected)
