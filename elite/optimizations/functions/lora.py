@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -117,27 +116,25 @@ class _AdaptedLinears(torch.autograd.Function):
         up_maps: Any
         weights, biases, down_maps, up_maps = (tensors[i::4] for i in range(4))
         dtype = _compute_dtype(x, weights[0])
-        rows = x.to(dtype).flatten(0, -2)
-        low = rows @ _stacked(down_maps, dtype).mT
-        ctx.save_for_backward(x, low, *weights, *down_maps, *up_maps)
+        rows, ranks = x.to(dtype).flatten(0, -2), [b.shape[1] for b in up_maps]
+        scaled = _scaled(down_maps, scalings, dtype)
+        low = rows @ scaled.mT
+        ctx.save_for_backward(x, low, scaled, *weights, *up_maps)
         ctx.scalings = scalings
         ctx.set_materialize_grads(False)
-        both = torch.cat([rows, low], 1)
-        outputs, first = [], 0
-        for weight, bias, b, scaling in zip(weights, biases, up_maps, scalings, strict=True):
-            rank = b.shape[1]
-            beside = F.pad((b * scaling).to(dtype), (first, low.shape[1] - first - rank))
-            wide = torch.cat([weight.to(dtype), beside], 1).mT
+        both, outputs = torch.cat([rows, low], 1), []
+        for i, (weight, bias, b) in enumerate(zip(weights, biases, up_maps, strict=True)):
+            # The other maps' low-rank values meet zeros.
+            beside = [b.to(dtype) if i == j else rows.new_zeros(len(b), rank) for j, rank in enumerate(ranks)]
+            wide = torch.cat([weight.to(dtype), *beside], 1).mT
             outputs.append((both @ wide if bias is None else torch.addmm(bias.to(dtype), both, wide)).view(*x.shape[:-1], -1))
-            first += rank
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, low, *tensors = ctx.saved_tensors
-        count = len(upstream)
-        weights, down_maps, up_maps = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
+        x, low, scaled, *tensors = ctx.saved_tensors
+        weights, up_maps = tensors[: len(upstream)], tensors[len(upstream) :]
         # A map whose output nobody used has no part in anything.
         grads = [low.new_zeros(len(low), len(w)) if g is None else g.flatten(0, -2) for g, w in zip(upstream, weights, strict=True)]
         ranks = [b.shape[1] for b in up_maps]
@@ -145,14 +142,10 @@ class _AdaptedLinears(torch.autograd.Function):
         for grad, b, part in zip(grads, up_maps, down.split(ranks, 1), strict=True):
             torch.mm(grad, b.to(grad.dtype), out=part)
         grads_a = _wide_product(down.mT, x.to(low.dtype).flatten(0, -2)).split(ranks)
-        grads_b = [_wide_product(grad.mT, part) for grad, part in zip(grads, low.split(ranks, 1), strict=True)]
         of_maps: list[Tensor | None] = []
-        for a, b, grad_a, grad_b, scaling in zip(down_maps, up_maps, grads_a, grads_b, ctx.scalings, strict=True):
-            of_maps += [None, None, (grad_a * scaling).to(a.dtype), (grad_b * scaling).to(b.dtype)]
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            scaled = [a * scaling for a, scaling in zip(down_maps, ctx.scalings, strict=True)]
-            grad_x = _summed_through(grads, weights, down, _stacked(scaled, low.dtype)).view_as(x).to(x.dtype)
+        for grad, part, b, grad_a, scaling in zip(grads, low.split(ranks, 1), up_maps, grads_a, ctx.scalings, strict=True):
+            of_maps += [None, None, (grad_a * scaling).to(b.dtype), _wide_product(grad.mT, part).to(b.dtype)]
+        grad_x = _summed_through(grads, weights, down, scaled).view_as(x).to(x.dtype) if ctx.needs_input_grad[0] else None
         return grad_x, None, *of_maps
 
 
@@ -179,13 +172,16 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-def _stacked(maps: Sequence[Any], dtype: torch.dtype) -> Tensor:
-    """[r, in] of each → [Σ r, in]."""
-    return torch.cat([a.to(dtype) for a in maps])
+def _scaled(maps: Sequence[Any], scalings: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """s A of each map, one above the other: [r, in] each → [Σ r, in]."""
+    return torch.cat([a * scaling for a, scaling in zip(maps, scalings, strict=True)]).to(dtype)
 
 
 def _summed_through(grads: Sequence[Tensor], weights: Sequence[Tensor], down: Tensor, a: Tensor) -> Tensor:
-    """Σ grad · weight + down · a [tokens, in]: what has fewer columns than the sum in one product, the others added to it one by one."""
+    """Σ grad · weight + down · a [tokens, in] for down [tokens, Σ r], a [Σ r, in].
+
+    What has fewer columns than the result goes into one product, the others are added to it one by one.
+    """
     dtype, width = down.dtype, a.shape[1]
     few = [i for i, grad in enumerate(grads) if grad.shape[1] < width]
     left = torch.cat([*(grads[i] for i in few), down], 1)
