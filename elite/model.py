@@ -96,9 +96,8 @@ def load(
     core = _base(config, torch.float32 if full else dtype, device)
     core.config.use_cache = False
     applied = apply_stage(Stage.model, decisions, core)
-    # Weights reach the device only now, so quantised ones never exist there in full.
-    if not streamed_weights or _quantised(core):
-        torch.nn.Module.to(core, device)
+    # Weights reach the device only now, so quantised ones never exist there in full; random ones were made there.
+    torch.nn.Module.to(core, device if not streamed_weights or _quantised(core) else torch.device("cpu"))
     model: Any = core if full else _with_adapters(core, config)
     applied |= apply_stage(Stage.executor, decisions, core)
     model.train()

@@ -1,14 +1,20 @@
 """Errors of bf16 gradients, streamed and ordinary, on a pretrained model and real code: `python -m elite.bench.gradients FILE`.
 
 The reference is the ordinary backward in fp32, its attention by plain products, its loss in fp64. Against it stand the whole executor
-in bf16 and the streamed one in several layouts, on the same weights (frozen ones as bf16 rounds them) and the same row. Each gradient
-tensor g has the relative error ‖g − g_ref‖ / ‖g_ref‖ in the 2-norm; a streamed layout is as good as the ordinary pass where the ratio
-of the two errors is about 1.
+in bf16 and the streamed one in several layouts, on the same weights (frozen ones as bf16 rounds them) and the same rows. The gradients
+g_r of a tensor on rows r have the relative error sqrt(Σ ‖g_r − ref_r‖² / Σ ‖ref_r‖²); a streamed layout is as good as the ordinary pass
+where the ratio of the two errors is about 1.
+
+How far two right computations differ by chance is measured too: the ordinary pass a second time, whose kernels add up in another order,
+and the ordinary pass with another attention kernel.
 """
 
 import gc
+import math
 import statistics
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +35,7 @@ from elite.data.batches import IGNORE, Batch, TrainStream
 from elite.data.tokens import TokenStore
 from elite.distributed.ranks import Ranks, joined
 from elite.errors import DataError
-from elite.executor.build import Executors, build, streams_weights
+from elite.executor.build import build
 from elite.executor.contract import Executor
 from elite.model import LoadedModel, load
 from elite.optimizations import decide
@@ -49,13 +55,18 @@ WORSE = 1.1
 """Ratio of errors above which a tensor is counted."""
 
 
+Gradients = dict[str, Tensor]
+"""By parameter."""
+
+
 @dataclass(frozen=True)
-class Pass:
-    """One forward and backward."""
+class Errors:
+    """Of one way of computing, over all rows."""
 
     loss: float
-    """Mean over the row's tokens, nats."""
-    gradients: dict[str, Tensor]
+    """Mean over the rows, nats."""
+    of: dict[str, float]
+    """Relative error by tensor."""
 
 
 @dataclass(frozen=True)
@@ -65,47 +76,43 @@ class Bench:
     config: RunConfig
     dtype: torch.dtype
     """Of matrix products and frozen weights."""
-    batch: Batch
+    batches: tuple[Batch, ...]
+    """One row each."""
     ranks: Ranks
 
-    def reference(self) -> Pass:
-        """In fp32, on the weights that the others have."""
-        loaded = self._loaded("whole", streamed_weights=False)
+    def reference(self) -> list[tuple[float, Gradients]]:
+        """Loss and gradients of every row in fp32, on the weights that the others have."""
+        loaded = self.loaded("whole")
         loaded.model.float()
         loaded.core.set_attn_implementation(REFERENCE_ATTENTION)
-        return self._passed(loaded, ReferenceExecutor(loaded.model), torch.float32)
+        return list(self._rows(loaded, ReferenceExecutor(loaded.model), torch.float32))
 
-    def whole(self) -> Pass:
-        """The ordinary pass."""
-        loaded = self._loaded("whole", streamed_weights=False)
-        return self._passed(loaded, self._executors(loaded, None).training, self.dtype)
-
-    def streamed(self, layout: Streaming) -> Pass:
-        """The streamed pass in one layout."""
-        loaded = self._loaded("streamed", streams_weights(layout))
-        executors = self._executors(loaded, layout)
-        try:
-            return self._passed(loaded, executors.training, self.dtype)
-        finally:
-            assert executors.attached is not None
-            executors.attached.undo()
-
-    def _loaded(self, executor: str, streamed_weights: bool) -> LoadedModel:
+    def loaded(self, executor: str) -> LoadedModel:
+        """The model as a run under this executor has it, on the device."""
         config = self.config
         facts = facts_of(config, hardware.device(config.hardware), geometry.shape(config.model), executor)
         torch.manual_seed(config.seed)
-        loaded = load(config, decide(config.optimizations, facts), self.dtype, self.ranks.device, streamed_weights)
+        loaded = load(config, decide(config.optimizations, facts), self.dtype, self.ranks.device)
         if loaded.model is not loaded.core:
             _spread(loaded.trainable, config.seed)
         return loaded
 
-    def _executors(self, loaded: LoadedModel, layout: Streaming | None) -> Executors:
+    def errors(self, loaded: LoadedModel, layout: Streaming | None, reference: list[tuple[float, Gradients]]) -> Errors:
+        """Of the ordinary pass, or of the streamed one in a layout; the model is left as it was."""
         cache = Path(self.config.output.cache).expanduser()
-        return build(loaded, layout, self.dtype, hardware.device(self.config.hardware), self.ranks, cache)
+        executors = build(loaded, layout, self.dtype, hardware.device(self.config.hardware), self.ranks, cache)
+        try:
+            return errors(self._rows(loaded, executors.training, self.dtype), reference)
+        finally:
+            if executors.attached is not None:
+                executors.attached.undo()
+            _free(self.ranks.device)
 
-    def _passed(self, loaded: LoadedModel, executor: Executor, dtype: torch.dtype) -> Pass:
-        loss = accumulate(executor, [self.batch], make_scaler(self.ranks.device, dtype), self.ranks)
-        return Pass(loss, {name: p.grad for name, p in loaded.model.named_parameters() if p.grad is not None})
+    def _rows(self, loaded: LoadedModel, executor: Executor, dtype: torch.dtype) -> Iterator[tuple[float, Gradients]]:
+        for batch in self.batches:
+            loss = accumulate(executor, [batch], make_scaler(self.ranks.device, dtype), self.ranks)
+            yield loss, {name: p.grad for name, p in loaded.model.named_parameters() if p.grad is not None}
+            loaded.model.zero_grad(set_to_none=True)
 
 
 class ReferenceExecutor:
@@ -125,47 +132,54 @@ class ReferenceExecutor:
         return F.cross_entropy(logits.double().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
-def compare(config: RunConfig, dtype: torch.dtype) -> dict[str, Any]:
+def compare(config: RunConfig, dtype: torch.dtype, rows: int) -> dict[str, Any]:
     """Full fine-tuning and LoRA; what the file gets.
 
     Args:
-        config: `tier.context` is the length of the row.
+        config: `tier.context` is the length of a row.
         dtype: of all passes but the reference.
+        rows: over which errors are taken.
 
     Raises:
-        DataError: the repository has no document of that length.
+        DataError: the repository has too few documents of that length.
     """
     # On some GPUs PyTorch may be told to multiply fp32 as TF32; the reference must not.
     torch.set_float32_matmul_precision("highest")
-    batch, runs = full_row(text.tokens(config), config), []
+    batches, runs = full_rows(text.tokens(config), config, rows), []
     with joined() as ranks:
         for method in (AdapterMethod.full, AdapterMethod.lora):
             adapted = replace(config, adapter=replace(config.adapter, method=method))
-            runs.append({"adapter": method.value, **_compared(Bench(adapted, dtype, batch, ranks))})
+            runs.append({"adapter": method.value, **_compared(Bench(adapted, dtype, batches, ranks))})
     return {
         "environment": environment(),
         "device": hardware.device(config.hardware).name,
         "model": {"name": config.model.name, "weights": config.model.weights.value, "lora_rank": config.adapter.rank},
         "context": config.tier.context,
+        "rows": rows,
         "trained_positions": config.model.max_position_embeddings,
         "dtype": str(dtype).removeprefix("torch."),
         "runs": runs,
     }
 
 
-def full_row(store: TokenStore, config: RunConfig) -> Batch:
-    """The first row of the training stream that is one document from end to end.
+def full_rows(store: TokenStore, config: RunConfig, count: int) -> tuple[Batch, ...]:
+    """The first rows of the training stream that are one document from end to end.
 
     Raises:
-        DataError: there is none.
+        DataError: there are fewer.
     """
-    context = config.tier.context
+    context, found = config.tier.context, []
     stream = TrainStream(store, config.data, context, 1, config.seed, packed=True)
     for _ in range(stream.sequences_per_epoch):
         (batch,) = stream.next_window(1)
         if batch.documents == ((context,),):
-            return batch
-    raise DataError(f"{config.data.repo} fills no row of {context:,} tokens", "a larger repository, or a shorter --context")
+            found.append(batch)
+        if len(found) == count:
+            return tuple(found)
+    raise DataError(
+        f"{config.data.repo} fills {len(found)} rows of {context:,} tokens, {count} are asked for",
+        "a larger repository, a shorter --context or fewer --rows",
+    )
 
 
 def layouts(tokens: int, adapter: AdapterMethod) -> list[Streaming]:
@@ -175,46 +189,64 @@ def layouts(tokens: int, adapter: AdapterMethod) -> list[Streaming]:
     found += [Streaming(odd, 2 * even, keep, slots=3) for keep in Keep]
     found += [Streaming(n, odd, keep, keys_values=Place.host) for n, keep in ((even, Keep.layers), (odd, Keep.attention))]
     if adapter is AdapterMethod.lora:
-        found += [replace(layout, weights=WeightPlace.streamed) for layout in found]
+        found += [replace(layout, weights=WeightPlace.streamed) for layout in found if layout.chunk == even]
     return found
 
 
 def _compared(bench: Bench) -> dict[str, Any]:
-    adapter, tokens = bench.config.adapter.method, bench.config.tier.context
+    adapter, tokens, device = bench.config.adapter.method, bench.config.tier.context, bench.ranks.device
     reference = bench.reference()
-    _free(bench.ranks.device)
-    ordinary = bench.whole()
-    errors = relative_errors(ordinary.gradients, reference.gradients)
-    whole = {"loss": ordinary.loss, "worst_error": max(errors.values()), "median_error": statistics.median(errors.values())}
-    console.print(f"{adapter.value}: {len(errors)} tensors, loss {reference.loss:.6f}; whole: loss {ordinary.loss:.6f}, {_words(whole)}")
-    lines = []
+    _free(device)
+    loaded = bench.loaded("whole")
+    ordinary = bench.errors(loaded, None, reference)
+    yardsticks = {"repeated": against(ordinary, bench.errors(loaded, None, reference))}
+    with _another_kernel(device):
+        yardsticks["other_kernel"] = against(ordinary, bench.errors(loaded, None, reference))
+    del loaded
+    _free(device)
+    loss = statistics.fmean(loss for loss, _ in reference)
+    whole = {"loss": ordinary.loss, "worst_error": max(ordinary.of.values()), "median_error": statistics.median(ordinary.of.values())}
+    console.print(f"{adapter.value}: {len(ordinary.of)} tensors, loss {loss:.6f}; whole: loss {ordinary.loss:.6f}, {_words(whole)}")
+    for name, found in yardsticks.items():
+        console.print(f"  {name}: {_words(found)}")
+    loaded, lines = bench.loaded("streamed"), []
     for layout in layouts(tokens, adapter):
-        _free(bench.ranks.device)
-        done = bench.streamed(layout)
-        found = against(errors, relative_errors(done.gradients, reference.gradients))
-        lines.append({"layout": layout.to_dict(), "divides": tokens % layout.chunk == 0, "loss": done.loss, **found})
-        console.print(f"  {_chosen(layout)}: loss {done.loss:.6f}, {_words(found)}")
-    return {"tensors": len(errors), "reference_loss": reference.loss, "whole": whole, "streamed": lines}
+        found = against(ordinary, bench.errors(loaded, layout, reference))
+        lines.append({"layout": layout.to_dict(), "divides": tokens % layout.chunk == 0, **found})
+        console.print(f"  {_chosen(layout)}: {_words(found)}")
+    return {"tensors": len(ordinary.of), "reference_loss": loss, "whole": whole, **yardsticks, "streamed": lines}
 
 
-def relative_errors(found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, float]:
-    """‖g − g_ref‖ / ‖g_ref‖ of every tensor. The same tensors must have gradients in both."""
-    if found.keys() != reference.keys():
-        raise AssertionError(f"gradients of other tensors: {sorted(found.keys() ^ reference.keys())[:4]}")
-    return {
-        name: ((found[name].double() - right.double()).norm() / right.double().norm()).item() for name, right in sorted(reference.items())
-    }
+@contextmanager
+def _another_kernel(device: torch.device) -> Iterator[None]:
+    """Attention by FlashAttention, where recent GPUs would take cuDNN; by plain products on a CPU."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if device.type == "cuda" else SDPBackend.MATH):
+        yield
 
 
-def against(ordinary: Mapping[str, float], streamed: Mapping[str, float]) -> dict[str, Any]:
-    """Errors of a streamed pass and their ratios to those of the ordinary one, over all tensors."""
+def errors(rows: Iterable[tuple[float, Gradients]], reference: Iterable[tuple[float, Gradients]]) -> Errors:
+    """Mean loss and relative errors over rows. The same tensors must have gradients in both."""
+    losses, wrong, right = [], defaultdict[str, float](float), defaultdict[str, float](float)
+    for (loss, found), (_, expected) in zip(rows, reference, strict=True):
+        if found.keys() != expected.keys():
+            raise AssertionError(f"gradients of other tensors: {sorted(found.keys() ^ expected.keys())[:4]}")
+        losses.append(loss)
+        for name, exact in expected.items():
+            wrong[name] += (found[name].double() - exact.double()).square().sum().item()
+            right[name] += exact.double().square().sum().item()
+    return Errors(statistics.fmean(losses), {name: math.sqrt(wrong[name] / right[name]) for name in sorted(right)})
+
+
+def against(ordinary: Errors, other: Errors) -> dict[str, Any]:
+    """Loss and errors of a pass and their ratios to those of the ordinary one, over all tensors."""
     # An error below fp32's own rounding is no figure to divide by.
     smallest = torch.finfo(torch.float32).eps
-    ratios = {name: streamed[name] / max(error, smallest) for name, error in ordinary.items()}
+    ratios = {name: other.of[name] / max(error, smallest) for name, error in ordinary.of.items()}
     worst = max(ratios, key=lambda name: ratios[name])
     return {
-        "worst_error": max(streamed.values()),
-        "median_error": statistics.median(streamed.values()),
+        "loss": other.loss,
+        "worst_error": max(other.of.values()),
+        "median_error": statistics.median(other.of.values()),
         "worst_ratio": ratios[worst],
         "worst_ratio_tensor": worst,
         "median_ratio": statistics.median(ratios.values()),
@@ -273,8 +305,10 @@ AttentionInterface.register(REFERENCE_ATTENTION, _reference_attention)
 
 def main() -> None:
     """The command."""
-    arguments = text.options(__doc__.splitlines()[0]).parse_args()
-    write(arguments.file, compare(text.request(arguments, *ORDINARY), getattr(torch, arguments.dtype)))
+    options = text.options(__doc__.splitlines()[0])
+    options.add_argument("--rows", type=int, default=8)
+    arguments = options.parse_args()
+    write(arguments.file, compare(text.request(arguments, *ORDINARY), getattr(torch, arguments.dtype), arguments.rows))
 
 
 if __name__ == "__main__":

@@ -28,17 +28,18 @@ def config(repository: Path, cache: Path) -> RunConfig:
 def test_every_layout_gives_the_gradients_of_the_reference(config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Several parts, the last one shorter.
     monkeypatch.setattr(gradients, "REFERENCE_QUERIES", 100)
-    write(tmp_path / "new" / "gradients.json", gradients.compare(config, torch.float32))
+    write(tmp_path / "new" / "gradients.json", gradients.compare(config, torch.float32, rows=2))
     found = json.loads((tmp_path / "new" / "gradients.json").read_text())
-    assert found["context"] == CONTEXT and found["dtype"] == "float32" and found["environment"]["versions"]["torch"]
+    assert found["context"] == CONTEXT and found["rows"] == 2 and found["dtype"] == "float32" and found["environment"]["versions"]["torch"]
     # Two layers: nine tensors each, final norm and embedding, which is the head; adapters: A and B of seven maps each.
     assert {run["adapter"]: run["tensors"] for run in found["runs"]} == {"full": 20, "lora": 28}
     for run in found["runs"]:
         # The weights are random: a guess among 512.
         assert run["reference_loss"] == pytest.approx(math.log(512), abs=0.2)
-        passes = [run["whole"], *run["streamed"]]
+        passes = [run["whole"], run["repeated"], run["other_kernel"], *run["streamed"]]
         assert all(line["loss"] == pytest.approx(run["reference_loss"], abs=1e-5) for line in passes)
         assert all(0 < line["worst_error"] <= 1e-5 for line in passes)
+        assert run["repeated"]["worst_ratio"] == pytest.approx(1) and run["other_kernel"]["worst_ratio"] != 1
         assert len(run["streamed"]) == len(gradients.layouts(CONTEXT, AdapterMethod(run["adapter"])))
         assert {line["divides"] for line in run["streamed"]} == {True, False}
 
@@ -53,26 +54,37 @@ def test_layouts_cover_what_can_differ(adapter: AdapterMethod) -> None:
     assert streamed == (set(Keep) if adapter is AdapterMethod.lora else set())
 
 
+def rows(*found: tuple[float, list[float], list[float]]) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """Loss, gradient of `a` and gradient of `b` of each row."""
+    return [(loss, {"a": torch.tensor(a), "b": torch.tensor(b)}) for loss, a, b in found]
+
+
 def test_errors_and_ratios_by_hand() -> None:
-    right = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([2.0])}
-    ordinary = gradients.relative_errors({"a": torch.tensor([3.0, 5.0]), "b": torch.tensor([2.2])}, right)
-    streamed = gradients.relative_errors({"a": torch.tensor([3.0, 5.5]), "b": torch.tensor([1.9])}, right)
-    assert ordinary == pytest.approx({"a": 0.2, "b": 0.1}) and streamed == pytest.approx({"a": 0.3, "b": 0.05})
+    right = rows((1.0, [3.0, 4.0], [2.0]), (1.0, [0.0, 12.0], [0.0]))
+    ordinary = gradients.errors(rows((1.5, [3.0, 5.0], [2.2]), (2.5, [0.0, 12.0], [0.0])), right)
+    streamed = gradients.errors(rows((1.0, [3.0, 4.0], [1.9]), (1.0, [0.0, 10.0], [0.0])), right)
+    # The errors of a row count by their size: sqrt(1 + 0) of sqrt(25 + 144), not the mean of 1/5 and 0.
+    assert ordinary.loss == 2 and ordinary.of == pytest.approx({"a": 1 / 13, "b": 0.1})
+    assert streamed.loss == 1 and streamed.of == pytest.approx({"a": 2 / 13, "b": 0.05})
     found = gradients.against(ordinary, streamed)
     assert found.pop("worst_ratio_tensor") == "a"
-    expected = {"worst_error": 0.3, "median_error": 0.175, "worst_ratio": 1.5, "median_ratio": 1.0, "tensors_above": 1}
-    assert found == pytest.approx(expected)
+    medians = {"median_error": (2 / 13 + 0.05) / 2, "median_ratio": 1.25}
+    assert found == pytest.approx({"loss": 1.0, "worst_error": 2 / 13, "worst_ratio": 2.0, "tensors_above": 1} | medians)
     with pytest.raises(AssertionError, match="other tensors"):
-        gradients.relative_errors({"a": right["a"]}, right)
+        gradients.errors([(0.0, {"a": torch.ones(2)})], right[:1])
 
 
 def test_a_row_is_one_document(config: RunConfig) -> None:
     store = text.tokens(config)
-    batch = gradients.full_row(store, config)
-    assert batch.documents == ((CONTEXT,),) and batch.label_tokens == CONTEXT - 1
-    assert torch.equal(batch.labels[:, :-1], batch.input_ids[:, 1:])
+    batches = gradients.full_rows(store, config, 2)
+    assert len(batches) == 2 and not torch.equal(batches[0].input_ids, batches[1].input_ids)
+    for batch in batches:
+        assert batch.documents == ((CONTEXT,),) and batch.label_tokens == CONTEXT - 1
+        assert torch.equal(batch.labels[:, :-1], batch.input_ids[:, 1:])
+    with pytest.raises(DataError, match="1000 are asked for"):
+        gradients.full_rows(store, config, 1000)
     with pytest.raises(DataError, match="too little text"):
-        gradients.full_row(store, text.at_context(config, 2**20))
+        gradients.full_rows(store, text.at_context(config, 2**20), 1)
 
 
 def test_the_pretrained_request(repository: Path) -> None:

@@ -242,9 +242,13 @@ class Runner:
         return self.allocator.host_bytes() + self.weights.host_bytes
 
     def undo(self) -> None:
-        """Put weights back and give all rows back."""
-        self.weights.undo()
+        """Give all rows and buffers back, then put weights back, which may need the room."""
+        self.transfers = Transfers(self.device, self.layout.chunk, self.allocator.disk)
+        self._keys_values = KeyValues(self.layout.keys_values, 0, self.layout.block, self.allocator, self.device)
+        self.current = None
+        self.__dict__.pop("store", None)
         self.allocator.release()
+        self.weights.undo()
 
     def _loss(self, step: Step, chunk: Chunk, hidden: Tensor) -> Tensor:
         normed = self.stem.epilogue(step.part(chunk), hidden[None])[0]
