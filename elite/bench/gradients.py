@@ -183,9 +183,13 @@ def full_rows(store: TokenStore, config: RunConfig, count: int) -> tuple[Batch, 
 
 
 def layouts(tokens: int, adapter: AdapterMethod) -> list[Streaming]:
-    """Everything kept in turn, in chunks that divide the row and in such that don't; K/V in host memory; with adapters, weights too."""
+    """The row as one chunk, which a plan would often take; chunks that divide it and such that don't, with everything kept in turn.
+
+    Keys and values in host memory besides; with adapters, weights too.
+    """
     even, odd = tokens // 4, tokens * 3 // 10
-    found = [Streaming(even, 2 * even, keep, slots=3) for keep in Keep]
+    found = [Streaming(tokens, tokens, keep) for keep in (Keep.attention, Keep.layers)]
+    found += [Streaming(even, 2 * even, keep, slots=3) for keep in Keep]
     found += [Streaming(odd, 2 * even, keep, slots=3) for keep in Keep]
     found += [Streaming(n, odd, keep, keys_values=Place.host) for n, keep in ((even, Keep.layers), (odd, Keep.attention))]
     if adapter is AdapterMethod.lora:
@@ -200,7 +204,7 @@ def _compared(bench: Bench) -> dict[str, Any]:
     loaded = bench.loaded("whole")
     ordinary = bench.errors(loaded, None, reference)
     yardsticks = {"repeated": against(ordinary, bench.errors(loaded, None, reference))}
-    with _another_kernel(device):
+    with _another_kernel(device, bench.dtype):
         yardsticks["other_kernel"] = against(ordinary, bench.errors(loaded, None, reference))
     del loaded
     _free(device)
@@ -218,9 +222,9 @@ def _compared(bench: Bench) -> dict[str, Any]:
 
 
 @contextmanager
-def _another_kernel(device: torch.device) -> Iterator[None]:
-    """Attention by FlashAttention, where recent GPUs would take cuDNN; by plain products on a CPU."""
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if device.type == "cuda" else SDPBackend.MATH):
+def _another_kernel(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Attention by FlashAttention, where recent GPUs would take cuDNN; by plain products on a CPU and in fp32, which it has not."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION if device.type == "cuda" and dtype != torch.float32 else SDPBackend.MATH):
         yield
 
 
@@ -306,7 +310,7 @@ AttentionInterface.register(REFERENCE_ATTENTION, _reference_attention)
 def main() -> None:
     """The command."""
     options = text.options(__doc__.splitlines()[0])
-    options.add_argument("--rows", type=int, default=8)
+    options.add_argument("--rows", type=int, default=8, help="documents of that length, each a row of its own")
     arguments = options.parse_args()
     write(arguments.file, compare(text.request(arguments, *ORDINARY), getattr(torch, arguments.dtype), arguments.rows))
 

@@ -3,6 +3,7 @@
 import json
 import math
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from elite.bench import gradients, text
 from elite.bench.assemble import write
 from elite.compose import from_overrides
 from elite.config import AdapterMethod, RunConfig
+from elite.distributed.ranks import joined
 from elite.errors import DataError
-from elite.streaming import Keep, Place, WeightPlace
+from elite.streaming import Keep, Place, Streaming, WeightPlace
 
 CONTEXT = 256
 
@@ -42,6 +44,25 @@ def test_every_layout_gives_the_gradients_of_the_reference(config: RunConfig, mo
         assert run["repeated"]["worst_ratio"] == pytest.approx(1) and run["other_kernel"]["worst_ratio"] != 1
         assert len(run["streamed"]) == len(gradients.layouts(CONTEXT, AdapterMethod(run["adapter"])))
         assert {line["divides"] for line in run["streamed"]} == {True, False}
+
+
+def test_one_model_serves_all_layouts(config: RunConfig) -> None:
+    adapted = replace(config, adapter=replace(config.adapter, method=AdapterMethod.lora))
+    last = Streaming(CONTEXT // 4, CONTEXT // 2, Keep.attention)
+    with joined() as ranks:
+        bench = gradients.Bench(adapted, torch.float32, gradients.full_rows(text.tokens(config), config, 2), ranks)
+        reference = bench.reference()
+        fresh = bench.errors(bench.loaded("streamed"), last, reference)
+        loaded = bench.loaded("streamed")
+        before = {name: (p, p.device, p.detach().clone()) for name, p in loaded.model.named_parameters()}
+        for layout in (replace(last, weights=WeightPlace.streamed), replace(last, keep=Keep.multilevel), last):
+            reused = bench.errors(loaded, layout, reference)
+            assert "forward" not in loaded.core.__dict__
+            assert {name for name, _ in loaded.model.named_parameters()} == before.keys()
+            for name, p in loaded.model.named_parameters():
+                known, device, value = before[name]
+                assert p is known and p.device == device and p.grad is None and torch.equal(p, value), (layout, name)
+    assert reused == fresh
 
 
 @pytest.mark.parametrize("adapter", AdapterMethod)

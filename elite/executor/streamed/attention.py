@@ -73,8 +73,9 @@ def _attend(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
         documents = zip(*(t.split(chunk.documents) for t in (q, k, v)), strict=True)
         parts = [kernel.forward(dq, dk, dv, True, window, scale) for dq, dk, dv in documents]
         return parts[0] if len(parts) == 1 else (torch.cat([o for o, _ in parts]), torch.cat([lse for _, lse in parts], dim=1))
-    if window is not None:
-        block = call.work.keys_values.view(_first_seen(chunk, window), chunk.offset + chunk.length)
+    if window is not None or (kernel.reaches_back and call.work.keys_values.on_device):
+        first = 0 if window is None else _first_seen(chunk, window)
+        block = call.work.keys_values.view(first, chunk.offset + chunk.length)
         return kernel.forward(q, block.k, block.v, True, window, scale)
     o, lse = kernel.forward(q, k, v, True, None, scale)
     for block in call.work.keys_values.prefix(chunk.offset):

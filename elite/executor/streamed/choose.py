@@ -123,9 +123,12 @@ def _in_parts(kernel: Kernel, do: Tensor, q: Tensor, k: Tensor, v: Tensor, windo
     if window is not None:
         o, lse = kernel.forward(q, k, v, True, window, scale)
         return o, lse, *kernel.backward(do, q, k, v, o, lse, True, window, scale)
-    o, lse = merge(
-        *kernel.forward(q, k[before:], v[before:], True, None, scale), *kernel.forward(q, k[:before], v[:before], False, None, scale)
-    )
+    if kernel.reaches_back:
+        o, lse = kernel.forward(q, k, v, True, None, scale)
+    else:
+        o, lse = merge(
+            *kernel.forward(q, k[before:], v[before:], True, None, scale), *kernel.forward(q, k[:before], v[:before], False, None, scale)
+        )
     own = kernel.backward(do, q, k[before:], v[before:], o, lse, True, None, scale)
     prefix = kernel.backward(do, q, k[:before], v[:before], o, lse, False, None, scale)
     return o, lse, own[0].float() + prefix[0], torch.cat([prefix[1], own[1]]), torch.cat([prefix[2], own[2]])

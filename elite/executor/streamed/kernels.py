@@ -167,6 +167,7 @@ class Flash(_Library):
     name = "flash"
     most_head_dim = 256
     windows = True
+    reaches_back = True
 
     def _missing(self) -> str | None:
         return None if torch.backends.cuda.is_flash_attention_available() else "this torch is built without FlashAttention"
@@ -197,6 +198,7 @@ class FlashAttn(_Library):
     name = "flash_attn"
     most_head_dim = 256
     windows = True
+    reaches_back = True
 
     def _missing(self) -> str | None:
         try:

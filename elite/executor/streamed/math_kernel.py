@@ -40,6 +40,8 @@ class Kernel(ABC):
     name: ClassVar[str]
     capability: ClassVar[tuple[int, int]] = (0, 0)
     """Least CUDA compute capability."""
+    reaches_back: ClassVar[bool] = False
+    """Whether one causal call on a chunk and all keys before it costs no more than one for each: nothing is merged, o is rounded once."""
 
     @abstractmethod
     def supports(self, shape: AttentionShape, device: torch.device) -> str | None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import bitsandbytes as bnb
 import pytest
@@ -360,4 +360,28 @@ def test_kernels_that_leave_a_sum_over_heads_to_the_caller(place: Place) -> None
     attached = attach(model, Streaming(chunk=8, block=12, keys_values=place), choice=lambda _shape: ByHead())
     model(input_ids=ids, labels=ids).loss.backward()
     attached.undo()
+    assert_same(gradients(model), expected)
+
+
+class ReachesBack(Math):
+    """Takes a chunk and all keys before it at once."""
+
+    reaches_back = True
+    keys: ClassVar[list[int]] = []
+
+    def forward(self, q: Tensor, k: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+        self.keys.append(len(k))
+        return super().forward(q, k, *how)
+
+
+@pytest.mark.parametrize(("place", "keys"), [(Place.device, {8, 16, 24, 32, 40}), (Place.host, {8, 12, 4})], ids=["device", "host"])
+def test_kernels_that_reach_back_are_called_once_where_keys_lie_together(place: Place, keys: set[int]) -> None:
+    model, ids = uneven("llama"), tokens(1, 40)
+    ordinary_loss(model, ids, ids, [[40]]).backward()
+    expected = gradients(model)
+    ReachesBack.keys.clear()
+    attached = attach(model, Streaming(chunk=8, block=12, keys_values=place), choice=lambda _shape: ReachesBack())
+    model(input_ids=ids, labels=ids).loss.backward()
+    attached.undo()
+    assert set(ReachesBack.keys) == keys
     assert_same(gradients(model), expected)
