@@ -1,0 +1,61 @@
+"""Every kernel compiles for every generation of GPUs, in each dtype that generation has, and fits its shared memory."""
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from elite import kernels
+from elite.kernels.cross_entropy import kernel as cross_entropy
+from elite.kernels.group_sum import kernel as group_sum
+from elite.kernels.merge import kernel as merge
+from tests.kernels.offline import SHARED_BYTES, Launch, shared_kib
+
+
+def strides(*names: str) -> dict[str, str]:
+    return dict.fromkeys(names, "i64")
+
+
+def launches(dtype: str) -> Iterator[Launch]:
+    """Each kernel as the models of `conf/model` would launch it."""
+    for head_dim, columns in ((64, 64), (80, 128), (128, 128)):
+        sizes = {"HEAD_DIM": head_dim, "COLUMNS": columns}
+        yield Launch(
+            merge._kernel,
+            {**dict.fromkeys(("o_a", "o_b", "o"), f"*{dtype}"), **dict.fromkeys(("lse_a", "lse_b", "lse"), "*fp32"), "queries": "i64"}
+            | strides("a_query", "a_head", "b_query", "b_head", "out_query", "out_head"),
+            {**sizes, "ROWS": merge.ROWS},
+        )
+        for has_base in (False, True):
+            yield Launch(
+                group_sum._kernel,
+                {"more": f"*{dtype}", "base": "*fp32", "out": "*fp32", "keys": "i64"}
+                | strides("more_key", "more_head", "base_key", "base_head", "out_key", "out_head"),
+                {**sizes, "HAS_BASE": has_base, "GROUP": 4, "ROWS": group_sum.ROWS},
+            )
+    for gradient in (False, True):
+        yield Launch(
+            cross_entropy._kernel,
+            {"logits": f"*{dtype}", "labels": "*i64", "losses": "*fp32", "smoothing": "fp32"}
+            | strides("row_stride", "vocab", "ignore_index"),
+            {"GRADIENT": gradient, "BLOCK": cross_entropy.BLOCK},
+            {"num_warps": cross_entropy.WARPS},
+        )
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_kernels_fit(dtype: str, capability: int) -> None:
+    if dtype == "bf16" and capability < 80:
+        pytest.skip("has no bf16")
+    for launch in launches(dtype):
+        assert shared_kib(launch, capability) <= SHARED_BYTES[capability], launch
+
+
+def test_no_kernel_is_left_out() -> None:
+    modules = [f"elite.kernels.{path.parent.name}.kernel" for path in Path(next(iter(kernels.__path__))).glob("*/kernel.py")]
+    named = {launch.kernel.fn.__module__ for launch in launches("fp32")}
+    assert modules and set(modules) == named
+    for module in modules:
+        assert importlib.import_module(module).__doc__
