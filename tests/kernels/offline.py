@@ -12,7 +12,7 @@ class Launch:
     """One way a kernel is launched.
 
     Args:
-        signature: Triton types of the arguments that are no constants: `*bf16`, `i64`, `fp32`.
+        signature: Triton types of the arguments that are no constants, by name: `*bf16`, `i64`, `fp32`; others are ignored.
     """
 
     kernel: Any
@@ -28,7 +28,7 @@ def shared_kib(launch: Launch, capability: int) -> float:
     from triton.compiler import ASTSource
 
     names = launch.kernel.arg_names
-    signature = {name: launch.signature.get(name, "constexpr") for name in names}
+    signature = {name: "constexpr" if name in launch.constants else launch.signature[name] for name in names}
     # As at run time: pointers that torch allocates are aligned.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     source = ASTSource(launch.kernel, signature, constexprs=launch.constants, attrs=aligned)

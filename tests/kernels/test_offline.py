@@ -8,8 +8,10 @@ import pytest
 
 from elite import kernels
 from elite.kernels.cross_entropy import kernel as cross_entropy
+from elite.kernels.gate import kernel as gate
 from elite.kernels.group_sum import kernel as group_sum
 from elite.kernels.merge import kernel as merge
+from elite.kernels.norm import kernel as norm
 from tests.kernels.offline import SHARED_BYTES, Launch, shared_kib
 
 
@@ -34,6 +36,8 @@ def launches(dtype: str) -> Iterator[Launch]:
                 | strides("more_key", "more_head", "base_key", "base_head", "out_key", "out_head"),
                 {**sizes, "HAS_BASE": has_base, "GROUP": 4, "ROWS": group_sum.ROWS},
             )
+    yield from norm_launches(dtype)
+    yield from gate_launches(dtype)
     for gradient in (False, True):
         yield Launch(
             cross_entropy._kernel,
@@ -42,6 +46,27 @@ def launches(dtype: str) -> Iterator[Launch]:
             {"GRADIENT": gradient, "BLOCK": cross_entropy.BLOCK},
             {"num_warps": cross_entropy.WARPS},
         )
+
+
+def norm_launches(dtype: str) -> Iterator[Launch]:
+    for width, center in ((576, False), (2560, True), (4096, False)):
+        sizes = norm._sizes(width)
+        options, flags = {"num_warps": sizes.pop("num_warps")}, {"CENTER": center, "HAS_BIAS": center, "ADDS": True}
+        rows = dict.fromkeys(("x", "residual", "y", "h", "dy", "dh", "dx"), f"*{dtype}") | dict.fromkeys(("mean", "scale"), "*fp32")
+        weights = {"weight": f"*{dtype}", "bias": f"*{dtype}", "dw": "*fp32", "db": "*fp32", "eps": "fp32"}
+        counts = {"width": "i32", "rows": "i64", "rows_each": "i64"}
+        yield Launch(norm._forward, rows | weights | counts, flags | sizes, options)
+        for trains in (False, True):
+            yield Launch(norm._backward, rows | weights | counts, flags | sizes | {"TRAINS": trains}, options)
+
+
+def gate_launches(dtype: str) -> Iterator[Launch]:
+    rows = dict.fromkeys(("gate", "up", "out", "upstream", "d_gate", "d_up", "x", "bias"), f"*{dtype}") | {"count": "i64", "width": "i64"}
+    size, options = {"BLOCK": gate.BLOCK}, {"num_warps": gate.WARPS}
+    yield Launch(gate._swiglu_forward, rows, size, options)
+    yield Launch(gate._swiglu_backward, rows, size, options)
+    for backward in (False, True):
+        yield Launch(gate._gelu, rows, size | {"BACKWARD": backward, "HAS_BIAS": True}, options)
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)

@@ -1,0 +1,116 @@
+"""One pass forward, one backward, which computes the activation again instead of keeping it. Formulas are those of `reference.py`."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = 2048
+"""Values of a program."""
+WARPS = 4
+
+
+@triton.jit
+def _swiglu_forward(gate, up, out, count, BLOCK: tl.constexpr):
+    cells = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = cells < count
+    a = tl.load(gate + cells, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(up + cells, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + cells, (a * tl.sigmoid(a) * b).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(upstream, gate, up, d_gate, d_up, count, BLOCK: tl.constexpr):
+    cells = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = cells < count
+    g = tl.load(upstream + cells, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(gate + cells, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(up + cells, mask=inside, other=0.0).to(tl.float32)
+    s = tl.sigmoid(a)
+    tl.store(d_up + cells, (g * a * s).to(d_up.dtype.element_ty), mask=inside)
+    tl.store(d_gate + cells, (g * b * s * (1.0 + a * (1.0 - s))).to(d_gate.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gelu(upstream, x, bias, out, count, width, BACKWARD: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    cells = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = cells < count
+    z = tl.load(x + cells, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        z += tl.load(bias + cells % width, mask=inside, other=0.0).to(tl.float32)
+    # ½ (1 + tanh u) = sigmoid(2u), u = √(2/π) (z + 0.044715 z³)
+    share = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    if BACKWARD:
+        g = tl.load(upstream + cells, mask=inside, other=0.0).to(tl.float32)
+        made = g * (share + z * share * (1.0 - share) * 1.5957691216057308 * (1.0 + 0.134145 * z * z))
+    else:
+        made = z * share
+    tl.store(out + cells, made.to(out.dtype.element_ty), mask=inside)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        out = torch.empty_like(gate)
+        if gate.numel():
+            _swiglu_forward[_grid(gate)](gate, up, out, gate.numel(), BLOCK=BLOCK, num_warps=WARPS)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        if gate.numel():
+            _swiglu_backward[_grid(gate)](upstream[0].contiguous(), gate, up, d_gate, d_up, gate.numel(), BLOCK=BLOCK, num_warps=WARPS)
+        return d_gate, d_up
+
+
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x, bias)
+        return _gelu_pass(x, x, bias, backward=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias = ctx.saved_tensors
+        dx = _gelu_pass(upstream[0].contiguous(), x, bias, backward=True)
+        wanted = bias is not None and ctx.needs_input_grad[1]
+        return dx, dx.flatten(0, -2).sum(0, dtype=torch.float32).to(bias.dtype) if wanted else None
+
+
+def _gelu_pass(upstream: Tensor, x: Tensor, bias: Tensor | None, backward: bool) -> Tensor:
+    out = torch.empty_like(x)
+    if x.numel():
+        _gelu[_grid(x)](
+            *(upstream, x, x if bias is None else bias, out, x.numel(), x.shape[-1]),
+            BACKWARD=backward,
+            HAS_BIAS=bias is not None,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+        )
+    return out
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """As `reference.swiglu`, for fp32, bf16 and fp16."""
+    out: Tensor = _SwiGLU.apply(gate, up)
+    return out
+
+
+def gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As `reference.gelu_tanh`, for fp32, bf16 and fp16."""
+    out: Tensor = _GELU.apply(x, bias)
+    return out
+
+
+def _grid(t: Tensor) -> tuple[int]:
+    return (triton.cdiv(t.numel(), BLOCK),)

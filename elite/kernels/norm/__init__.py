@@ -1,0 +1,1 @@
+"""Root-mean-square and layer norm, with the addition to the residual stream before them."""
