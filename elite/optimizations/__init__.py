@@ -8,6 +8,7 @@ from elite.optimizations.adamw_8bit import AdamW8bit
 from elite.optimizations.checkpoint_offload import CheckpointOffload
 from elite.optimizations.contract import STREAMED_SITES, Decision, Optimization, OptimizationConfig, Site
 from elite.optimizations.flash_attention import FlashAttention
+from elite.optimizations.fused_kernels import FusedKernels
 from elite.optimizations.fused_lora import FusedLoRA
 from elite.optimizations.fused_loss import FusedLoss
 from elite.optimizations.gradient_checkpointing import GradientCheckpointing
@@ -22,7 +23,8 @@ ALL: tuple[type[Optimization], ...] = (
     MixedPrecision,  # decides the dtype in which weights are loaded
     QLoRA,  # replaces linear maps, so before adapters attach to them
     FlashAttention,  # chooses a function by name; any time after loading
-    LigerKernels,  # patches norms and MLPs as they were loaded, before anything wraps them
+    FusedKernels,  # replaces norms and MLPs as they were loaded, before anything wraps them
+    LigerKernels,  # the same places; patches them by its own rules
     FusedLoRA,  # acts on adapters, inside what checkpointing wraps
     TiledMLP,  # wraps MLPs with their adapters, inside the layers that checkpointing wraps
     GradientCheckpointing,  # wraps whole layers, adapters included
@@ -41,6 +43,7 @@ class OptimizationsConfig:
     mixed_precision: OptimizationConfig = field(default_factory=MixedPrecision.Config)
     qlora: OptimizationConfig = field(default_factory=QLoRA.Config)
     flash_attention: OptimizationConfig = field(default_factory=FlashAttention.Config)
+    fused_kernels: OptimizationConfig = field(default_factory=FusedKernels.Config)
     liger_kernels: OptimizationConfig = field(default_factory=LigerKernels.Config)
     fused_lora: OptimizationConfig = field(default_factory=FusedLoRA.Config)
     tiled_mlp: OptimizationConfig = field(default_factory=TiledMLP.Config)
