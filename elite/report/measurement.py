@@ -29,9 +29,8 @@ def collect(folder: RunFolder) -> dict[str, Any]:
         raise EliteError(f"{folder.path} has no summary.json: the run has not ended well", "measure finished runs only")
     config: Any = OmegaConf.to_container(OmegaConf.load(folder.config))
     plan = json.loads(folder.plan.read_text())
-    # Where things lay on that machine says nothing to others.
+    # Its folders, and when it was begun.
     del config["output"]
-    plan["corpus"]["origin"] = Path(plan["corpus"]["origin"]).name
     return {
         "environment": json.loads(folder.environment.read_text()),
         "config": config,
@@ -52,7 +51,7 @@ def write(name: str, sources: list[Path], target: Path = MEASUREMENTS) -> Path:
             raise EliteError("a benchmark's file is a measurement by itself", "give one file, or run folders")
         content = _without_places(json.loads(sources[0].read_text()))
     else:
-        content = {"runs": [collect(RunFolder(folder)) for folder in sources]}
+        content = _without_places({"runs": [collect(RunFolder(folder)) for folder in sources]})
     target.mkdir(parents=True, exist_ok=True)
     path = target / f"{name}.json"
     path.write_text(json.dumps({"name": name} | content, indent=1) + "\n")
