@@ -1,24 +1,28 @@
 """Fused kernels.
 
-What:   RMS and layer norm, SwiGLU and tanh-GELU each as one Triton kernel forward and one backward; Phi, GPT-NeoX and StarCoder2 included.
-How:    norms, gated MLPs and activations of the loaded model get another forward. A norm is replaced only if the kernel's formula gives
-        what it gives, tried on a few values: some architectures scale by 1 + w or in another order.
+What:   RMS and layer norm, rotary embedding (whole or of a part of each head), SwiGLU and tanh-GELU, and the sums and dropouts of the
+        residual stream, each as one Triton kernel forward and one backward; Phi included.
+How:    norms, attention modules, gated MLPs, activations and decoder layers of the loaded model get another forward. Each is replaced
+        only if the fused formula gives what the module gives, tried on a few values: architectures scale and order differently.
+        `norms`, `rotary`, `activations` and `residuals` can be turned off one by one.
 Memory: activations are computed again in the backward: one value less a token and unit of a gated MLP's width, three less where GELU is
         written out as a formula.
-Source: Zhang and Sennrich 2019, arXiv:1910.07467; Ba et al. 2016, arXiv:1607.06450; Shazeer 2020, arXiv:2002.05202; fused after Liger
-        (Hsu et al. 2024, arXiv:2410.10989).
+Source: Zhang and Sennrich 2019, arXiv:1910.07467; Ba et al. 2016, arXiv:1607.06450; Su et al. 2021, arXiv:2104.09864; Shazeer 2020,
+        arXiv:2002.05202; fused after Liger (Hsu et al. 2024, arXiv:2410.10989).
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from elite.facts import Facts
-from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
+from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, OptimizationConfig, Site, Stage
 from elite.optimizations.shapes import FORMULA_GELU, is_gated, mlp_width, value_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from elite.optimizations.functions.blocks import Norm
 
 SILU = frozenset({"SiLU", "SiLUActivation"})
 GELU = frozenset({"NewGELUActivation", "GELUTanh", "PytorchGELUTanh"})
@@ -31,8 +35,21 @@ TOLERANCE = 1e-4
 class FusedKernels(Optimization):
     """See the module's docstring."""
 
+    @dataclass(frozen=True)
+    class Config(OptimizationConfig):
+        """Which kernels."""
+
+        norms: bool = True
+        """RMS and layer norm."""
+        rotary: bool = True
+        """Rotary embedding of queries and keys, in place."""
+        activations: bool = True
+        """SwiGLU and tanh-GELU."""
+        residuals: bool = True
+        """Sums of the residual stream: with the norm that follows (needs `norms`), or with the dropouts before them."""
+
     name = "fused_kernels"
-    title = "fused kernels (norms, SwiGLU, GELU)"
+    title = "fused kernels (norms, rotary, SwiGLU, GELU, residual sums)"
     row = 41
     stage = Stage.model
     exactness = Exactness.EQUAL
@@ -44,36 +61,69 @@ class FusedKernels(Optimization):
 
     def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
         values = 1 if is_gated(facts) else 3 if facts.model.model_type in FORMULA_GELU else 0
+        if not self.config.activations:
+            return estimate
         spared = values * facts.model.num_hidden_layers * facts.micro_tokens * mlp_width(facts) * value_bytes(estimate, facts)
         return replace(estimate, saved_activations=max(estimate.saved_activations - spared, 0.0))
 
     def apply(self, target: Any) -> Applied:
-        found = [(module, forward) for module in target.modules() if (forward := _fused(module)) is not None]
-        for module, forward in found:
-            # The instance's attribute hides the class's method, so nothing but this model changes.
-            module.forward = forward
+        replaced = dict[str, list[Any]]()
+        for kind, found in self._kinds(target):
+            replaced[kind] = [module for module, _ in found]
+            for module, forward in found:
+                # The instance's attribute hides the class's method, so nothing but this model changes.
+                module.forward = forward
 
         def undo() -> None:
-            for module, _ in found:
-                del module.forward
+            for modules in replaced.values():
+                for module in modules:
+                    del module.forward
 
-        return Applied(len(found), "norms, gated MLPs and activations", undo)
+        counts = ", ".join(f"{len(modules)} {kind}" for kind, modules in replaced.items())
+        return Applied(sum(map(len, replaced.values())), f"modules ({counts})", undo)
+
+    def _kinds(self, target: Any) -> "Iterator[tuple[str, list[tuple[Any, Callable[..., Any]]]]]":
+        """What takes which forward, by kind, in the order of installation: layers are tried with their norms as they then are."""
+        from elite.optimizations.functions.blocks import fused_attention, fused_layer
+
+        modules = list(target.modules())
+        norms = {module: norm for module in modules if (norm := _norm(module)) is not None} if self.config.norms else {}
+        if self.config.norms:
+            yield "norms", [(module, _normed(norm)) for module, norm in norms.items()]
+        if self.config.activations:
+            yield "activations", _found(modules, _activation)
+        if self.config.rotary:
+            yield "rotary embeddings", _found(modules, fused_attention)
+        if self.config.residuals:
+            yield "residual sums", _found(modules, lambda module: fused_layer(module, norms))
 
 
-def _fused(module: Any) -> "Callable[[Tensor], Tensor] | None":
-    """The forward that takes the place of the module's, None if it has none of these forms."""
+def _found(modules: list[Any], make: "Callable[[Any], Callable[..., Any] | None]") -> "list[tuple[Any, Callable[..., Any]]]":
+    return [(module, forward) for module in modules if (forward := make(module)) is not None]
+
+
+def _activation(module: Any) -> "Callable[[Tensor], Tensor] | None":
+    """The forward of an activation or a gated MLP, None if it has neither form."""
     from torch import nn
 
-    kind = type(module).__name__
-    if kind in GELU or (type(module) is nn.GELU and module.approximate == "tanh"):
+    if type(module).__name__ in GELU or (type(module) is nn.GELU and module.approximate == "tanh"):
         return _gelu
     if all(hasattr(module, name) for name in GATED) and type(module.act_fn).__name__ in SILU:
         return _gated(module)
+    return None
+
+
+def _norm(module: Any) -> "Norm | None":
+    """The module as a norm that the kernel can compute, None if it is not one."""
+    from torch import nn
+
+    from elite.optimizations.functions.blocks import Norm
+
     if type(module) is nn.LayerNorm and module.weight is not None and len(module.normalized_shape) == 1:
-        return _norm(module, module.bias, module.eps, center=True)
-    if kind.endswith("RMSNorm") and hasattr(module, "weight"):
+        return Norm(module, module.eps, center=True)
+    if type(module).__name__.endswith("RMSNorm") and hasattr(module, "weight"):
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        return _norm(module, None, eps, center=False) if eps is not None and _is_rms_norm(module, eps) else None
+        return Norm(module, eps, center=False) if eps is not None and _is_rms_norm(module, eps) else None
     return None
 
 
@@ -96,11 +146,12 @@ def _is_rms_norm(module: Any, eps: float) -> bool:
     return own.shape == expected.shape and bool((own - expected).abs().max() <= TOLERANCE)
 
 
-def _norm(module: Any, bias: Any, eps: float, center: bool) -> "Callable[[Tensor], Tensor]":
-    from elite.kernels.norm.kernel import norm
+def _normed(norm: "Norm") -> "Callable[[Tensor], Tensor]":
+    from elite.kernels.norm.kernel import norm as kernel
+    from elite.optimizations.functions.blocks import read_dtype
 
     def forward(x: "Tensor") -> "Tensor":
-        return norm(x, module.weight, bias, eps, center)[0]
+        return kernel(x, *norm.tensors, norm.eps, norm.center, dtype=read_dtype(x))[0]
 
     return forward
 

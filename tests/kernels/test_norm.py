@@ -11,7 +11,7 @@ from torch import Tensor
 from elite.kernels.norm import reference
 from tests.kernels.interpreter import run_interpreted
 
-SHAPES = [(5, 80), (2, 3, 129), (1, 1), (0, 16)]
+SHAPES = [(5, 80), (2, 37, 129), (1, 1), (0, 16), (3, 5000)]
 EPS = 1e-5
 
 
@@ -72,6 +72,9 @@ def check_strides(device: str) -> None:
     expected, _ = reference.norm(t["x"].t(), t["weight"][:6], None, EPS, False)
     got, _ = norm(t["x"].t(), t["weight"][:6], None, EPS, False)
     torch.testing.assert_close(got, expected)
+    wide, _ = norm(t["x"].half(), t["weight"], None, EPS, True, dtype=torch.float32)
+    assert wide.dtype is torch.float32
+    torch.testing.assert_close(wide, reference.norm(t["x"].half().float(), t["weight"], None, EPS, True)[0])
     with pytest.raises(ValueError, match="at most"):
         norm(torch.empty(0, MOST_WIDTH + 1), torch.empty(MOST_WIDTH + 1), None, EPS, False)
 

@@ -12,6 +12,8 @@ from elite.kernels.gate import kernel as gate
 from elite.kernels.group_sum import kernel as group_sum
 from elite.kernels.merge import kernel as merge
 from elite.kernels.norm import kernel as norm
+from elite.kernels.residual import kernel as residual
+from elite.kernels.rotary import kernel as rotary
 from tests.kernels.offline import SHARED_BYTES, Launch, shared_kib
 
 
@@ -38,6 +40,8 @@ def launches(dtype: str) -> Iterator[Launch]:
             )
     yield from norm_launches(dtype)
     yield from gate_launches(dtype)
+    yield from rotary_launches(dtype)
+    yield from residual_launches(dtype)
     for gradient in (False, True):
         yield Launch(
             cross_entropy._kernel,
@@ -50,11 +54,11 @@ def launches(dtype: str) -> Iterator[Launch]:
 
 def norm_launches(dtype: str) -> Iterator[Launch]:
     for width, center in ((576, False), (2560, True), (4096, False)):
-        sizes = norm._sizes(width)
+        sizes = norm.sizes(width)
         options, flags = {"num_warps": sizes.pop("num_warps")}, {"CENTER": center, "HAS_BIAS": center, "ADDS": True}
         rows = dict.fromkeys(("x", "residual", "y", "h", "dy", "dh", "dx"), f"*{dtype}") | dict.fromkeys(("mean", "scale"), "*fp32")
         weights = {"weight": f"*{dtype}", "bias": f"*{dtype}", "dw": "*fp32", "db": "*fp32", "eps": "fp32"}
-        counts = {"width": "i32", "rows": "i64", "rows_each": "i64"}
+        counts = {"width": "i32", "rows": "i64", "tiles_each": "i32"}
         yield Launch(norm._forward, rows | weights | counts, flags | sizes, options)
         for trains in (False, True):
             yield Launch(norm._backward, rows | weights | counts, flags | sizes | {"TRAINS": trains}, options)
@@ -67,6 +71,26 @@ def gate_launches(dtype: str) -> Iterator[Launch]:
     yield Launch(gate._swiglu_backward, rows, size, options)
     for backward in (False, True):
         yield Launch(gate._gelu, rows, size | {"BACKWARD": backward, "HAS_BIAS": True}, options)
+
+
+def rotary_launches(dtype: str) -> Iterator[Launch]:
+    types = dict.fromkeys(("q", "k", "q_out", "k_out", "cos", "sin"), f"*{dtype}") | {"tokens": "i64"}
+    for name in ("q", "k", "q_out", "k_out"):
+        types |= strides(f"{name}_row", f"{name}_token", f"{name}_head")
+    types |= strides("angle_row", "angle_token")
+    for heads, kv_heads, half, rest in ((32, 4, 16, 48), (32, 8, 64, 0), (9, 3, 32, 0)):
+        for backward in (False, True):
+            yield Launch(
+                rotary._kernel, types, rotary.sizes(heads, kv_heads, half, rest) | {"BACKWARD": backward}, {"num_warps": rotary.WARPS}
+            )
+
+
+def residual_launches(dtype: str) -> Iterator[Launch]:
+    types = dict.fromkeys(("residual", "first", "second", "out"), f"*{dtype}") | {"count": "i64", "p": "fp32"}
+    types |= strides("seed_first", "seed_second")
+    for drops, backward, parts in ((False, False, 1), (True, False, 2), (True, True, 2)):
+        flags = {"PARTS": parts, "DROPS": drops, "BACKWARD": backward, "LANES": residual.LANES}
+        yield Launch(residual._kernel, types, flags, {"num_warps": residual.WARPS})
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)

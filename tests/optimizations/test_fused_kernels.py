@@ -1,5 +1,6 @@
 """Fused kernels in whole models: what they replace, and that loss and gradients stay; on a CPU under Triton's interpreter."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from elite.executor.whole import WholeExecutor
 from elite.optimizations import decide
 from elite.optimizations.contract import OptimizationConfig
-from elite.optimizations.fused_kernels import FusedKernels
+from elite.optimizations.fused_kernels import FusedKernels, _norm
 from tests.kernels.interpreter import run_interpreted
 from tests.models import tiny
 from tests.optimizations.test_all import FACTS
@@ -17,14 +18,18 @@ from tests.test_attention import row
 
 FUSED = FusedKernels(FusedKernels.Config(enabled=True))
 GPU = replace(FACTS, device=replace(FACTS.device, kind="cuda", present=False))
+PARTS = ("norms", "activations", "rotary", "residuals")
 COUNTS = {
-    "llama": 2 * 3 + 1,  # two norms and a gated MLP a layer, the last norm
-    "qwen3": 2 * 5 + 1,  # norms of queries and keys besides
-    "mistral": 2 * 3 + 1,
-    "phi": 2 * 2 + 1,  # a norm and an activation a layer
-    "gpt_neox": 2 * 2 + 1,  # its GELU is the exact one, which stays
-    "starcoder2": 2 * 3 + 1,
-    "gemma": 2,  # its gates' GELU; its norms scale by 1 + w
+    "llama": 2 * 5 + 1,  # two norms, a gated MLP, an attention and a sum a layer, the last norm
+    "qwen2": 2 * 5 + 1,
+    "qwen3": 2 * 7 + 1,  # norms of queries and keys besides
+    "mistral": 2 * 5 + 1,
+    "phi": 2 * 4 + 1,  # a norm, an activation, an attention and a sum a layer
+    "gpt_neox": 2 * 2 + 1,  # norms; its GELU is the exact one, its attention and its layers are of another form
+    "starcoder2": 2 * 5 + 1,
+    "phi3": 2 * 2 + 1,  # norms; gate and up, and queries, keys and values, are one map each
+    "gemma": 2 * 2,  # activations and attentions; its norms scale by 1 + w
+    "gemma3_text": 2 * 2,
 }
 
 
@@ -68,10 +73,67 @@ def check_models(device: str) -> None:
         assert all(torch.equal(got, plain[name]) for name, got in gradients(model, batch).items()), kind
 
 
-def test_models_in_the_interpreter() -> None:
-    run_interpreted("tests.optimizations.test_fused_kernels", "check_models")
+def check_parts(device: str) -> None:
+    """Each part alone changes what it says, and leaves the gradients."""
+    for kind, counts in {"llama": (5, 2, 2, 0), "phi": (3, 2, 2, 2)}.items():
+        model: Any = tiny(kind, hidden_size=64)
+        model.to(device)
+        batch = row(13, 24).to(device)
+        plain = gradients(model, batch)
+        for name, count in zip(PARTS, counts, strict=True):
+            fused = FusedKernels(FusedKernels.Config(True, **{part: part == name for part in PARTS}))
+            applied = fused.apply(model)
+            assert applied.count == count, (kind, name, applied.detail)
+            for parameter, got in gradients(model, batch).items():
+                torch.testing.assert_close(got, plain[parameter], rtol=1e-3, atol=1e-6, msg=f"{kind} {name} {parameter}")
+            assert applied.undo is not None
+            applied.undo()
+
+
+def check_dropout(device: str) -> None:
+    """Phi's dropouts: the masks of a recomputation are those of the forward, and evaluation drops nothing."""
+    model: Any = tiny("phi", hidden_size=64, resid_pdrop=0.3)
+    model.to(device)
+    batch = row(13, 24).to(device)
+    FUSED.apply(model)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        found.append(gradients(model, batch))
+    for name, expected in found[0].items():
+        torch.testing.assert_close(found[1][name], expected, rtol=1e-3, atol=1e-6, msg=name)
+    torch.manual_seed(4)
+    assert not torch.equal(gradients(model, batch)["loss"], found[0]["loss"])
+    model.eval()
+    assert torch.equal(gradients(model, batch)["loss"], gradients(model, batch)["loss"])
+
+
+@pytest.mark.parametrize("check", ["check_models", "check_parts", "check_dropout"])
+def test_models_in_the_interpreter(check: str) -> None:
+    run_interpreted("tests.optimizations.test_fused_kernels", check)
 
 
 @pytest.mark.gpu
-def test_models_on_a_gpu() -> None:
-    check_models("cuda")
+@pytest.mark.parametrize("check", [check_models, check_parts, check_dropout])
+def test_models_on_a_gpu(check: Callable[[str], None]) -> None:
+    check("cuda")
+
+
+def test_scaled_residuals_keep_their_own_forward() -> None:
+    """A layer is replaced by what it computes, not by its parts' names."""
+    from elite.optimizations.functions.blocks import fused_layer
+
+    model: Any = tiny("llama", hidden_size=64)
+    layer = model.model.layers[0]
+    norm = _norm(layer.post_attention_layernorm)
+    assert norm is not None and fused_layer(layer, {norm.module: norm}) is not None
+
+    class Scaled(type(layer)):  # type: ignore[misc]
+        def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            scaled: torch.Tensor = hidden_states + 0.9 * (super().forward(hidden_states, **kwargs) - hidden_states)
+            return scaled
+
+    layer.__class__ = Scaled
+    assert fused_layer(layer, {norm.module: norm}) is None

@@ -10,17 +10,26 @@ import torch
 from torch import Tensor
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, center: bool, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    center: bool,
+    residual: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """y and h, in x's dtype; computed in fp32 (fp64 for fp64).
 
     Args:
         x, residual: [..., width]
         weight, bias: [width]
         center: whether the mean is taken off.
+        dtype: of y, where it is not x's.
     """
     h = x if residual is None else x + residual
     wide = h.to(torch.promote_types(h.dtype, torch.float32))
     if center:
         wide = wide - wide.mean(-1, keepdim=True)
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight
-    return (y if bias is None else y + bias).to(x.dtype), h
+    return (y if bias is None else y + bias).to(dtype or x.dtype), h

@@ -1,0 +1,1 @@
+"""What joins the residual stream, after dropout, in one pass."""
