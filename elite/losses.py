@@ -2,10 +2,11 @@
 
 Symbols: T tokens, d hidden size, V vocabulary. For a scored token with logits z = W h + b, label y and smoothing ε,
 
-    loss = lse(z) − (1 − ε) z_y − ε mean(z)        ∂loss/∂z = softmax(z) − (1 − ε) onehot(y) − ε / V
+    loss = lse(z) − (1 − ε) z_y − ε mean(z) + ζ lse(z)²        ∂loss/∂z = (1 + 2ζ lse(z)) softmax(z) − (1 − ε) onehot(y) − ε / V
 
 so a tile of tokens needs its logits once: they become their own gradient in place, and the gradients of h, W and b follow while the
-tile is there. Source: Hsu et al. 2024, arXiv:2410.10989 (Liger); label smoothing after Szegedy et al. 2016, arXiv:1512.00567.
+tile is there. Source: Hsu et al. 2024, arXiv:2410.10989 (Liger); label smoothing after Szegedy et al. 2016, arXiv:1512.00567;
+the z-loss ζ lse² after Chowdhery et al. 2022, arXiv:2204.02311.
 """
 
 from typing import Any
@@ -35,6 +36,7 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     tile: int = 0,
 ) -> Tensor:
     """Sum of the token losses of `F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum")`, in nats.
@@ -50,6 +52,7 @@ def linear_cross_entropy(
         labels: [T], int64, already shifted.
         ignore_index: label of tokens that are not scored.
         label_smoothing: ε, 0 to 1.
+        z_loss: ζ, not negative.
         tile: tokens at once; 0 takes as many as `TILE_BYTES` of logits allow.
 
     Returns:
@@ -59,7 +62,7 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     tile = tile or tile_tokens(weight.shape[0])
     # Inside a Function gradients are always off, so whether the caller wants any is asked here.
-    options = _Options(dtype, ignore_index, label_smoothing, tile, torch.is_grad_enabled())
+    options = _Options(dtype, ignore_index, label_smoothing, z_loss, tile, torch.is_grad_enabled())
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, options)
     return loss
 
@@ -67,10 +70,10 @@ def linear_cross_entropy(
 class _Options:
     """What is not a tensor."""
 
-    def __init__(self, dtype: torch.dtype, ignore_index: int, smoothing: float, tile: int, gradients: bool) -> None:
+    def __init__(self, dtype: torch.dtype, ignore_index: int, smoothing: float, z_loss: float, tile: int, gradients: bool) -> None:
         self.dtype = dtype
         self.accumulate = torch.promote_types(dtype, torch.float32)
-        self.ignore_index, self.smoothing, self.tile, self.gradients = ignore_index, smoothing, tile, gradients
+        self.ignore_index, self.smoothing, self.z_loss, self.tile, self.gradients = ignore_index, smoothing, z_loss, tile, gradients
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -88,7 +91,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + options.tile)
             part = hidden[rows].to(options.dtype)
             logits = F.linear(part, matrix, offset)
-            losses = _cross_entropy(logits)(logits, labels[rows], options.ignore_index, options.smoothing, any(wanted))
+            losses = _cross_entropy(logits)(logits, labels[rows], options.ignore_index, options.smoothing, any(wanted), options.z_loss)
             total += losses.sum()
             if not any(wanted):
                 continue

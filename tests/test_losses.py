@@ -45,6 +45,17 @@ def test_loss_and_gradients_are_those_of_torch(dtype: torch.dtype, tolerance: fl
         assert torch.allclose(got.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_z_loss() -> None:
+    hidden, weight, offset, labels = inputs()
+    ours = linear_cross_entropy(hidden, weight, offset, labels, z_loss=0.03, tile=7)
+    logits = F.linear(hidden, weight, offset)
+    square = torch.where(labels != -100, logits.logsumexp(1).square(), 0.0).sum()
+    theirs = F.cross_entropy(logits, labels, reduction="sum") + 0.03 * square
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
+    for got, expected in zip(gradients(ours, hidden, weight, offset), gradients(theirs, hidden, weight, offset), strict=True):
+        assert torch.allclose(got, expected, rtol=1e-11, atol=1e-12)
+
+
 def test_another_ignored_label() -> None:
     hidden, weight, offset, labels = inputs()
     labels = labels.masked_fill(labels == -100, 5)

@@ -45,7 +45,7 @@ def launches(dtype: str) -> Iterator[Launch]:
     for gradient in (False, True):
         yield Launch(
             cross_entropy._kernel,
-            {"logits": f"*{dtype}", "labels": "*i64", "losses": "*fp32", "smoothing": "fp32"}
+            {"logits": f"*{dtype}", "labels": "*i64", "losses": "*fp32", "smoothing": "fp32", "z_loss": "fp32"}
             | strides("row_stride", "vocab", "ignore_index"),
             {"GRADIENT": gradient, "BLOCK": cross_entropy.BLOCK},
             {"num_warps": cross_entropy.WARPS},

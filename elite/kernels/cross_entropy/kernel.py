@@ -23,6 +23,7 @@ def _kernel(
     vocab,
     ignore_index,
     smoothing,
+    z_loss,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -51,22 +52,26 @@ def _kernel(
     top = tl.max(most, 0)
     lse = top + tl.log(tl.sum(tl.where(most > float("-inf"), total * tl.exp(most - top), 0.0), 0))
     target = tl.load(row + label).to(tl.float32)
-    tl.store(losses + token, lse - (1.0 - smoothing) * target - smoothing * tl.sum(plain, 0) / vocab)
+    tl.store(losses + token, lse - (1.0 - smoothing) * target - smoothing * tl.sum(plain, 0) / vocab + z_loss * lse * lse)
 
     if GRADIENT:
+        share = 1.0 + 2.0 * z_loss * lse
         for start in range(0, vocab, BLOCK):
             inside = start + columns < vocab
             z = tl.load(row + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
-            gradient = tl.exp(z - lse) - smoothing / vocab - tl.where(start + columns == label, 1.0 - smoothing, 0.0)
+            gradient = share * tl.exp(z - lse) - smoothing / vocab - tl.where(start + columns == label, 1.0 - smoothing, 0.0)
             tl.store(row + start + columns, gradient.to(logits.dtype.element_ty), mask=inside)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, gradient: bool) -> Tensor:
+def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, gradient: bool, z_loss: float = 0.0) -> Tensor:
     """As `reference.cross_entropy`, for fp32, bf16 and fp16 logits with contiguous rows."""
     tokens, vocab = logits.shape
     losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
     block = min(BLOCK, triton.next_power_of_2(vocab))
     _kernel[(tokens,)](
-        logits, logits.stride(0), labels, losses, vocab, ignore_index, label_smoothing, GRADIENT=gradient, BLOCK=block, num_warps=WARPS
+        *(logits, logits.stride(0), labels, losses, vocab, ignore_index, label_smoothing, z_loss),
+        GRADIENT=gradient,
+        BLOCK=block,
+        num_warps=WARPS,
     )
     return losses
