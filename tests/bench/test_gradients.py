@@ -68,11 +68,12 @@ def test_one_model_serves_all_layouts(config: RunConfig) -> None:
 @pytest.mark.parametrize("adapter", AdapterMethod)
 def test_layouts_cover_what_can_differ(adapter: AdapterMethod) -> None:
     found = gradients.layouts(16384, adapter)
+    assert found[0].chunk == 16384 and {layout.keep for layout in found} == set(Keep)
     for divides in (True, False):
-        chosen = [layout for layout in found if (16384 % layout.chunk == 0) is divides]
-        assert {layout.keep for layout in chosen} == set(Keep) and {layout.keys_values for layout in chosen} == {Place.device, Place.host}
-    streamed = {layout.keep for layout in found if layout.weights is WeightPlace.streamed}
-    assert streamed == (set(Keep) if adapter is AdapterMethod.lora else set())
+        chosen = [layout for layout in found[1:] if (16384 % layout.chunk == 0) is divides]
+        assert len(chosen) == 2 and {layout.keys_values for layout in chosen} == {Place.device, Place.host}
+    streamed = {layout.weights for layout in found}
+    assert streamed == ({WeightPlace.streamed} if adapter is AdapterMethod.lora else {WeightPlace.resident})
 
 
 def rows(*found: tuple[float, list[float], list[float]]) -> list[tuple[float, dict[str, torch.Tensor]]]:
@@ -89,8 +90,10 @@ def test_errors_and_ratios_by_hand() -> None:
     assert streamed.loss == 1 and streamed.of == pytest.approx({"a": 2 / 13, "b": 0.05})
     found = gradients.against(ordinary, streamed)
     assert found.pop("worst_ratio_tensor") == "a"
-    medians = {"median_error": (2 / 13 + 0.05) / 2, "median_ratio": 1.25}
-    assert found == pytest.approx({"loss": 1.0, "worst_error": 2 / 13, "worst_ratio": 2.0, "tensors_above": 1} | medians)
+    medians = {"median_error": (2 / 13 + 0.05) / 2, "median_ratio": 1.25, "mean_ratio": 1.0}
+    assert found == pytest.approx(
+        {"loss": 1.0, "worst_error": 2 / 13, "worst_ratio": 2.0, "tensors_above": 1, "tensors_below": 1} | medians
+    )
     with pytest.raises(AssertionError, match="other tensors"):
         gradients.errors([(0.0, {"a": torch.ones(2)})], right[:1])
 
