@@ -37,8 +37,8 @@ def compare(config: RunConfig) -> dict[str, Any]:
     store, runs = text.tokens(config), []
     for method in (AdapterMethod.lora, AdapterMethod.full):
         adapted = replace(config, adapter=replace(config.adapter, method=method))
-        whole, start = _trained(adapted, Executor.whole, store, None)
-        streamed, _ = _trained(adapted, Executor.streamed, store, start)
+        whole, start = trained(_under(adapted, Executor.whole), store, None)
+        streamed, _ = trained(_under(adapted, Executor.streamed), store, start)
         run = {"adapter": method.value, "dtype": whole["dtype"], **differences(whole["losses"], streamed["losses"], whole["dtype"])}
         runs.append(run | {"whole": whole, "streamed": streamed})
         console.print(run, markup=False)
@@ -58,15 +58,18 @@ def differences(whole: list[float], streamed: list[float], dtype: str) -> dict[s
     }
 
 
-def _trained(config: RunConfig, executor: Executor, store: TokenStore, start: list[Tensor] | None) -> tuple[dict[str, Any], list[Tensor]]:
+def _under(config: RunConfig, executor: Executor) -> RunConfig:
+    return replace(config, executor=replace(config.executor, name=executor, chunk=config.tier.context // CHUNKS))
+
+
+def trained(config: RunConfig, store: TokenStore, start: list[Tensor] | None) -> tuple[dict[str, Any], list[Tensor]]:
     """One run's description and losses, and the values that training began with.
 
     Args:
         start: values to begin with; unset: as the seed draws them. Fresh adapters are drawn where the weights lie, host or device, so
             one seed need not mean one beginning.
     """
-    chunk = config.tier.context // CHUNKS
-    with assembled(replace(config, executor=replace(config.executor, name=executor, chunk=chunk))) as made:
+    with assembled(config) as made:
         trainable = made.loaded.trainable
         for parameter, value in zip(trainable, start or (), strict=start is not None):
             parameter.data.copy_(value)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from elite.config import CONF_DIR
-from elite.report import agreement, plot, streamed
+from elite.report import agreement, fused, plot, streamed
 from elite.report.markdown import NONE, gibibytes, grid, missing
 from elite.report.measurement import MEASUREMENTS
 
@@ -77,6 +77,8 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "encodings": streamed.encodings,
     "streamed_gradients": agreement.gradients,
     "streamed_curves": agreement.curves,
+    "fused_steps": fused.steps,
+    "kernel_curves": fused.curves,
 }
 
 

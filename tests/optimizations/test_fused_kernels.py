@@ -11,6 +11,9 @@ from elite.executor.whole import WholeExecutor
 from elite.optimizations import decide
 from elite.optimizations.contract import OptimizationConfig
 from elite.optimizations.fused_kernels import FusedKernels, _norm
+from elite.streaming import Keep, Streaming
+from tests.executor.streamed import exactness
+from tests.executor.streamed.exactness import assert_same, ordinary_loss, streamed, tokens, uneven
 from tests.kernels.interpreter import run_interpreted
 from tests.models import tiny
 from tests.optimizations.test_all import FACTS
@@ -110,13 +113,31 @@ def check_dropout(device: str) -> None:
     assert torch.equal(gradients(model, batch)["loss"], gradients(model, batch)["loss"])
 
 
-@pytest.mark.parametrize("check", ["check_models", "check_parts", "check_dropout"])
+def check_streamed(device: str) -> None:
+    """Under the streamed executor, chunk by chunk, in several layouts."""
+    for kind in ("llama", "qwen3", "phi", "starcoder2"):
+        model: Any = uneven(kind, hidden_size=64)
+        model.to(device)
+        ids = tokens(1, 21).to(device)
+        arguments = {"input_ids": ids, "labels": ids}
+        model.zero_grad()
+        ordinary_loss(model, ids, ids, [[21]]).backward()
+        expected = exactness.gradients(model)
+        applied = FUSED.apply(model)
+        for keep in (Keep.attention, Keep.layers):
+            _, found = streamed(model, Streaming(chunk=8, block=8, keep=keep), arguments)
+            assert_same(found, expected, 1e-4)
+        assert applied.undo is not None
+        applied.undo()
+
+
+@pytest.mark.parametrize("check", ["check_models", "check_parts", "check_dropout", "check_streamed"])
 def test_models_in_the_interpreter(check: str) -> None:
     run_interpreted("tests.optimizations.test_fused_kernels", check)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", [check_models, check_parts, check_dropout])
+@pytest.mark.parametrize("check", [check_models, check_parts, check_dropout, check_streamed])
 def test_models_on_a_gpu(check: Callable[[str], None]) -> None:
     check("cuda")
 
