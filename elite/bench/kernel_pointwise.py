@@ -219,7 +219,7 @@ class _Made(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.detach())
+        return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:

@@ -39,23 +39,27 @@ def linear_cross_entropy(g: Geometry, tokens: int, device: torch.device) -> Iter
 def lora(g: Geometry, tokens: int, device: torch.device) -> Iterator[Case]:
     """A frozen map in bf16 with an fp32 adapter under autocast, as a run has it: queries, and the MLP's first map."""
     for name, width, biased in (("q_proj", g.hidden, g.q_bias), ("fc1" if g.phi else "gate_proj", g.mlp, g.phi)):
-        x = values(tokens, g.hidden, device=device)
         weight = values(width, g.hidden, device=device, scale=g.hidden**-0.5, trained=False)
-        bias = values(width, device=device, trained=False) if biased else None
-        sizes = ((RANK, g.hidden), (width, RANK))
-        a, b = (nn.Parameter(values(*size, device=device, scale=size[1] ** -0.5, trained=False, dtype=torch.float32)) for size in sizes)
+        yield _adapted(g, tokens, name, weight, values(width, device=device, trained=False) if biased else None)
 
-        def reference(weight: Tensor = weight, bias: Tensor | None = bias) -> Call:
-            offset = None if bias is None else bias.float()
-            return lambda x, a, b: F.linear(x.float(), weight.float(), offset) + SCALING * F.linear(F.linear(x.float(), a), b)
 
-        def ours(weight: Tensor = weight, bias: Tensor | None = bias) -> Call:
-            from elite.optimizations.functions.lora import adapted_linear
+def _adapted(g: Geometry, tokens: int, name: str, weight: Tensor, bias: Tensor | None) -> Case:
+    device = weight.device
+    x = values(tokens, g.hidden, device=device)
+    sizes = ((RANK, g.hidden), (len(weight), RANK))
+    a, b = (nn.Parameter(values(*size, device=device, scale=size[1] ** -0.5, trained=False, dtype=torch.float32)) for size in sizes)
 
-            return _autocast(lambda x, a, b: adapted_linear(x, x, weight, bias, a, b, SCALING), device)
+    def plain(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        wide = x.float()
+        return F.linear(wide, weight.float(), None if bias is None else bias.float()) + SCALING * F.linear(F.linear(wide, a), b)
 
-        eager = _autocast(_peft(weight, bias, a, b), device)
-        yield Case("lora", g, tokens, (x, a, b), reference, eager, ours, variant=name, passes=(BOTH,))
+    def ours() -> Call:
+        from elite.optimizations.functions.lora import adapted_linear
+
+        return _autocast(lambda x, a, b: adapted_linear(x, x, weight, bias, a, b, SCALING), device)
+
+    eager = _autocast(_peft(weight, bias, a, b), device)
+    return Case("lora", g, tokens, (x, a, b), lambda: plain, eager, ours, variant=name, passes=(BOTH,))
 
 
 def _eager_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
@@ -127,8 +131,7 @@ def _peft(weight: Tensor, bias: Tensor | None, a: nn.Parameter, b: nn.Parameter)
 
 def _autocast(call: Call, device: torch.device) -> Call:
     def inside(x: Tensor, a: Tensor, b: Tensor) -> Any:
-        # fp32 inputs are those of a reference.
-        with torch.autocast(device.type, DTYPE, enabled=x.dtype == DTYPE):
+        with torch.autocast(device.type, DTYPE):
             return call(x, a, b)
 
     return inside

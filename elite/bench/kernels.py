@@ -162,7 +162,7 @@ def _timed(case: Case, call: Call, compiles: bool, expected: Results, clock: Clo
         case = replace(case, inputs=tuple(copies))
     results, seconds = clock.first(lambda: _results(case, call, case.checked_inputs))
     errors = {which: error(results[which], right) for which, right in expected.items() if which in case.passes}
-    upstream = _upstream(case, results[FORWARD])
+    upstream = _upstream(case, results[FORWARD]) if BOTH in case.passes else []
     del results
 
     def forward() -> Any:
