@@ -1,7 +1,7 @@
 """What a kernel is measured on: one operation on one model's geometry, and who offers it."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -109,6 +109,13 @@ class Case:
     def checked_inputs(self) -> tuple[Any, ...]:
         """With which results are compared."""
         return tuple(self.checked.get(i, value) for i, value in enumerate(self.inputs))
+
+    def owned(self) -> "Case":
+        """With inputs of its own where somebody may write to them."""
+        if not self.in_place:
+            return self
+        copies = (t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in self.inputs)
+        return replace(self, inputs=tuple(copies))
 
     def providers(self, device: torch.device) -> dict[str, Make]:
         """By name. A CPU, which has no Triton, compares the eager form and the reference: the harness, not the kernels."""

@@ -10,7 +10,6 @@ import gc
 import importlib.metadata
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,8 @@ def compare(geometries: Sequence[Geometry], tokens: Sequence[int] | None, ops: S
                 for case in OPS[op](g, count, device):
                     for row in measured(case, clock, found["copy_gb_s"]):
                         found["rows"].append(row)
-                        console.print(progress(row))
+                        # An error's text may hold brackets, which are no markup.
+                        console.print(progress(row), markup=False)
                 # Cases are webs of closures.
                 gc.collect()
                 yield found
@@ -157,9 +157,7 @@ def _provided(case: Case, name: str, make: Make, expected: Results, clock: Clock
 
 
 def _timed(case: Case, call: Call, compiles: bool, expected: Results, clock: Clock) -> dict[str, dict[str, Any]]:
-    if case.in_place:
-        copies = (t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in case.inputs)
-        case = replace(case, inputs=tuple(copies))
+    case = case.owned()
     results, seconds = clock.first(lambda: _results(case, call, case.checked_inputs))
     errors = {which: error(results[which], right) for which, right in expected.items() if which in case.passes}
     upstream = _upstream(case, results[FORWARD]) if BOTH in case.passes else []

@@ -160,7 +160,7 @@ def check_ours(device: str) -> None:
         expected, why = kernels._expected(case)
         if case.op in ABSENT:
             continue
-        results = kernels._results(case, case.ours(), case.checked_inputs)
+        results = kernels._results(case, case.ours(), case.owned().checked_inputs)
         for which in case.passes:
             # The interpreter cuts what a GPU rounds.
             assert not why and error(results[which], expected[which]) < 0.008, (case.op, case.variant, which)
