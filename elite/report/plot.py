@@ -17,19 +17,29 @@ LEFTS = (70, 500)
 TOP = 95
 MARGIN = 18
 """Pixels between a panel's edge and its first and last context."""
-STYLE = """
-text { font: 13px system-ui, sans-serif; fill: #24292f } .small { font-size: 11px }
-.middle { text-anchor: middle } .end { text-anchor: end }
-.page { fill: #ffffff } .grid { stroke: #d0d7de } .line { fill: none; stroke-width: 2.5 }
+
+
+def style(light: str, dark: str) -> str:
+    """Rules of a drawing for light and dark pages, with those that all drawings share."""
+    return f"""
+text {{ font: 13px system-ui, sans-serif; fill: #24292f }} .small {{ font-size: 11px }}
+.middle {{ text-anchor: middle }} .end {{ text-anchor: end }}
+.page {{ fill: #ffffff }} .grid {{ stroke: #d0d7de }} {light}
+@media (prefers-color-scheme: dark) {{
+text {{ fill: #e6edf3 }} .page {{ fill: #0d1117 }} .grid {{ stroke: #30363d }}
+{dark}
+}}
+"""
+
+
+STYLE = style(
+    """.line { fill: none; stroke-width: 2.5 }
 .line.recipe { stroke: #bc4c00 } .line.streamed { stroke: #0969da }
 .line.floor { stroke: #6e7781; stroke-width: 1.5; stroke-dasharray: 5 4 }
-.mark.recipe { fill: #bc4c00 } .mark.streamed { fill: #0969da }
-@media (prefers-color-scheme: dark) {
-text { fill: #e6edf3 } .page { fill: #0d1117 } .grid { stroke: #30363d }
-.line.recipe { stroke: #f0883e } .line.streamed { stroke: #58a6ff } .line.floor { stroke: #8b949e }
-.mark.recipe { fill: #f0883e } .mark.streamed { fill: #58a6ff }
-}
-"""
+.mark.recipe { fill: #bc4c00 } .mark.streamed { fill: #0969da }""",
+    """.line.recipe { stroke: #f0883e } .line.streamed { stroke: #58a6ff } .line.floor { stroke: #8b949e }
+.mark.recipe { fill: #f0883e } .mark.streamed { fill: #58a6ff }""",
+)
 LEGEND = {"recipe": "the peers’ recipe", "streamed": "streamed executor", "floor": "floor: kernels alone"}
 MARKED = ("recipe", "streamed")
 """What was measured, point by point."""
@@ -53,7 +63,7 @@ def drawn(found: Comparison) -> str:
             *_legend(),
             *Panel(LEFTS[0], "peak GPU memory, GiB reserved", contexts, reserved).drawn(),
             *Panel(LEFTS[1], "throughput, tokens/s", contexts, speed).drawn(),
-            _text(LEFTS[0], HEIGHT - 18, found.origin, "small"),
+            text(LEFTS[0], HEIGHT - 18, found.origin, "small"),
             "</svg>\n",
         ]
     )
@@ -89,12 +99,12 @@ class Panel:
     def drawn(self) -> list[str]:
         """Its elements."""
         right, bottom = self.left + PANEL_WIDTH, TOP + PANEL_HEIGHT
-        lines = [_text(self.left, TOP - 16, self.title)]
+        lines = [text(self.left, TOP - 16, self.title)]
         for tick in self.ticks:
             lines.append(f'<line class="grid" x1="{self.left}" y1="{self.y(tick):.1f}" x2="{right}" y2="{self.y(tick):.1f}"/>')
-            lines.append(_text(self.left - 8, self.y(tick) + 4, f"{tick:,g}", "end small"))
-        lines += [_text(self.x(tokens), bottom + 18, _tokens(tokens), "middle small") for tokens in self.contexts]
-        lines.append(_text(self.left + PANEL_WIDTH / 2, bottom + 40, "context, tokens (log₂ scale)", "middle"))
+            lines.append(text(self.left - 8, self.y(tick) + 4, f"{tick:,g}", "end small"))
+        lines += [text(self.x(tokens), bottom + 18, _tokens(tokens), "middle small") for tokens in self.contexts]
+        lines.append(text(self.left + PANEL_WIDTH / 2, bottom + 40, "context, tokens (log₂ scale)", "middle"))
         for name, points in self.series.items():
             places = [(self.x(tokens), self.y(value)) for tokens, value in sorted(points)]
             lines.append(f'<polyline class="line {name}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in places)}"/>')
@@ -107,7 +117,7 @@ def _legend() -> list[str]:
     for i, (name, label) in enumerate(LEGEND.items()):
         x, y = LEFTS[0] + 190 * i, 36
         lines.append(f'<line class="line {name}" x1="{x}" y1="{y}" x2="{x + 30}" y2="{y}"/>')
-        lines += [_mark(name, x + 15, y)] * (name in MARKED) + [_text(x + 38, y + 4, label)]
+        lines += [_mark(name, x + 15, y)] * (name in MARKED) + [text(x + 38, y + 4, label)]
     return lines
 
 
@@ -118,8 +128,9 @@ def _mark(name: str, x: float, y: float) -> str:
     return f'<circle class="mark {name}" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>'
 
 
-def _text(x: float, y: float, text: str, kind: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{escape(text)}</text>'
+def text(x: float, y: float, said: str, kind: str = "") -> str:
+    """A label."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{escape(said)}</text>'
 
 
 def _tokens(count: int) -> str:

@@ -1,7 +1,8 @@
 """Tables in the documentation, made from measurement files: `python -m elite.report.tables [--check]`.
 
 A document holds `<!-- table: NAME -->` … `<!-- end -->`. What stands between is what `TABLES` says, else the runs in
-`docs/measurements/NAME.json`. The comparison of executors is drawn besides, as soon as it has been measured.
+`docs/measurements/NAME.json`. The comparisons of executors and of kernels are drawn besides, as soon as they have
+been measured.
 """
 
 import argparse
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from elite.config import CONF_DIR
-from elite.report import agreement, fused, plot, streamed
+from elite.report import agreement, fused, kernels, kernels_plot, plot, streamed
 from elite.report.markdown import NONE, gibibytes, grid, missing
 from elite.report.measurement import MEASUREMENTS
 
 ROOT = CONF_DIR.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
 PLOT = ROOT / "docs" / "streamed.svg"
+KERNELS_PLOT = ROOT / "docs" / "kernels.svg"
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HEAD = (
     "device",
@@ -68,6 +70,13 @@ def figure(folder: Path) -> str:
     return f"![Peak GPU memory and tokens/s against context]({PLOT.relative_to(ROOT).as_posix()})"
 
 
+def kernels_figure(folder: Path) -> str:
+    """As `figure`, of the kernels."""
+    if kernels.measured(folder) is None:
+        return missing(f"{kernels.KERNELS}.json")
+    return f"![Time of other implementations relative to ours, by operation]({KERNELS_PLOT.relative_to(ROOT).as_posix()})"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "streamed_plot": figure,
     "streamed_peers": streamed.peers,
@@ -79,6 +88,10 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "streamed_curves": agreement.curves,
     "fused_steps": fused.steps,
     "kernel_curves": fused.curves,
+    "kernels_plot": kernels_figure,
+    "kernels_summary": kernels.summary,
+    "kernels": kernels.every,
+    "kernels_loss": kernels.losses,
 }
 
 
@@ -98,10 +111,11 @@ def filled(text: str, folder: Path = MEASUREMENTS) -> str:
 
 
 def generated(folder: Path = MEASUREMENTS) -> dict[Path, str]:
-    """What every document, and the drawing if there is something to draw, should hold."""
+    """What every document, and each drawing if there is something to draw, should hold."""
     made = {document: filled(document.read_text(), folder) for document in DOCUMENTS}
-    found = streamed.comparison(folder)
-    return made if found is None else made | {PLOT: plot.drawn(found)}
+    compared, found = streamed.comparison(folder), kernels.measured(folder)
+    drawings = {} if compared is None else {PLOT: plot.drawn(compared)}
+    return made | drawings | ({} if found is None else {KERNELS_PLOT: kernels_plot.drawn(found)})
 
 
 def main(check: bool) -> int:
