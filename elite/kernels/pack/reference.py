@@ -1,6 +1,7 @@
 """What the kernels compute, in plain torch: two encodings of rows of values as rows of bytes, all in fp32.
 
-8 bits: groups of 64 values as integers c = round(x / s), s = max |x| / 127 of the group in bf16.
+8 bits: groups of 64 values as integers c = round(x / s), s = max |x| / 127 of the group in bf16. Where a value is not finite, its group's s
+is NaN and the codes are 0.
 
     row: scales [2 × groups bytes], integers [width bytes], zeros up to a multiple of 4 bytes
 
@@ -64,7 +65,10 @@ def encode_int8(x: Tensor, out: Tensor) -> None:
     grouped = F.pad(x.float(), (0, -width % GROUP)).view(n, -1, GROUP)
     # 0 / 0 would be NaN.
     scale = (grouped.abs().amax(-1) / 127).clamp_min(SMALLEST).bfloat16()
-    codes = (grouped * scale.float().reciprocal()[..., None]).round_().clamp_(-127, 127).to(torch.int8).view(n, -1)
+    finite = scale.isfinite()
+    steps = torch.where(finite[..., None], grouped * scale.float().reciprocal()[..., None], 0)
+    codes = steps.round_().clamp_(-127, 127).to(torch.int8).view(n, -1)
+    scale = torch.where(finite, scale, torch.nan)
     out.copy_(_joined(out.shape[1], scale.view(torch.uint8), codes[:, :width].view(torch.uint8)))
 
 
