@@ -142,7 +142,8 @@ def _encode_int4(
     values = tl.load(x + columns, mask=inside, other=0.0).to(tl.float32)
     total = tl.sum(tl.abs(values), 0)
     finite = total < float("inf")
-    total = tl.where(total < least, least, total)
+    values = tl.where(finite, values, 0.0)
+    total = tl.where(finite & (total > least), total, least)
     one = tl.full([], 1.0, tl.float32)
     fine, coarse = tl.div_rn(total, finer), tl.div_rn(total, coarser)
     for _ in range(BISECTIONS):
@@ -150,13 +151,13 @@ def _encode_int4(
         fits = tl.sum(_quotient(_rounded(values * tl.div_rn(one, step))), 0) <= room
         fine, coarse = tl.where(fits, fine, step), tl.where(fits, step, coarse)
     inverse = tl.div_rn(one, coarse)
-    code = tl.where(finite, _rounded(values * inverse), 0)
+    code = _rounded(values * inverse)
     whole = code.to(tl.float32)
     squares = tl.sum(whole * whole, 0)
     step = tl.div_rn(tl.sum(values * whole, 0), tl.where(squares < 1.0, 1.0, squares))
     # All threads' zeros lie before anything is added to them.
     tl.debug_barrier()
-    tl.atomic_add(words, tl.where(step == step, _half(step), NAN_HALF), sem="relaxed")
+    tl.atomic_add(words, tl.where(finite, _half(step), NAN_HALF), sem="relaxed")
 
     # Low bits of eight values at a time fill 16 bits, half a word; the first half word holds the step.
     eighths = tl.arange(0, BLOCK // 8)

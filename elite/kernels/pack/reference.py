@@ -89,12 +89,12 @@ def encode_int4(x: Tensor, out: Tensor) -> None:
     total = x.abs().sum(1, keepdim=True).clamp_min(SMALLEST * width)
     codes = torch.where(total.isfinite(), _codes(x, _finest_step(x, total, room)), 0)
     step = (x * codes).sum(1, keepdim=True) / codes.float().square().sum(1, keepdim=True).clamp_min(1)
-    step = torch.where(total.isfinite(), step, torch.nan)
+    step = torch.where(total.isfinite(), step.bfloat16(), torch.nan)
     folded = _folded(codes)
     ends = ((folded >> LOW_BITS) + 1).cumsum(1) - 1
     unary = torch.zeros(n, unary_bits, dtype=torch.uint8, device=x.device).scatter_(1, ends, 1)
     low = _packed((folded & (1 << LOW_BITS) - 1).to(torch.uint8), LOW_BITS)
-    out.copy_(_joined(out.shape[1], step.bfloat16().view(torch.uint8), low, _packed(unary, 1)))
+    out.copy_(_joined(out.shape[1], step.view(torch.uint8), low, _packed(unary, 1)))
 
 
 def decode_int4(rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
