@@ -74,7 +74,8 @@ def gate_launches(dtype: str) -> Iterator[Launch]:
 def pack_launches(dtype: str) -> Iterator[Launch]:
     bits = "i32" if dtype == "fp32" else "i16"
     signature = {"x": f"*{dtype}", "ends": f"*{bits}", "words": "*i32", "halves": "*i16", "scales": "*i16", "codes": "*i8", "low": "*u8"}
-    signature |= dict.fromkeys(("width", "groups", "row_bytes", "row_words", "low_bytes", "room", "x_stride", "row_stride"), "i32")
+    signature |= dict.fromkeys(("width", "groups", "row_bytes", "row_words", "scale_bytes", "low_bytes", "room"), "i32")
+    signature |= strides("x_stride", "row_stride")
     signature |= dict.fromkeys(("least", "finer", "coarser", "edge"), "fp32") | {"count": "i64"}
     yield Launch(pack._encode_int8, signature, {"TILE": pack.TILE}, pack.UNFUSED)
     yield Launch(pack._decode_int8, signature, {"TILE": pack.TILE})

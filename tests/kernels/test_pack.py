@@ -1,6 +1,7 @@
 """The kernels against their reference: the same bytes, and each reads the other's; in the interpreter on a CPU, in a process of its own."""
 
 import itertools
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -26,8 +27,11 @@ def values(width: int, dtype: torch.dtype) -> Tensor:
     # Far from 1, but neither subnormal nor infinite in any dtype.
     gaussian[3] *= 2.0**13
     gaussian[4] *= 2.0**-8
-    constants = torch.tensor([0.0, 3.0, -0.001, 65504.0])[:, None].expand(4, width)
-    return torch.cat([gaussian, constants]).to(dtype)
+    # The last one's scale lies halfway between two numbers of bf16; then values halfway between two codes.
+    constants = torch.tensor([0.0, 3.0, -0.001, 65504.0, 127 * (1 + 3 / 256)])[:, None].expand(5, width)
+    ties = (torch.arange(width) % 9 - 4) / 2
+    ties[::64] = 127.0
+    return torch.cat([gaussian, constants, ties[None]]).to(dtype)
 
 
 def row_bytes(kind: str, width: int) -> int:
@@ -54,7 +58,8 @@ def decoded(pack: ModuleType, kind: str, rows: Tensor, width: int, dtype: torch.
 def check_finite(device: str) -> None:
     from elite.kernels.pack import kernel
 
-    for width, dtype, kind in itertools.product(WIDTHS, DTYPES, KINDS):
+    cases = [(width, dtype) for dtype in DTYPES for width in (WIDTHS if dtype is torch.float32 else WIDTHS[::3])]
+    for (width, dtype), kind in itertools.product(cases, KINDS):
         x, case = values(width, dtype), (width, dtype, kind)
         expected, rows = encoded(reference, kind, x), encoded(kernel, kind, x.to(device)).cpu()
         differs = (rows != expected).any(1)
@@ -133,8 +138,7 @@ def test_kernels_in_the_interpreter(check: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("check", [check_finite, check_not_finite, check_layouts])
-def test_kernels_on_a_gpu(check: object) -> None:
-    assert callable(check)
+def test_kernels_on_a_gpu(check: Callable[[str], None]) -> None:
     check("cuda")
 
 

@@ -35,8 +35,8 @@ SHIFT: tl.constexpr = tl.constexpr(1.5 * 2**23)
 SHIFT_BITS: tl.constexpr = tl.constexpr(0x4B400000)
 NAN_HALF: tl.constexpr = tl.constexpr(0x7FC0)
 """NaN in bf16."""
-# Products must be rounded before SHIFT is added, as in the reference.
 UNFUSED: dict[str, Any] = {"enable_fp_fusion": False}
+"""Products must be rounded before SHIFT is added, as in the reference."""
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _rounded(y):
 
 @triton.jit
 def _half(y):
-    """The bits of y ≥ 0 or y < 0, not NaN, in bf16, as int32; in integers since not every GPU has bf16."""
+    """The bits of y, not NaN, in bf16, as int32; by integers since not every GPU has bf16."""
     bits = y.to(tl.int32, bitcast=True)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF
 
@@ -82,7 +82,7 @@ def _groups_of(program, count, groups, TILE: tl.constexpr):
 
 
 @triton.jit
-def _encode_int8(x, codes, scales, count, groups, width, row_bytes, x_stride, row_stride, TILE: tl.constexpr):
+def _encode_int8(x, codes, scales, count, groups, width, row_bytes, scale_bytes, x_stride, row_stride, TILE: tl.constexpr):
     row, group, exists = _groups_of(tl.program_id(0), count, groups, TILE)
     columns = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = exists[:, None] & (columns < width)
@@ -95,20 +95,20 @@ def _encode_int8(x, codes, scales, count, groups, width, row_bytes, x_stride, ro
     tl.store(scales + row * (row_stride // 2) + group, half.to(tl.int16), mask=exists)
     inverse = tl.div_rn(tl.full([TILE], 1.0, tl.float32), _widened(half))
     rounded = tl.minimum(tl.maximum(_rounded(values * inverse[:, None]), -127), 127)
-    target = codes + row * row_stride + 2 * groups
+    target = codes + row * row_stride + scale_bytes
     tl.store(target[:, None] + columns, tl.where(finite[:, None], rounded, 0).to(tl.int8), mask=inside)
     padding = width + tl.arange(0, 4)[None, :]
-    unused = (exists & (group == groups - 1))[:, None] & (padding < row_bytes - 2 * groups)
+    unused = (exists & (group == groups - 1))[:, None] & (padding < row_bytes - scale_bytes)
     tl.store(target[:, None] + padding, tl.zeros([TILE, 4], tl.int8), mask=unused)
 
 
 @triton.jit
-def _decode_int8(codes, scales, x, count, groups, width, row_stride, edge, TILE: tl.constexpr):
+def _decode_int8(codes, scales, x, count, groups, width, scale_bytes, row_stride, edge, TILE: tl.constexpr):
     row, group, exists = _groups_of(tl.program_id(0), count, groups, TILE)
     columns = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     inside = exists[:, None] & (columns < width)
     scale = _widened(tl.load(scales + row * (row_stride // 2) + group, mask=exists, other=0))
-    values = tl.load(codes + (row * row_stride + 2 * groups)[:, None] + columns, mask=inside, other=0).to(tl.float32)
+    values = tl.load(codes + (row * row_stride + scale_bytes)[:, None] + columns, mask=inside, other=0).to(tl.float32)
     values = _bounded(values * scale[:, None], edge)
     tl.store(x + row[:, None] * width + columns, values.to(x.dtype.element_ty), mask=inside)
 
@@ -227,7 +227,8 @@ def encode_int8(x: Tensor, out: Tensor) -> None:
         return
     x, rows = x if x.stride(1) == 1 else x.contiguous(), _aligned(out)
     _encode_int8[(triton.cdiv(n * groups, TILE),)](
-        *(x, rows.view(torch.int8), rows.view(torch.int16), n * groups, groups, width, rows.shape[1], x.stride(0), rows.stride(0)),
+        *(x, rows.view(torch.int8), rows.view(torch.int16), n * groups, groups, width, rows.shape[1], 2 * groups),
+        *(x.stride(0), rows.stride(0)),
         TILE=TILE,
         **UNFUSED,
     )
@@ -242,7 +243,8 @@ def decode_int8(rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     if n:
         rows = _aligned(rows)
         _decode_int8[(triton.cdiv(n * groups, TILE),)](
-            *(rows.view(torch.int8), rows.view(torch.int16), x, n * groups, groups, width, rows.stride(0), torch.finfo(dtype).max),
+            *(rows.view(torch.int8), rows.view(torch.int16), x, n * groups, groups, width, 2 * groups, rows.stride(0)),
+            torch.finfo(dtype).max,
             TILE=TILE,
         )
     return x
