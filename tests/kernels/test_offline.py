@@ -12,6 +12,7 @@ from elite.kernels.gate import kernel as gate
 from elite.kernels.group_sum import kernel as group_sum
 from elite.kernels.merge import kernel as merge
 from elite.kernels.norm import kernel as norm
+from elite.kernels.pack import kernel as pack
 from elite.kernels.residual import kernel as residual
 from elite.kernels.rotary import kernel as rotary
 from tests.kernels.offline import SHARED_BYTES, Launch, shared_kib
@@ -42,6 +43,7 @@ def launches(dtype: str) -> Iterator[Launch]:
     yield from gate_launches(dtype)
     yield from rotary_launches(dtype)
     yield from residual_launches(dtype)
+    yield from pack_launches(dtype)
     for gradient in (False, True):
         yield Launch(
             cross_entropy._kernel,
@@ -91,6 +93,20 @@ def residual_launches(dtype: str) -> Iterator[Launch]:
     for drops, backward, parts in ((False, False, 1), (True, False, 2), (True, True, 2)):
         flags = {"PARTS": parts, "DROPS": drops, "BACKWARD": backward, "LANES": residual.LANES}
         yield Launch(residual._kernel, types, flags, {"num_warps": residual.WARPS})
+
+
+def pack_launches(dtype: str) -> Iterator[Launch]:
+    bits = "i32" if dtype == "fp32" else "i16"
+    signature = {"x": f"*{dtype}", "ends": f"*{bits}", "words": "*i32", "halves": "*i16", "scales": "*i16", "codes": "*i8", "low": "*u8"}
+    signature |= dict.fromkeys(("width", "groups", "row_bytes", "row_words", "scale_bytes", "low_bytes", "room"), "i32")
+    signature |= strides("x_stride", "row_stride")
+    signature |= dict.fromkeys(("least", "finer", "coarser", "edge"), "fp32") | {"count": "i64"}
+    yield Launch(pack._encode_int8, signature, {"TILE": pack.TILE}, pack.UNFUSED)
+    yield Launch(pack._decode_int8, signature, {"TILE": pack.TILE})
+    yield Launch(pack._decode_int4, signature, {"WORDS": pack.WORDS, "VALUES": pack.VALUES})
+    for width in (576, 2560, 4096):
+        sizes = pack._sizes(width)
+        yield Launch(pack._encode_int4, signature, sizes, {"num_warps": sizes.pop("num_warps"), **pack.UNFUSED})
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)
