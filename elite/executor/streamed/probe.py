@@ -100,14 +100,18 @@ class Probe:
             return self._seconds(run, chunks)
         ends = [self._per_chunk(run, part) for part in (chunks[:CHUNKS], chunks[-CHUNKS:])]
         (near, at_near), (far, at_far) = ends
-        slope = (far - near) / (at_far - at_near)
+        # More keys never take less time; where they seem to, they cost less than the clock tells apart.
+        slope = max(0.0, far - near) / (at_far - at_near)
         return sum(near + slope * (chunk.offset - at_near) for chunk in chunks)
 
     def _per_chunk(self, run: Callable[[Sequence[Chunk]], object], chunks: Sequence[Chunk]) -> tuple[float, float]:
         """Seconds a chunk without what a run costs besides, and the mean of the tokens before those chunks."""
         run(chunks)
-        seconds = self._seconds(run, chunks) - self._seconds(run, chunks[:1])
-        return seconds / (len(chunks) - 1), sum(chunk.offset for chunk in chunks[1:]) / (len(chunks) - 1)
+        whole = self._seconds(run, chunks)
+        others = whole - self._seconds(run, chunks[:1])
+        # A pause in the one alone must not make the others' time vanish.
+        each = others / (len(chunks) - 1) if others > 0 else whole / len(chunks)
+        return each, sum(chunk.offset for chunk in chunks[1:]) / (len(chunks) - 1)
 
     def _seconds(self, run: Callable[[Sequence[Chunk]], object], chunks: Sequence[Chunk]) -> float:
         self._synchronise()
