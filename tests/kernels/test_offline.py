@@ -56,14 +56,15 @@ def launches(dtype: str) -> Iterator[Launch]:
 
 def norm_launches(dtype: str) -> Iterator[Launch]:
     for width, center in ((576, False), (2560, True), (4096, False)):
-        sizes = norm.sizes(width)
-        options, flags = {"num_warps": sizes.pop("num_warps")}, {"CENTER": center, "HAS_BIAS": center, "ADDS": True}
+        flags = {"CENTER": center, "HAS_BIAS": center, "ADDS": True}
         rows = dict.fromkeys(("x", "residual", "y", "h", "dy", "dh", "dx"), f"*{dtype}") | dict.fromkeys(("mean", "scale"), "*fp32")
         weights = {"weight": f"*{dtype}", "bias": f"*{dtype}", "dw": "*fp32", "db": "*fp32", "eps": "fp32"}
-        counts = {"width": "i32", "rows": "i64", "tiles_each": "i32"}
-        yield Launch(norm._forward, rows | weights | counts, flags | sizes, options)
+        types = rows | weights | {"width": "i32", "rows": "i64", "tiles_each": "i32"}
+        forward, backward = norm.sizes(width, norm.FORWARD_VALUES), norm.sizes(width, norm.BACKWARD_VALUES)
+        wide, narrow = ({"num_warps": sizes.pop("num_warps")} for sizes in (forward, backward))
+        yield Launch(norm._forward, types, flags | forward, wide)
         for trains in (False, True):
-            yield Launch(norm._backward, rows | weights | counts, flags | sizes | {"TRAINS": trains}, options)
+            yield Launch(norm._backward, types, flags | backward | {"TRAINS": trains}, narrow)
 
 
 def gate_launches(dtype: str) -> Iterator[Launch]:

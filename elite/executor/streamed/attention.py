@@ -78,9 +78,13 @@ def _attend(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tenso
         block = call.work.keys_values.view(first, chunk.offset + chunk.length)
         return kernel.forward(q, block.k, block.v, True, window, scale)
     o, lse = kernel.forward(q, k, v, True, None, scale)
-    for block in call.work.keys_values.prefix(chunk.offset):
+    keys_values = call.work.keys_values
+    if not keys_values.on_device:
+        # Many parts: wide until the last one is there, so that what is merged is rounded once.
+        o = o.to(lse.dtype)
+    for block in keys_values.prefix(chunk.offset):
         o, lse = merge(o, lse, *kernel.forward(q, block.k, block.v, False, None, scale))
-    return o, lse
+    return o.to(q.dtype), lse
 
 
 def _first_seen(chunk: Chunk, window: int) -> int:

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 8192
+BLOCK = 4096
 """Logits a program holds at once."""
-WARPS = 16
+WARPS = 32
 
 
 @triton.jit

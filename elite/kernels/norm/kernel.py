@@ -21,6 +21,8 @@ PROGRAMS = 1024
 """Partial sums of the weights' gradients, at most."""
 TILE = 4096
 """Values of a program, where rows are narrower than this."""
+FORWARD_VALUES, BACKWARD_VALUES = 32, 16
+"""Values of a thread: the backward holds twice as many tensors of them."""
 
 
 @triton.jit
@@ -104,7 +106,7 @@ class _Norm(torch.autograd.Function):
         scale = torch.empty(len(rows), dtype=torch.float32, device=x.device)
         mean = torch.empty_like(scale) if center else scale
         if rows.numel():
-            options = sizes(rows.shape[1])
+            options = sizes(rows.shape[1], FORWARD_VALUES)
             _forward[(triton.cdiv(len(rows), options["ROWS"]),)](
                 *(rows, rows if added is None else added, weight, weight if bias is None else bias, y, h, mean, scale),
                 *(len(rows), rows.shape[1], eps),
@@ -127,7 +129,7 @@ class _Norm(torch.autograd.Function):
         if dy is None:
             assert dh is not None
             return dh.view(shape), dh.view(shape) if ctx.adds else None, *[None] * 5
-        trains, options = any(ctx.needs_input_grad[2:4]), sizes(h.shape[1])
+        trains, options = any(ctx.needs_input_grad[2:4]), sizes(h.shape[1], BACKWARD_VALUES)
         tiles = triton.cdiv(len(h), options["ROWS"])
         each = max(1, triton.cdiv(tiles, PROGRAMS)) if trains else 1
         programs, dx = triton.cdiv(tiles, each), torch.empty_like(h)
@@ -167,8 +169,8 @@ def norm(
     return y, x if residual is None else h
 
 
-def sizes(width: int) -> dict[str, int]:
-    """Rows, block and warps for rows of this width: about 16 values a thread."""
+def sizes(width: int, values: int) -> dict[str, int]:
+    """Rows, block and warps for rows of this width, about `values` to a thread."""
     block = triton.next_power_of_2(max(width, 1))
     rows = max(1, TILE // block)
-    return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(1, rows * block // 512))}
+    return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(1, rows * block // (32 * values)))}
