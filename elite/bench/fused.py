@@ -44,6 +44,9 @@ def compare() -> dict[str, Any]:
         for name, overrides in choices.items():
             runs.append({"name": name, **_measured((f"model={model}", *COMMON, *overrides), tokens)})
             _said(runs[-1])
+            # A model is a web of references, which only the collector undoes; it would count in the next one's peak.
+            gc.collect()
+            torch.cuda.empty_cache()
     # Last: liger-kernel's patch reaches other models of the process too.
     runs.append({"name": PEER, **_peer(*CASES[-1][:2])})
     _said(runs[-1])
@@ -53,9 +56,7 @@ def compare() -> dict[str, Any]:
 def _measured(overrides: tuple[str, ...], tokens: int) -> dict[str, Any]:
     with assembled(with_context(from_overrides(*overrides).config, tokens)) as made:
         applied = {name: f"{one.count} {one.detail}" for name, one in made.loaded.applied.items()}
-        run = {**described(made), "applied": applied, "steps": [made.step() for _ in range(STEPS)]}
-    _free()
-    return run
+        return {**described(made), "applied": applied, "steps": [made.step() for _ in range(STEPS)]}
 
 
 def _peer(model: str, tokens: int) -> dict[str, Any]:
@@ -103,12 +104,6 @@ def _said(run: dict[str, Any]) -> None:
     console.print(
         f"{run['model']['name']:18} {run['context']:7,} {run['name']:34} {seconds:7.3f} s {run['context'] / seconds:9,.0f} {gib(peak)}"
     )
-
-
-def _free() -> None:
-    # A model is a web of references, which only the collector undoes; it would count in the next one's peak.
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def main() -> None:
