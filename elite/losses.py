@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_BYTES = 256 * 1024**2
-"""fp32 logits at once, at most."""
+TILE_BYTES = 1024**3
+"""fp32 logits at once, at most: matrix products of fewer tokens run slower."""
 ALIGNMENT = 128
 """Tiles of more tokens than this are a multiple of it, as matrix kernels like."""
 
 
-def tile_tokens(vocab_size: int) -> int:
-    """Tokens whose fp32 logits fit `TILE_BYTES`; at least one."""
-    tokens = max(1, TILE_BYTES // (4 * vocab_size))
+def tile_tokens(vocab_size: int, most_bytes: int = TILE_BYTES) -> int:
+    """Tokens whose fp32 logits fit into so many bytes; at least one."""
+    tokens = max(1, most_bytes // (4 * vocab_size))
     return tokens if tokens < ALIGNMENT else tokens - tokens % ALIGNMENT
 
 
@@ -99,10 +99,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += logits.sum(0, dtype=wide)
             if grad_hidden is not None:
                 grad_hidden[rows] = logits @ matrix
-            if grad_weight is not None and options.dtype == wide:
-                grad_weight.addmm_(logits.mT, part)
-            elif grad_weight is not None:
-                grad_weight += logits.mT @ part
+            if grad_weight is not None:
+                _add_product(grad_weight, logits.mT, part)
             del logits
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes, ctx.tile = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype), options.tile
@@ -116,6 +114,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *gradients, None, None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in the dtype of `total`, which may be wider than the factors'."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        # The matrix product itself adds to fp32: nothing is rounded between, and no product is written.
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 def _cross_entropy(logits: Tensor) -> Any:

@@ -59,6 +59,10 @@ ARGUMENT_BYTES = 256 * 1024**2
 """Layer arguments (rotary embeddings) of chunks are kept on the device up to this size, and made anew beyond."""
 
 
+LOGIT_BYTES = 256 * 1024**2
+"""One tile of logits in fp32, at most: the loss must not decide how much memory a streamed step takes."""
+
+
 @dataclass(frozen=True)
 class Streaming:
     """One layout, every choice made."""

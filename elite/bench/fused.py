@@ -2,7 +2,8 @@
 
 LoRA of rank 8 on every linear map, random weights and tokens, gradient checkpointing. Phi-2's geometry with the preset `standard` with and
 without `fused_kernels`; Qwen2.5-1.5B's besides against Liger's kernels in the same run and against what people run without this project:
-transformers and peft with liger-kernel's own patch, its fused loss included.
+transformers and peft with liger-kernel's own patch, its fused loss included. A profile of one further step says how much of it the GPU
+waits for the host.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import torch
 
 from elite import geometry
 from elite.bench.assemble import assembled, described, peaks, reset_peak, synchronise, with_context, write
+from elite.bench.profile import profiled
 from elite.compose import from_overrides
 from elite.console import console
 from elite.plan.words import gib
@@ -56,7 +58,8 @@ def compare() -> dict[str, Any]:
 def _measured(overrides: tuple[str, ...], tokens: int) -> dict[str, Any]:
     with assembled(with_context(from_overrides(*overrides).config, tokens)) as made:
         applied = {name: f"{one.count} {one.detail}" for name, one in made.loaded.applied.items()}
-        return {**described(made), "applied": applied, "steps": [made.step() for _ in range(STEPS)]}
+        steps = [made.step() for _ in range(STEPS)]
+        return {**described(made), "applied": applied, "steps": steps, "profile": profiled(made.step)}
 
 
 def _peer(model: str, tokens: int) -> dict[str, Any]:

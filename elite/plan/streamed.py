@@ -20,14 +20,12 @@ from elite.optimizations.contract import Decision, Estimate, Site
 from elite.optimizations.shapes import value_bytes
 from elite.plan.memory import folded
 from elite.revolve import layer_forwards, slots_for
-from elite.streaming import ARGUMENT_BYTES, VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
+from elite.streaming import ARGUMENT_BYTES, LOGIT_BYTES, VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
 
 CHUNKS = ((32768, 16384, 8192, 4096), (2048, 1024))
 """Longest first: longer chunks run faster. Rather than go below the first few, keys and values leave the device."""
 BLOCKS = (65536, 16384)
 """Longer ones cost memory and spare additions."""
-LOGIT_BYTES = 256 * 1024**2
-"""One tile of logits in fp32, at most."""
 HIDDEN_COPIES = 6
 """Hidden states [n, d] at once while a layer's backward runs: its input, its output, their gradients, a sum and its terms."""
 HOST_RESERVE_BYTES = 4 * GIB

@@ -31,9 +31,11 @@ def steps(folder: Path) -> str:
             ratios.append(NONE if other is None else f"{_seconds(other) / seconds:.2f}×")
         peak = max(step["allocated_peak_bytes"] for step in run["steps"])
         model, context = place
-        rows.append((model, f"{context:,}", name, f"{seconds:.3f}", f"{context / seconds:,.0f}", *ratios, gibibytes(peak)))
+        profile = run.get("profile")
+        waits = f"{profile['host_s'] / profile['wall_s']:.0%}" if profile else NONE
+        rows.append((model, f"{context:,}", name, f"{seconds:.3f}", f"{context / seconds:,.0f}", *ratios, gibibytes(peak), waits))
     said = origin([found["environment"]], [run["device"] for run in found["runs"]])
-    head = ("model", "context", "run", "step s", "tokens/s", *BASES, "peak GiB allocated")
+    head = ("model", "context", "run", "step s", "tokens/s", *BASES, "peak GiB allocated", "waiting for the host")
     how = "Random weights and tokens, LoRA of rank 8, gradient checkpointing; median of the steps after the first"
     return grid(head, rows) + f"\n\n{how}. {said}."
 

@@ -49,7 +49,9 @@ def test_reference_is_torchs(shape: tuple[int, ...]) -> None:
 def check_kernel(device: str) -> None:
     from elite.kernels.norm.kernel import norm
 
-    for shape, flags in itertools.product(SHAPES, itertools.product([False, True], repeat=4)):
+    every = list(itertools.product([False, True], repeat=4))
+    # A GPU compiles each combination: all of them for one shape, and a few for the others.
+    for shape, flags in [(SHAPES[0], flags) for flags in every] + list(itertools.product(SHAPES[1:], every[::5])):
         for dtype, tolerance in ((torch.float32, 2e-5), (torch.float16, 4e-3)):
             given = inputs(shape, dtype, device)
             # h is stored in x's dtype, and everything follows from what is stored.

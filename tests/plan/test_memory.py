@@ -241,13 +241,13 @@ def test_memory_shrinks_with_each_optimization(name: str, others: tuple[str, ...
 
 
 def test_the_fused_loss_takes_the_peak_from_the_loss() -> None:
-    """Phi-2 at 4K with checkpointed layers: 2.4 GiB of logits before, 256 MiB after."""
+    """Phi-2 at 4K with checkpointed layers: 2.4 GiB of logits before, at most 512 MiB of them after."""
     facts = facts_phi2()
     before, after = (predict(facts, decide(switches(*STANDARD, *extra), facts)) for extra in ((), ("fused_loss",)))
     assert before.loss_workspace == 12 * facts.context * facts.model.vocab_size
     assert after.total < before.total - 1.25 * 2**30
     folded_loss = folded(facts, decide(switches(*STANDARD, "fused_loss"), facts)).loss_workspace
-    assert folded_loss <= 1.5 * 256 * 2**20 + 2 * facts.context * facts.model.hidden_size
+    assert folded_loss <= 512 * 2**20 + 2 * facts.context * facts.model.hidden_size
 
 
 def test_frozen_weights_are_halved_and_packed() -> None:

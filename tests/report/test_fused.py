@@ -16,12 +16,14 @@ def run(model: str, name: str, *seconds: float) -> dict[str, Any]:
 def test_steps(tmp_path: Path) -> None:
     runs = [run("phi2", "unfused", 9, 3, 2, 2), run("phi2", "fused", 9, 1), run("qwen", "unfused", 9, 4)]
     runs += [run("qwen", "fused", 9, 2), run("qwen", fused.BASES["against transformers with Liger"], 9, 3)]
+    runs[1]["profile"] = samples.PROFILE
     samples.write(tmp_path, fused.STEPS, {"environment": samples.ENVIRONMENT, "runs": runs})
     rows = cells(fused.steps(tmp_path))
     assert [row["step s"] for row in rows] == ["2.000", "1.000", "4.000", "2.000", "3.000"]
     assert [row["speed against unfused"] for row in rows] == ["1.00×", "2.00×", "1.00×", "2.00×", "1.33×"]
     assert [row["against transformers with Liger"] for row in rows] == ["–", "–", "0.75×", "1.50×", "1.00×"]
     assert rows[1]["tokens/s"] == "1,000" and rows[1]["peak GiB allocated"] == "4.50"
+    assert [row["waiting for the host"] for row in rows] == ["–", "3%", "–", "–", "–"]
 
 
 def test_curves(tmp_path: Path) -> None:

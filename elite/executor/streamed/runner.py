@@ -29,8 +29,8 @@ from elite.executor.streamed.sweeps import Sweep, backward_sweeps, forward_sweep
 from elite.executor.streamed.transfers import Fields, Transfers
 from elite.executor.streamed.unread import UnreadOutputs
 from elite.executor.streamed.weights import ResidentWeights, StreamedWeights
-from elite.losses import linear_cross_entropy
-from elite.streaming import Streaming, WeightPlace
+from elite.losses import linear_cross_entropy, tile_tokens
+from elite.streaming import LOGIT_BYTES, Streaming, WeightPlace
 
 FEW = 16
 """Tokens on which a layer's gradients are tried out."""
@@ -254,7 +254,10 @@ class Runner:
         normed = self.stem.epilogue(step.part(chunk), hidden[None])[0]
         labels = step.labels[chunk.start : chunk.stop]
         return linear_cross_entropy(
-            normed, self._head.weight, self._head.bias, labels, ignore_index=IGNORE, label_smoothing=step.label_smoothing
+            *(normed, self._head.weight, self._head.bias, labels),
+            ignore_index=IGNORE,
+            label_smoothing=step.label_smoothing,
+            tile=tile_tokens(len(self._head.weight), LOGIT_BYTES),
         )
 
     def run(self, step: Step, sweeps: Sequence[Sweep], after: Sweep | None, totals: dict[int, GradientSum]) -> None:
