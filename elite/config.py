@@ -25,6 +25,8 @@ class Mode(Enum):
 
     train = "train"
     plan = "plan"
+    tiers = "tiers"
+    max_context = "max_context"
     probe = "probe"
     interactive = "interactive"
 
@@ -69,12 +71,10 @@ class Schedule(Enum):
 
 
 class Executor(Enum):
-    """How a forward and backward pass is carried out."""
+    """How a forward and backward pass is carried out: ordinarily over the whole sequence, streamed, or by the fastest that fits."""
 
     auto = "auto"
-    """The fastest that fits."""
     whole = "whole"
-    """The ordinary pass over the whole sequence."""
     streamed = "streamed"
     """Layer by layer, chunk by chunk: device memory grows with neither depth nor, beyond one layer's keys and values, context."""
 

@@ -93,6 +93,10 @@ class Corpus:
     """Files left out, by reason."""
 
 
+NO_CORPUS = Corpus("random tokens", 0, 0, 0, 0, 0, "exact")
+"""For plans of a model and a machine alone."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """Everything an optimization may ask before the run exists."""

@@ -18,8 +18,9 @@ from elite.data.tokens import TokenStore, cached, tokenise
 from elite.distributed.launch import launch
 from elite.distributed.ranks import joined, launched
 from elite.errors import CheckpointError, ConfigError, ModelError, PlanError
-from elite.facts import Corpus, Device, ModelShape
-from elite.plan import Plan, choose_tier, make_plan, render
+from elite.facts import NO_CORPUS, Corpus, Device, ModelShape
+from elite.plan import Plan, choose_tier, longest_contexts, make_plan, render, render_longest, render_tiers
+from elite.plan.executors import least_bytes
 from elite.runfolder import RunFolder, interrupted_run, new_folder, request_key, write_start
 
 
@@ -38,6 +39,23 @@ def plan(composed: Composed) -> None:
     device = hardware.device(config.hardware)
     _, made, _ = _decide(composed, device, geometry.shape(config.model), found, store.corpus(found) if store else estimate(found))
     console.print(render(made))
+
+
+def tiers(composed: Composed) -> None:
+    """Print what every tier would take with this model and machine; no corpus, no GPU, no network."""
+    device, shape = hardware.device(composed.config.hardware), geometry.shape(composed.config.model)
+    made = []
+    for name in TIER_OPTIONS[1:]:
+        config = composed.again(f"tier={name}").config
+        least = least_bytes(config, device, shape) / (1 - config.plan.headroom_fraction)
+        made.append((make_plan(config, device, shape, NO_CORPUS), least))
+    console.print(render_tiers(made, device))
+
+
+def max_context(composed: Composed) -> None:
+    """Print the longest context that fits, under each executor, with these switches."""
+    device, shape = hardware.device(composed.config.hardware), geometry.shape(composed.config.model)
+    console.print(render_longest(longest_contexts(composed.config, device, shape), device, shape.name))
 
 
 def train(composed: Composed) -> None:
@@ -83,7 +101,14 @@ def probe(composed: Composed) -> None:
     measure(composed.config)
 
 
-MODES: dict[Mode, Callable[[Composed], None]] = {Mode.plan: plan, Mode.train: train, Mode.probe: probe, Mode.interactive: interactive}
+MODES: dict[Mode, Callable[[Composed], None]] = {
+    Mode.plan: plan,
+    Mode.tiers: tiers,
+    Mode.max_context: max_context,
+    Mode.train: train,
+    Mode.probe: probe,
+    Mode.interactive: interactive,
+}
 
 
 def _quoted(value: str) -> str:

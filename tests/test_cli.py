@@ -97,6 +97,15 @@ def test_a_plan_needs_no_gpu_and_no_network(program: Program) -> None:
         assert word in done.stdout, word
 
 
+def test_a_survey_needs_no_gpu_no_network_and_no_corpus(program: Program) -> None:
+    done = program("mode=tiers", "hardware=rtx2060s", "data.repo=/does/not/exist")
+    assert done.returncode == 0, done.stderr
+    assert all(f"tier{n} " in done.stdout for n in range(1, 12)) and "rtx2060s" in done.stdout
+    done = program("mode=max_context", "hardware=h200", "data.repo=/does/not/exist")
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ("Longest context of phi2", "whole", "streamed"))
+
+
 def test_without_a_repository_it_says_so(tmp_path: Path, program: Program) -> None:
     done = program("mode=plan", "tier=tier1", "data.repo=null", environment={"HOME": str(tmp_path)})
     assert done.returncode == 2 and "data.repo=" in done.stderr

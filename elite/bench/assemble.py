@@ -17,7 +17,7 @@ from elite.data.batches import IGNORE, Batch
 from elite.distributed.ranks import Ranks, joined
 from elite.errors import PlanError
 from elite.executor.build import Executors, build, streams_weights
-from elite.facts import Corpus, Device
+from elite.facts import NO_CORPUS, Device
 from elite.model import LoadedModel, load
 from elite.optimizations import decide
 from elite.plan import Plan, facts_of, make_plan
@@ -26,8 +26,6 @@ from elite.streaming import Streaming
 from elite.training.optimizer import build_optimizer
 from elite.training.step import make_scaler, optimizer_step
 from elite.worker import compute_dtype, prepare_process
-
-NO_CORPUS = Corpus("random tokens", 0, 0, 0, 0, 0, "exact")
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,22 @@
 from elite.plan.batch import facts_of
 from elite.plan.memory import predict, unoptimized
 from elite.plan.plan import Plan, make_plan
+from elite.plan.survey import longest_contexts, render_longest, render_tiers
 from elite.plan.table import render
 from elite.plan.tiers import choose_tier
 from elite.plan.time import model_flops_per_token, step_seconds
 
-__all__ = ["Plan", "choose_tier", "facts_of", "make_plan", "model_flops_per_token", "predict", "render", "step_seconds", "unoptimized"]
+__all__ = [
+    "Plan",
+    "choose_tier",
+    "facts_of",
+    "longest_contexts",
+    "make_plan",
+    "model_flops_per_token",
+    "predict",
+    "render",
+    "render_longest",
+    "render_tiers",
+    "step_seconds",
+    "unoptimized",
+]

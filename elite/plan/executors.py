@@ -55,6 +55,16 @@ def choose_executor(config: RunConfig, device: Device, shape: ModelShape, accumu
     return small if small.fits and small.step_s * STREAMED_GAIN < whole.step_s else whole
 
 
+def least_bytes(config: RunConfig, device: Device, shape: ModelShape) -> float:
+    """Device memory of the layout that takes least, whatever the host and time may say. Bytes."""
+    wanted, found = config.executor.name, list[float]()
+    if wanted is not Executor.streamed:
+        found.append(_whole(config, device, shape, 1).estimate.total)
+    if wanted is not Executor.whole and not shape.unstreamable:
+        found += [made.estimate.total for made in _streamed_in_turn(config, device, shape, 1)]
+    return min(found)
+
+
 def _whole(config: RunConfig, device: Device, shape: ModelShape, accumulation: int) -> Prediction:
     facts = facts_of(config, device, shape)
     decisions = decide(config.optimizations, facts)

@@ -7,13 +7,15 @@ from elite.facts import GIB, Device, Facts, ModelShape
 from elite.optimizations import ALL
 from elite.optimizations.contract import Exactness, Optimization
 from elite.plan.executors import Prediction, choose_executor
+from elite.streaming import Place
 
 SHORTEST_CONTEXT = 4096
 """No shorter context is proposed: it is the lowest tier's."""
 
 
 def smallest_change(config: RunConfig, device: Device, shape: ModelShape) -> str:
-    """Overrides with which the run would fit: one sequence a micro-batch, few optimizations, any executor, a shorter context.
+    """Overrides with which the run would fit: one sequence a micro-batch, few optimizations, any executor, boundaries on
+    disk, a shorter context.
 
     Best effort: optimizations are added one by one, the largest saving first, and those found needless are dropped.
     Says how much memory it would take if nothing helps.
@@ -35,6 +37,11 @@ def smallest_change(config: RunConfig, device: Device, shape: ModelShape) -> str
     if not made(changed).fits and made(free).fits:
         words.append("executor=auto")
         changed = free
+    on_disk = replace(changed, executor=replace(changed.executor, boundaries=Place.disk))
+    if not made(changed).fits and made(on_disk).fits:
+        # Exact, and as fast as the disk; a shorter context would be another run.
+        words.append("executor.boundaries=disk")
+        changed = on_disk
     context = config.tier.context
     while not made(changed).fits and context // 2 >= SHORTEST_CONTEXT:
         context //= 2

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 
 from elite import geometry
-from elite.config import Executor, ExecutorConfig, RunConfig
+from elite.config import Executor, RunConfig
 from elite.errors import EliteError
 from elite.facts import GIB, Device
 from elite.plan import Plan, make_plan
+from elite.streaming import Place
 from tests.plan.helpers import CORPUS, STANDARD, device, hardware_names, phi2, run_config
 
 TIER_CONTEXTS = [4096 * 2**n for n in range(11)]
@@ -57,7 +58,8 @@ def apply(config: RunConfig, fix: str) -> RunConfig:
             name = name.removesuffix(".enabled")
             changed[group][name] = replace(getattr(config.optimizations, name), enabled=value == "true")
         elif group == "executor":
-            config = replace(config, executor=ExecutorConfig(name=Executor(value)))
+            chosen: dict[str, Any] = {"boundaries": Place(value)} if name == "boundaries" else {"name": Executor(value)}
+            config = replace(config, executor=replace(config.executor, **chosen))
         else:
             changed[group][name] = int(value)
     return replace(config, **{group: replace(getattr(config, group), **fields) for group, fields in changed.items()})
@@ -84,6 +86,14 @@ def test_the_fix_makes_it_fit(context: int, on: tuple[str, ...], micro_batch: in
     assert made.fix.startswith(expected)
     if "smaller model" not in expected:
         assert plan(apply(config, made.fix), machine).fits
+
+
+def test_boundaries_go_to_disk_where_the_host_has_no_room() -> None:
+    config, machine = run_config(2**20, (*STANDARD, "fused_loss"), executor=Executor.auto), device("rtx3090")
+    machine = replace(machine, host_ram_bytes=42 * GIB)
+    made = plan(config, machine)
+    assert not made.fits and "of host memory" in made.shortage
+    assert made.fix == "executor.boundaries=disk" and plan(apply(config, made.fix), machine).fits
 
 
 def test_batch_is_accumulated_to_the_global_tokens() -> None:
