@@ -205,7 +205,8 @@ class _Completion:
         self._loaded, self._dtype, self._device = loaded, run.dtype, run.ranks.device
         self._file = run.folder.path / "completion.json"
         wanted = run.ranks.is_main and tokens > 0
-        self._example = completion_example(store, config.tier.context, tokens, config.seed) if wanted else None
+        # Generation keeps keys and values of all layers, which training need not have room for.
+        self._example = completion_example(store, run.plan["generation_tokens"], tokens, config.seed) if wanted else None
         cache = Path(config.output.cache).expanduser()
         self._tokenizer: Any = pretrained.tokenizer(config.model, cache, download=False) if wanted else None
 

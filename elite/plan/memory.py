@@ -44,7 +44,7 @@ NOT_MODELLED = (
     "CUDA context and kernels, which the reserve covers",
     "loading: weights pass through host memory before they are converted",
     "host memory beyond a CPU run's tensors: libraries and the allocator's slack, which outweigh the tensors of a small run",
-    "evaluation and generation, which keep no activations",
+    "evaluation, which keeps no activations",
     "masks of a model's own dropout (Phi-2 trains with it)",
 )
 

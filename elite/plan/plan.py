@@ -11,6 +11,7 @@ from elite.optimizations.contract import Decision, Estimate
 from elite.plan.batch import BatchGeometry, batch_geometry
 from elite.plan.executors import choose_executor
 from elite.plan.fix import smallest_change
+from elite.plan.generation import generation_tokens
 from elite.plan.memory import NOT_MODELLED
 from elite.plan.streamed import host_usable
 from elite.plan.values import check_values
@@ -73,6 +74,8 @@ class Plan:
     host_usable_bytes: float
     disk_bytes: float
     """Boundaries on disk, of one rank."""
+    generation_tokens: int
+    """Prompt and continuation of the completion to look at: as much of the context as there is memory for."""
     curriculum: str
     steps: int
     step_flops: float
@@ -117,6 +120,7 @@ def make_plan(config: RunConfig, device: Device, shape: ModelShape, corpus: Corp
     facts, estimate = made.facts, made.estimate
     steps = _steps(config, corpus, batch)
     factor, positions = _positions(config, shape)
+    usable = device.memory_usable_bytes * (1 - config.plan.headroom_fraction)
     return Plan(
         model=shape.name,
         model_type=shape.model_type,
@@ -147,6 +151,7 @@ def make_plan(config: RunConfig, device: Device, shape: ModelShape, corpus: Corp
         host_bytes=made.host_bytes,
         host_usable_bytes=host_usable(device),
         disk_bytes=made.disk_bytes,
+        generation_tokens=generation_tokens(facts, made.decisions, estimate, usable),
         curriculum=config.curriculum.name.value,
         steps=steps,
         step_flops=made.step_flops,

@@ -134,5 +134,6 @@ def _time(plan: Plan) -> Table:
         ("a step", step),
         ("all steps", f"{duration(plan.run_s)}, validation and checkpoints not counted"),
         ("a checkpoint", f"{gib(plan.checkpoint_bytes)} on disk"),
+        ("completion", f"{plan.generation_tokens:,} tokens at most, as the keys and values of all layers have room for"),
     ]
     return _pairs("Steps and time", rows)
