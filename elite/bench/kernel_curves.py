@@ -17,9 +17,9 @@ from elite.console import console
 from elite.data.tokens import TokenStore
 from elite.runfolder import environment
 
-PARTS = {"norms": ("norms",), "rotary": ("rotary",), "activations": ("activations",), "residuals": ("norms", "residuals")}
-"""Parts of `fused_kernels` that are turned on at once: a residual sum may be one with the norm after it."""
 ALL = ("norms", "rotary", "activations", "residuals")
+"""Parts of `fused_kernels`."""
+ALONE = tuple((part,) for part in ALL)
 PHI = ("model=phi2", "model.weights=random", "model.num_hidden_layers=2", "model.extra.resid_pdrop=0.0")
 
 
@@ -35,9 +35,9 @@ def compare(pretrained: RunConfig, phi: RunConfig) -> dict[str, Any]:
     """
     store, runs = text.tokens(pretrained), []
     cases = (
-        (pretrained, AdapterMethod.lora, (*PARTS.values(), ALL)),
+        (pretrained, AdapterMethod.lora, (*ALONE, ALL)),
         (pretrained, AdapterMethod.full, (ALL,)),
-        (phi, AdapterMethod.full, (*PARTS.values(), ALL)),
+        (phi, AdapterMethod.full, (*ALONE, ALL)),
     )
     for config, method, choices in cases:
         adapted = replace(config, adapter=replace(config.adapter, method=method))

@@ -46,7 +46,7 @@ class FusedKernels(Optimization):
         activations: bool = True
         """SwiGLU and tanh-GELU."""
         residuals: bool = True
-        """Sums of the residual stream: with the norm that follows (needs `norms`), or with the dropouts before them."""
+        """Sums of the residual stream: with the norm that follows, or with the dropouts before them."""
 
     name = "fused_kernels"
     title = "fused kernels (norms, rotary, SwiGLU, GELU, residual sums)"
@@ -83,11 +83,11 @@ class FusedKernels(Optimization):
         return Applied(sum(map(len, replaced.values())), f"modules ({counts})", undo)
 
     def _kinds(self, target: Any) -> "Iterator[tuple[str, list[tuple[Any, Callable[..., Any]]]]]":
-        """What takes which forward, by kind, in the order of installation: layers are tried with their norms as they then are."""
+        """What takes which forward, by kind."""
         from elite.optimizations.functions.blocks import fused_attention, fused_layer
 
         modules = list(target.modules())
-        norms = {module: norm for module in modules if (norm := _norm(module)) is not None} if self.config.norms else {}
+        norms = {module: norm for module in modules if (norm := _norm(module)) is not None}
         if self.config.norms:
             yield "norms", [(module, _normed(norm)) for module, norm in norms.items()]
         if self.config.activations:
@@ -121,7 +121,7 @@ def _norm(module: Any) -> "Norm | None":
 
     if type(module) is nn.LayerNorm and module.weight is not None and len(module.normalized_shape) == 1:
         return Norm(module, module.eps, center=True)
-    if type(module).__name__.endswith("RMSNorm") and hasattr(module, "weight"):
+    if type(module).__name__.endswith("RMSNorm") and getattr(module, "weight", None) is not None:
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         return Norm(module, eps, center=False) if eps is not None and _is_rms_norm(module, eps) else None
     return None

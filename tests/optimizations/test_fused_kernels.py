@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from elite.executor.whole import WholeExecutor
 from elite.optimizations import decide
@@ -15,12 +16,21 @@ from elite.streaming import Keep, Streaming
 from tests.executor.streamed import exactness
 from tests.executor.streamed.exactness import assert_same, ordinary_loss, streamed, tokens, uneven
 from tests.kernels.interpreter import run_interpreted
-from tests.models import tiny
+from tests.models import SIZES, tiny
 from tests.optimizations.test_all import FACTS
 from tests.test_attention import row
 
 FUSED = FusedKernels(FusedKernels.Config(enabled=True))
 GPU = replace(FACTS, device=replace(FACTS.device, kind="cuda", present=False))
+OTHERS = {
+    "olmo2": (0, 0),  # norms whole projections, and after its blocks
+    "stablelm": (2, 0),  # hands on position ids by name; its layer has another dropout
+    "gpt_oss": (0, 0),  # attention sinks; its MLP returns more than one thing
+    "doge": (0, 0),  # makes a mask of its own
+    "granite": (2, 2),
+    "qwen3_moe": (2, 2),
+}
+"""Rotary embeddings and residual sums that are fused in two layers."""
 PARTS = ("norms", "activations", "rotary", "residuals")
 COUNTS = {
     "llama": 2 * 5 + 1,  # two norms, a gated MLP, an attention and a sum a layer, the last norm
@@ -78,7 +88,7 @@ def check_models(device: str) -> None:
 
 def check_parts(device: str) -> None:
     """Each part alone changes what it says, and leaves the gradients."""
-    for kind, counts in {"llama": (5, 2, 2, 0), "phi": (3, 2, 2, 2)}.items():
+    for kind, counts in {"llama": (5, 2, 2, 2), "phi": (3, 2, 2, 2)}.items():
         model: Any = tiny(kind, hidden_size=64)
         model.to(device)
         batch = row(13, 24).to(device)
@@ -131,13 +141,35 @@ def check_streamed(device: str) -> None:
         applied.undo()
 
 
-@pytest.mark.parametrize("check", ["check_models", "check_parts", "check_dropout", "check_streamed"])
+def check_others(device: str) -> None:
+    """Architectures that look alike and are not: each loses no more than what computes the same."""
+    for kind, (attentions, sums) in OTHERS.items():
+        torch.manual_seed(0)
+        sizes = SIZES | {"hidden_size": 64, "num_key_value_heads": 2, "head_dim": 16}
+        config = AutoConfig.for_model(kind, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        config.use_cache = False
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+        exactness.spread(model, scale=0.05)
+        model.to(device)
+        ids = tokens(1, 12).to(device)
+
+        def found(model: Any = model, ids: torch.Tensor = ids) -> dict[str, Any]:
+            model(input_ids=ids, labels=ids).loss.backward()
+            return exactness.gradients(model)
+
+        expected = found()
+        applied = FUSED.apply(model)
+        assert f"{attentions} rotary embeddings, {sums} residual sums" in applied.detail, (kind, applied.detail)
+        assert_same(found(), expected, 1e-4)
+
+
+@pytest.mark.parametrize("check", ["check_models", "check_others", "check_parts", "check_dropout", "check_streamed"])
 def test_models_in_the_interpreter(check: str) -> None:
     run_interpreted("tests.optimizations.test_fused_kernels", check)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", [check_models, check_parts, check_dropout, check_streamed])
+@pytest.mark.parametrize("check", [check_models, check_others, check_parts, check_dropout, check_streamed])
 def test_models_on_a_gpu(check: Callable[[str], None]) -> None:
     check("cuda")
 

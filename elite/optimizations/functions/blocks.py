@@ -89,11 +89,11 @@ def fused_layer(layer: Any, norms: dict[nn.Module, Norm]) -> Forward | None:
     """
     parts = {name for name, _ in layer.named_children()}
     if parts == PARALLEL:
-        return _parallel(layer, kernels()) if _layers_agree(layer, _parallel(layer, references())) else None
+        return _parallel(layer, kernels()) if _holds(lambda: _layers_agree(layer, _parallel(layer, references()))) else None
     norm = norms.get(layer.post_attention_layernorm) if parts == SEQUENTIAL else None
     if norm is None:
         return None
-    return _sequential(layer, norm, kernels()) if _layers_agree(layer, _sequential(layer, norm, references())) else None
+    return _sequential(layer, norm, kernels()) if _holds(lambda: _layers_agree(layer, _sequential(layer, norm, references()))) else None
 
 
 def _sequential(layer: Any, norm: Norm, operations: Operations) -> Forward:
@@ -145,11 +145,14 @@ def fused_attention(module: nn.Module) -> Forward | None:
         return None
     if not {"hidden_states", "position_embeddings"} <= set(signature(type(module).forward).parameters):
         return None
-    extras, own = _own_attention(module)
-    if any(isinstance(value, Tensor) for value in extras.values()):
-        # Attention sinks and their like.
-        return None
-    return _attention(module, kernels(), extras) if _close(own, _tried(module, _attention(module, references(), extras))) else None
+    extras = dict[str, Any]()
+
+    def agree() -> bool:
+        own, seen = _own_attention(module)
+        extras.update(seen.extras)
+        return seen.plain and _close(own, _tried(module, _attention(module, references(), extras))[0])
+
+    return _attention(module, kernels(), extras) if _holds(agree) else None
 
 
 def _attention(module: Any, operations: Operations, extras: dict[str, Any]) -> Forward:
@@ -160,7 +163,7 @@ def _attention(module: Any, operations: Operations, extras: dict[str, Any]) -> F
     """
     q_norm = getattr(module, "q_norm", None) or getattr(module, "q_layernorm", None)
     k_norm = getattr(module, "k_norm", None) or getattr(module, "k_layernorm", None)
-    at_rest = extras | {"dropout": 0.0}
+    at_rest = extras | ({"dropout": 0.0} if "dropout" in extras else {})
     out_map = "o_proj" if hasattr(module, "o_proj") else "dense"
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
@@ -180,26 +183,39 @@ def _attention(module: Any, operations: Operations, extras: dict[str, Any]) -> F
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, module.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
-        attended, weights = attend(module, q, k, v, attention_mask, **(extras if module.training else at_rest), **kwargs)
+        # What the caller hands on wins: some modules name it among their own arguments.
+        handed = (extras if module.training else at_rest) | kwargs
+        attended, weights = attend(module, q, k, v, attention_mask, **handed)
         return getattr(module, out_map)(attended.reshape(*hidden_states.shape[:-1], -1)), weights
 
     return forward
 
 
-def _own_attention(module: Any) -> tuple[dict[str, Any], Tensor]:
-    """What the module's own forward hands to its attention function, and what it gives."""
-    seen: list[dict[str, Any]] = []
+@dataclass(frozen=True)
+class _Seen:
+    """What the attention function under trial was handed."""
+
+    mask: Tensor | None
+    extras: dict[str, Any]
+
+    @property
+    def plain(self) -> bool:
+        """Whether the module hands on the mask it was given and, besides, numbers alone: no mask of its own, no attention sinks."""
+        return self.mask is _MASK and not any(isinstance(value, Tensor) for value in self.extras.values())
+
+
+def _own_attention(module: Any) -> tuple[Tensor, _Seen]:
+    """What the module's own forward gives, and what it hands to its attention function in training."""
     training = module.training
     module.train()
     try:
-        own = _tried(module, _of_class(module), seen)
+        return _tried(module, _of_class(module))
     finally:
         module.train(training)
-    return seen[0], own
 
 
-def _tried(module: Any, forward: Forward, seen: list[dict[str, Any]] | None = None) -> Tensor:
-    """The output of `forward` with made-up projections, angles and attention."""
+def _tried(module: Any, forward: Forward) -> tuple[Tensor, _Seen]:
+    """The output of `forward` with made-up projections, angles and attention, and what this attention was handed."""
     config, dim = module.config, module.head_dim
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     device = next(module.parameters()).device
@@ -215,27 +231,28 @@ def _tried(module: Any, forward: Forward, seen: list[dict[str, Any]] | None = No
     for project, values in zip((module.q_proj, module.k_proj, module.v_proj), projected, strict=True):
         stand_ins[project] = lambda _, values=values: values.clone()
     function, config._attn_implementation = config._attn_implementation, TRIAL
-    _SEEN.clear()
+    _HANDED.clear()
     try:
         with torch.no_grad(), _replaced(stand_ins):
             embeddings = (angles.cos().to(dtype), angles.sin().to(dtype))
-            out: Tensor = forward(hidden_states=x, position_embeddings=embeddings, attention_mask=None)[0]
+            out: Tensor = forward(hidden_states=x, position_embeddings=embeddings, attention_mask=_MASK)[0]
     finally:
         config._attn_implementation = function
-    if seen is not None:
-        seen += _SEEN
-    return out
+    # Nothing where the module has an attention of its own.
+    return out, _HANDED[0] if _HANDED else _Seen(None, {})
 
 
-_SEEN: list[dict[str, Any]] = []
-"""What the attention function under trial was handed; transformers calls it by name alone."""
+_MASK = torch.zeros(1, 1, TRIAL_TOKENS, TRIAL_TOKENS)
+"""Recognised by its identity."""
+_HANDED: list[_Seen] = []
+"""By the last trial; transformers calls an attention function by its name alone."""
 
 
 def _trial_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Something that depends on every value: [B, H, S, D] → [B, S, H, D]."""
-    _SEEN.append(kwargs)
+    _HANDED.append(_Seen(attention_mask, kwargs))
     groups = query.shape[1] // key.shape[1]
     mixed = query + 0.5 * key.repeat_interleave(groups, 1) + 0.25 * value.repeat_interleave(groups, 1)
     return mixed.transpose(1, 2).contiguous(), None
@@ -269,6 +286,15 @@ def _values(*shape: int) -> Tensor:
     """The same every time, and without touching torch's random state."""
     count = torch.Size(shape).numel()
     return torch.linspace(-2.0, 3.0, count).sin().mul(7.0).cos().view(shape)
+
+
+def _holds(trial: Callable[[], bool]) -> bool:
+    """What the trial says; False where the module cannot even be called so."""
+    try:
+        return trial()
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        # Of another form: it norms whole projections (OLMo 2), takes complex angles (Llama 4), unpacks what its MLP returns (GPT-OSS).
+        return False
 
 
 def _close(own: Any, fused: Tensor) -> bool:
