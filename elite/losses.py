@@ -99,8 +99,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += logits.sum(0, dtype=wide)
             if grad_hidden is not None:
                 grad_hidden[rows] = logits @ matrix
-            if grad_weight is not None:
-                _add_product(grad_weight, logits.mT, part)
+            if grad_weight is not None and options.dtype == wide:
+                grad_weight.addmm_(logits.mT, part)
+            elif grad_weight is not None:
+                grad_weight += logits.mT @ part
             del logits
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes, ctx.tile = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype), options.tile
@@ -114,17 +116,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *gradients, None, None
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b, in the dtype of `total`, which may be wider than the factors'."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif total.is_cuda:
-        # The matrix product itself adds to fp32: nothing is rounded between, and no product is written.
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b
 
 
 def _cross_entropy(logits: Tensor) -> Any:

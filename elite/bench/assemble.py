@@ -5,7 +5,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +109,6 @@ def write(file: Path, found: dict[str, Any]) -> None:
     """Write a result as JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def with_context(config: RunConfig, tokens: int) -> RunConfig:
-    """The same run at another context, one sequence a step."""
-    return replace(config, tier=replace(config.tier, context=tokens), training=replace(config.training, global_batch_tokens=tokens))
 
 
 def _random_batch(plan: Plan, vocab: int) -> Batch:

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from elite import geometry
-from elite.bench.assemble import assembled, described, peaks, reset_peak, synchronise, with_context, write
+from elite.bench.assemble import assembled, described, peaks, reset_peak, synchronise, write
 from elite.bench.profile import profiled
 from elite.compose import from_overrides
 from elite.console import console
+from elite.plan.batch import with_context
 from elite.plan.words import gib
 from elite.runfolder import environment
 

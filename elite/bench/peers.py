@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from elite.bench.assemble import Assembled, assembled, described, with_context, write
+from elite.bench.assemble import Assembled, assembled, described, write
 from elite.bench.profile import profiled, sdpa_kernels
 from elite.compose import from_overrides
 from elite.console import console
 from elite.executor.streamed.choose import fastest, rates
 from elite.executor.streamed.kernels import AttentionShape
+from elite.plan.batch import with_context
 from elite.plan.words import gib
 from elite.runfolder import environment
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from elite import geometry, pretrained
-from elite.bench.assemble import with_context
 from elite.compose import from_overrides
 from elite.config import CONF_DIR, RunConfig
 from elite.data.harvest import harvest
 from elite.data.tokens import TokenStore, tokenise
 from elite.errors import ModelError
+from elite.plan.batch import with_context
 
 PRETRAINED = ("model=smollm2_135m", "tier=tier1", "adapter.rank=8", "logger=none", "data.order=shuffled")
 TARGET_SHARE = 8

@@ -1,6 +1,6 @@
 """How sequences make an optimizer step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elite.config import AdapterMethod, RunConfig
 from elite.errors import PlanError
@@ -66,3 +66,9 @@ def batch_geometry(config: RunConfig, device: Device) -> BatchGeometry:
             f"training.global_batch_tokens={near}",
         )
     return BatchGeometry(wanted // unit, wanted, "")
+
+
+def with_context(config: RunConfig, tokens: int) -> RunConfig:
+    """The same run with one sequence of so many tokens a step."""
+    training = replace(config.training, micro_batch=1, global_batch_tokens=tokens)
+    return replace(config, tier=replace(config.tier, context=tokens), training=training)

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from elite.config import Executor, RunConfig
 from elite.facts import Device, ModelShape
+from elite.plan.batch import with_context
 from elite.plan.executors import Prediction, choose_executor, least_bytes
 from elite.plan.plan import Plan
 from elite.plan.words import duration, gib
@@ -50,11 +51,6 @@ def _longest(config: RunConfig, device: Device, shape: ModelShape) -> Longest:
         low, high = (middle, high) if made(middle * STEP).fits else (low, middle)
     least = least_bytes(with_context(config, STEP), device, shape) / (1 - config.plan.headroom_fraction)
     return Longest(config.executor.name, low * STEP, made(low * STEP) if low else None, least)
-
-
-def with_context(config: RunConfig, tokens: int) -> RunConfig:
-    """The run with one sequence of so many tokens at a time."""
-    return replace(config, tier=replace(config.tier, context=tokens), training=replace(config.training, micro_batch=1))
 
 
 def render_longest(found: Sequence[Longest], device: Device, model: str) -> Table:

@@ -9,8 +9,9 @@ from rich.console import Console, RenderableType
 from elite.config import Executor
 from elite.facts import GIB, NO_CORPUS
 from elite.plan import longest_contexts, make_plan, render_longest, render_tiers
+from elite.plan.batch import with_context
 from elite.plan.executors import choose_executor, least_bytes
-from elite.plan.survey import STEP, with_context
+from elite.plan.survey import STEP
 from tests.plan.helpers import STANDARD, device, phi2, run_config
 
 
