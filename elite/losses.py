@@ -99,10 +99,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias += logits.sum(0, dtype=wide)
             if grad_hidden is not None:
                 grad_hidden[rows] = logits @ matrix
-            if grad_weight is not None and options.dtype == wide:
-                grad_weight.addmm_(logits.mT, part)
-            elif grad_weight is not None:
-                grad_weight += logits.mT @ part
+            if grad_weight is not None:
+                _add_product(grad_weight, logits.mT, part)
             del logits
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.dtypes, ctx.tile = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype), options.tile
@@ -125,6 +123,16 @@ def _cross_entropy(logits: Tensor) -> Any:
     else:
         from elite.kernels.cross_entropy.reference import cross_entropy
     return cross_entropy
+
+
+def _add_product(total: Tensor, one: Tensor, two: Tensor) -> None:
+    """total += one · two, for a total in fp32 and half factors without rounding to half in between where the library can (CUDA)."""
+    if one.dtype == total.dtype:
+        total.addmm_(one, two)
+    elif total.is_cuda:
+        torch.addmm(total, one, two, out_dtype=total.dtype, out=total)
+    else:
+        total += one @ two
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, rows: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class LoadedModel:
     applied: dict[str, Applied]
     """What each optimization of the stages `model` and `executor` touched."""
 
-    @property
+    @cached_property
     def trainable(self) -> list[torch.nn.Parameter]:
         """Parameters that receive gradients."""
         return [p for p in self.model.parameters() if p.requires_grad]

@@ -54,9 +54,11 @@ def _adapted(g: Geometry, tokens: int, name: str, weight: Tensor, bias: Tensor |
         return F.linear(wide, weight.float(), None if bias is None else bias.float()) + SCALING * F.linear(F.linear(wide, a), b)
 
     def ours() -> Call:
-        from elite.optimizations.functions.lora import adapted_linear
+        from elite.optimizations.functions.lora import AdaptedMap, Operands, adapted_linear
 
-        return _autocast(lambda x, a, b: adapted_linear(x, x, weight, bias, a, b, SCALING), device)
+        operands = Operands()
+
+        return _autocast(lambda x, a, b: adapted_linear(x, x, AdaptedMap(weight, bias, a, b, SCALING), operands), device)
 
     eager = _autocast(_peft(weight, bias, a, b), device)
     return Case("lora", g, tokens, (x, a, b), lambda: plain, eager, ours, variant=name, passes=(BOTH,))

@@ -40,6 +40,9 @@ def _probed(made: Assembled) -> dict[str, Any]:
         # A step of nothing: gradients and the optimizer's state have their place before the peak is measured.
         parameter.grad = torch.zeros_like(parameter)
     made.optimizer.step()
+    if device.type == "cuda":
+        # What loading left behind would count as reserved.
+        torch.cuda.empty_cache()
     reset_peak(device)
     with torch.autocast(device.type, dtype=made.dtype, enabled=made.dtype != torch.float32):
         estimate = Probe(runner, made.plan.context * made.plan.micro_batch, made.vocab).run()

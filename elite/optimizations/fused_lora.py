@@ -5,15 +5,18 @@ How:    one autograd function a map instead of peft's forward. out = x Wᵀ + b,
         products that add to their output; backward dx = dout W, then dx += (dout s B) A in place. Dropout stays peft's own.
         Maps that siblings call on the same tensor (queries, keys, values; gate, up) are one function, which the first of them calls.
         A quantised base keeps its own forward, to whose output one matrix product adds the adapter's.
-Memory: nothing at rest: the input and the adapter's r values a token are kept, as by peft. Transient copies of the output go.
+Memory: a copy of the adapters in the compute dtype, made once a step (peft's are made at every use), with zeros where siblings are one
+        function. The input and the adapter's r values a token are kept, as by peft. Transient copies of the output go.
 Source: Hu et al. 2021, arXiv:2106.09685; the fused form after Unsloth's and LoRAFusion's (Zhu et al. 2025, arXiv:2510.00206).
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from elite.facts import Facts
 from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
+from elite.optimizations.shapes import adapter_rank, value_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +44,8 @@ class FusedLoRA(Optimization):
         return None
 
     def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
-        return estimate
+        values = facts.trainable_params + _zeros(facts)
+        return replace(estimate, trainable_copy=estimate.trainable_copy + values * value_bytes(estimate, facts))
 
     def apply(self, target: Any) -> Applied:
         from peft.tuners.lora import LoraLayer
@@ -63,6 +67,13 @@ class FusedLoRA(Optimization):
                     del module.output_unread
 
         return Applied(len(plain), f"of {len(adapted)} adapted linear maps", undo)
+
+
+def _zeros(facts: Facts) -> int:
+    """Zeros beside the B's of siblings, all layers: each has room for the values of all."""
+    outputs = {linear.name.rsplit(".", 1)[-1]: linear.outputs for linear in facts.model.layer_linears}
+    groups = [[outputs[name] for name in names] for names in SIBLINGS if outputs.keys() >= set(names)]
+    return facts.model.num_hidden_layers * adapter_rank(facts) * sum((len(group) - 1) * sum(group) for group in groups)
 
 
 def _is_plain(module: Any) -> bool:
@@ -91,7 +102,10 @@ class _SharedInput:
     """
 
     def __init__(self, maps: list[Any]) -> None:
+        from elite.optimizations.functions.lora import Operands
+
         self.maps = maps
+        self._operands = Operands()
         self._input: Any = None
         self._state: tuple[object, ...] = ()
         self._outputs: dict[int, Tensor] = {}
@@ -102,7 +116,7 @@ class _SharedInput:
 
         state = _state(x)
         if module is self.maps[0] and all(_alone(map_) for map_ in self.maps):
-            outputs = adapted_linears(x, [_tensors(map_) for map_ in self.maps])
+            outputs = adapted_linears(x, [_tensors(map_) for map_ in self.maps], self._operands)
             self._outputs = dict(zip(map(id, self.maps), outputs, strict=True))
             self._input, self._state = x, state
         elif self._input is not x or self._state != state:
@@ -148,24 +162,23 @@ def _groups(target: Any, plain: list[Any]) -> list[_SharedInput]:
 
 def _forward(module: Any, shared: _SharedInput | None) -> Callable[..., "Tensor"]:
     """The forward that replaces `module`'s; where the adapter is off or merged, or more is asked, peft's own answers."""
-    from elite.optimizations.functions.lora import adapted_linear, add_low_rank
+    from elite.optimizations.functions.lora import Operands, adapted_linear, add_low_rank
 
     peft_forward, base = module.forward, module.base_layer
-    name = module.active_adapters[0]
-    a, b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-    whole = _is_whole(module)
+    dropout = module.lora_dropout[module.active_adapters[0]]
+    whole, operands = _is_whole(module), Operands()
 
     def forward(x: "Tensor", *args: Any, **kwargs: Any) -> "Tensor":
         if module.disable_adapters or module.merged or args or kwargs:
             out: Tensor = peft_forward(x, *args, **kwargs)
             return out
         # An inactive dropout is the identity, which returns the same tensor.
-        dropped, scaling = dropout(x), module.scaling[name]
+        dropped = dropout(x)
         together = shared.output(module, x) if shared is not None and dropped is x else None
         if together is not None:
             return together
         if whole:
-            return adapted_linear(x, dropped, base.weight, base.bias, a.weight, b.weight, scaling, module.output_unread)
-        return add_low_rank(base(x), dropped, a.weight, b.weight, scaling)
+            return adapted_linear(x, dropped, _tensors(module), operands, module.output_unread)
+        return add_low_rank(base(x), dropped, _tensors(module), operands)
 
     return forward

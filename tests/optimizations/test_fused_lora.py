@@ -1,8 +1,11 @@
 """Fused LoRA against peft's own forward: outputs, every gradient, dropout's masks, quantised bases."""
 
 import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -10,11 +13,15 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elite.optimizations.contract import Applied
+from elite import geometry
+from elite.optimizations.contract import Applied, Estimate
+from elite.optimizations.functions import lora
 from elite.optimizations.fused_lora import FusedLoRA
 from elite.optimizations.gradient_checkpointing import GradientCheckpointing
 from elite.optimizations.qlora import QLoRA
+from elite.plan.batch import facts_of
 from tests.models import tiny
+from tests.plan.helpers import device, run_config
 from tests.plan.live_bytes import SavedBytes
 from tests.test_attention import row
 
@@ -142,6 +149,65 @@ def test_an_adapter_switched_off_stays_off() -> None:
 def test_variants_are_left_alone() -> None:
     applied = fuse(adapted(use_dora=True))
     assert applied.count == 0 and applied.detail == "of 14 adapted linear maps"
+
+
+def trained(fused: bool, optimizer: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Adapters after three steps."""
+    model = adapted("phi")
+    if fused:
+        fuse(model)
+    made = optimizer([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    for _ in range(3):
+        run(model, dtype)
+        made.step()
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, bitsandbytes.optim.AdamW8bit])
+def test_every_step_reads_the_adapters_of_the_last(optimizer: Any) -> None:
+    """Also where the optimizer writes through pointers, which leave no trace on the tensor."""
+    theirs, ours = trained(False, optimizer, torch.float32), trained(True, optimizer, torch.float32)
+    before = {name: p for name, p in adapted("phi").named_parameters() if p.requires_grad}
+    for name, expected in theirs.items():
+        moved = (expected - before[name]).norm()
+        assert moved > 0 and (ours[name] - expected).norm() < 1e-2 * moved, name
+
+
+@pytest.mark.parametrize("change", [lambda p: p.mul_(2), lambda p: p.copy_(p.roll(1, 0))])
+def test_a_written_adapter_is_read_anew(change: Callable[[Tensor], object]) -> None:
+    model, reference = adapted("phi"), adapted("phi")
+    fuse(model)
+    run(model)
+    for one in (model, reference):
+        with torch.no_grad():
+            for name, parameter in one.named_parameters():
+                if "lora_" in name:
+                    change(parameter)
+    assert_close(run(model), run(reference), 1e-5)
+
+
+def test_copies_are_made_once_a_step_and_cost_what_the_plan_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted("phi")
+    fuse(model)
+    made = list[lora.Ready]()
+
+    def kept(*arguments: Any) -> lora.Ready:
+        made.append(ready(*arguments))
+        return made[-1]
+
+    ready = lora._ready
+    monkeypatch.setattr(lora, "_ready", kept)
+    run(model, torch.bfloat16)
+    count = len(made)
+    run(model, torch.bfloat16)
+    assert len(made) == count == 2 * 4
+    copied = sum(t.nbytes for one in made for t in (one.above, *one.beside))
+    shape = geometry._shape("tiny", model.get_base_model().config.to_json_string(use_diff=False))
+    facts = facts_of(run_config(), device("h100"), shape)
+    facts = replace(facts, trainable_params=shape.lora_params(8))
+    optimization = FusedLoRA(FusedLoRA.Config(enabled=True))
+    before = Estimate(layer_workspace=2 * 2 * shape.hidden_size * facts.micro_tokens)
+    assert optimization.memory(before, facts).trainable_copy == copied
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

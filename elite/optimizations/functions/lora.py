@@ -9,8 +9,11 @@ the rank beside the inner dimension: [x, x Aᵀ] [W, s B]ᵀ, which copies the n
 Maps of one input (queries, keys and values; gate and up) are one function: its adapters' As stand side by side, so that x is read once
 for all of them, and dx is added up inside the matrix products instead of between them.
 
-Shapes: x [..., in], W [out, in], b [out], A [r, in], B [out, r]; W and b are frozen, A and B train. The factor s rides in the matrix
-products. With dropout, `dropped` stands for x in everything that A and B touch.
+Shapes: x [..., in], W [out, in], b [out], A [r, in], B [out, r]; W and b are frozen, A and B train. The products read A and s B in the
+dtype of computation (`Operands`). With dropout, `dropped` stands for x in everything that A and B touch.
+
+W and the operands are kept on a function's context, not among its saved tensors: each of those costs a layer that is recomputed two
+calls into Python, and nothing changes them between forward and backward.
 """
 
 from collections.abc import Sequence
@@ -18,8 +21,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ALIGNMENT = 8
 """Tensor cores want inner dimensions that are a multiple of this many half-precision values."""
@@ -27,7 +32,7 @@ ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class AdaptedMap:
-    """One of several maps of an input."""
+    """A frozen linear map and its adapter."""
 
     weight: Tensor
     bias: Tensor | None
@@ -35,136 +40,174 @@ class AdaptedMap:
     b: Tensor
     scaling: float
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Weight, bias, A, B."""
-        return self.weight, self.bias, self.a, self.b
+
+@dataclass(frozen=True)
+class Ready:
+    """What the matrix products of maps that share an input read of their adapters, in the dtype of computation."""
+
+    above: Tensor
+    """All A's, one above the other: [R, in]."""
+    beside: tuple[Tensor, ...]
+    """s B of each map [out, R], with zeros where the other maps' values meet it."""
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
 
 
-def adapted_linear(
-    x: Tensor, dropped: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, unread: bool = False
-) -> Tensor:
-    """The whole map [..., in] → [..., out], in autocast's dtype where it is on, else in that of `weight`.
+class Operands:
+    """The `Ready` of one map or of siblings, made once an optimizer step: forward, recomputation and backward share it."""
+
+    def __init__(self) -> None:
+        self._maps: Sequence[AdaptedMap] = ()
+        self._state: tuple[object, ...] = ()
+        self._ready: Ready | None = None
+
+    def get(self, maps: Sequence[AdaptedMap], dtype: torch.dtype) -> Ready:
+        """Of these maps as they are now."""
+        # Optimizers that write through pointers leave a tensor's version as it was, hence the count of their steps.
+        state: list[object] = [dtype, _steps.count]
+        for m in maps:
+            state += [id(m.a), m.a.device, m.a._version, id(m.b), m.b._version, m.scaling]
+        if self._ready is None or tuple(state) != self._state:
+            # The maps stay alive, so that no other tensor gets their identity.
+            self._maps, self._state, self._ready = maps, tuple(state), _ready(maps, dtype)
+        return self._ready
+
+
+class _Steps:
+    """Optimizer steps of this process."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def one_more(self, *_: object) -> None:
+        self.count += 1
+
+
+_steps = _Steps()
+register_optimizer_step_post_hook(_steps.one_more)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _ready(maps: Sequence[AdaptedMap], dtype: torch.dtype) -> Ready:
+    ranks = tuple(len(m.a) for m in maps)
+    above = [m.a.to(dtype) for m in maps]
+    beside = [(m.b * m.scaling).to(dtype) for m in maps]
+    if len(maps) > 1:
+        beside = [F.pad(b, (sum(ranks[:i]), sum(ranks[i + 1 :]))) for i, b in enumerate(beside)]
+    return Ready(torch.cat(above) if len(maps) > 1 else above[0], tuple(beside), ranks, tuple(m.scaling for m in maps))
+
+
+def adapted_linear(x: Tensor, dropped: Tensor, map_: AdaptedMap, operands: Operands, unread: bool = False) -> Tensor:
+    """The whole map [..., in] → [..., out], in autocast's dtype where it is on, else in that of its weight.
 
     Args:
         dropped: x after dropout; the same tensor where there is none.
+        operands: this map's.
         unread: nobody reads the output, only its gradient counts: zeros are returned instead.
     """
+    dtype = _compute_dtype(x, map_.weight)
+    frozen = map_.weight, map_.bias, operands.get((map_,), dtype), dtype, unread
     # Passed once, the input has one gradient, which both products add to.
-    out: Tensor = _AdaptedLinear.apply(x, None if dropped is x else dropped, weight, bias, a, b, scaling, unread)
+    out: Tensor = _AdaptedLinear.apply(x, None if dropped is x else dropped, map_.a, map_.b, frozen)
     return out
 
 
-def adapted_linears(x: Tensor, maps: Sequence[AdaptedMap]) -> tuple[Tensor, ...]:
+def adapted_linears(x: Tensor, maps: Sequence[AdaptedMap], operands: Operands) -> tuple[Tensor, ...]:
     """Several maps of one input [..., in], without dropout: what `adapted_linear` would make of each, [..., out] of its own."""
-    outputs: tuple[Tensor, ...] = _AdaptedLinears.apply(x, tuple(m.scaling for m in maps), *(t for m in maps for t in m.tensors))
+    dtype = _compute_dtype(x, maps[0].weight)
+    frozen = [m.weight for m in maps], [m.bias for m in maps], operands.get(maps, dtype), dtype
+    outputs: tuple[Tensor, ...] = _AdaptedLinears.apply(x, frozen, *(t for m in maps for t in (m.a, m.b)))
     return outputs
 
 
-def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """`out` [..., out] + s (x Aᵀ) Bᵀ, in the dtype of `out`, which stays as it is: another function may have returned a view."""
-    added: Tensor = _AddLowRank.apply(out, x, a, b, scaling)
+def add_low_rank(out: Tensor, x: Tensor, map_: AdaptedMap, operands: Operands) -> Tensor:
+    """`out` [..., out] + s (x Aᵀ) Bᵀ, in autocast's dtype where it is on; `out` stays: another function may have returned a view."""
+    added: Tensor = _AddLowRank.apply(out, x, map_.a, map_.b, operands.get((map_,), _compute_dtype(x, out)))
     return added
 
 
 class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scaling: float,
-        unread: bool,
-    ) -> Tensor:
-        dtype = _compute_dtype(x, weight)
+    def forward(ctx: Any, x: Tensor, dropped: Tensor | None, a: Tensor, b: Tensor, frozen: tuple[Any, ...]) -> Tensor:
+        weight, bias, ready, dtype, unread = frozen
         rows = x.to(dtype).flatten(0, -2)
-        low = (rows if dropped is None else dropped.to(dtype).flatten(0, -2)) @ a.to(dtype).mT
+        low = (rows if dropped is None else dropped.to(dtype).flatten(0, -2)) @ ready.above.mT
         if unread:
             out = rows.new_zeros(len(rows), len(weight))
         else:
-            out = _sum_of_products(rows, weight.to(dtype).mT, low, b.mT, scaling, None if bias is None else bias.to(dtype))
+            out = _sum_of_products(rows, weight.to(dtype).mT, low, ready.beside[0].mT, None if bias is None else bias.to(dtype))
         # The base is frozen, so its own input is not needed.
-        read = x if dropped is None else dropped
-        ctx.save_for_backward(read, low, weight, a, b)
-        ctx.scaling, ctx.dropout = scaling, dropped is not None
+        ctx.save_for_backward(x if dropped is None else dropped, low)
+        ctx.weight, ctx.ready, ctx.dropout, ctx.dtypes = weight, ready, dropped is not None, (a.dtype, b.dtype)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        read, low, weight, a, b = ctx.saved_tensors
-        grad = upstream[0].flatten(0, -2)
-        down, grad_a, grad_b = _adapter_gradients(grad, read, low, b, ctx.scaling)
+        read, low = ctx.saved_tensors
+        above, grad = ctx.ready.above, upstream[0].flatten(0, -2)
+        down, grad_a, grad_b = _adapter_gradients(grad, read, low, ctx.ready)
         grad_x = grad_dropped = None
         if ctx.dropout and ctx.needs_input_grad[1]:
-            grad_dropped = _through_a(down, a, ctx.scaling).view_as(read).to(read.dtype)
+            grad_dropped = (down @ above).view_as(read).to(read.dtype)
         if ctx.needs_input_grad[0]:
-            frozen = weight.to(grad.dtype)
-            grad_x = grad @ frozen if ctx.dropout else _sum_of_products(grad, frozen, down, a, ctx.scaling, None)
+            weight = ctx.weight.to(grad.dtype)
+            grad_x = grad @ weight if ctx.dropout else _sum_of_products(grad, weight, down, above, None)
             grad_x = grad_x.view_as(read).to(read.dtype)
-        return grad_x, grad_dropped, None, None, grad_a.to(a.dtype), grad_b.to(b.dtype), None, None
+        return grad_x, grad_dropped, grad_a.to(ctx.dtypes[0]), grad_b.to(ctx.dtypes[1]), None
 
 
 class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scalings: tuple[float, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        weights: Any
-        up_maps: Any
-        weights, biases, down_maps, up_maps = (tensors[i::4] for i in range(4))
-        dtype = _compute_dtype(x, weights[0])
-        rows, ranks = x.to(dtype).flatten(0, -2), [b.shape[1] for b in up_maps]
-        scaled = _scaled(down_maps, scalings, dtype)
-        low = rows @ scaled.mT
-        ctx.save_for_backward(x, low, scaled, *weights, *up_maps)
-        ctx.scalings = scalings
+    def forward(ctx: Any, x: Tensor, frozen: tuple[Any, ...], *adapters: Tensor) -> tuple[Tensor, ...]:
+        weights, biases, ready, dtype = frozen
+        rows = x.to(dtype).flatten(0, -2)
+        low = rows @ ready.above.mT
+        ctx.save_for_backward(x, low)
+        ctx.weights, ctx.ready, ctx.dtypes = weights, ready, [t.dtype for t in adapters]
         ctx.set_materialize_grads(False)
         both, outputs = torch.cat([rows, low], 1), []
-        for i, (weight, bias, b) in enumerate(zip(weights, biases, up_maps, strict=True)):
-            # The other maps' low-rank values meet zeros.
-            beside = [b.to(dtype) if i == j else rows.new_zeros(len(b), rank) for j, rank in enumerate(ranks)]
-            wide = torch.cat([weight.to(dtype), *beside], 1).mT
+        for weight, bias, beside in zip(weights, biases, ready.beside, strict=True):
+            wide = torch.cat([weight.to(dtype), beside], 1).mT
             outputs.append((both @ wide if bias is None else torch.addmm(bias.to(dtype), both, wide)).view(*x.shape[:-1], -1))
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, low, scaled, *tensors = ctx.saved_tensors
-        weights, up_maps = tensors[: len(upstream)], tensors[len(upstream) :]
+        x, low = ctx.saved_tensors
+        weights, ranks, above = ctx.weights, ctx.ready.ranks, ctx.ready.above
         # A map whose output nobody used has no part in anything.
         grads = [low.new_zeros(len(low), len(w)) if g is None else g.flatten(0, -2) for g, w in zip(upstream, weights, strict=True)]
-        ranks = [b.shape[1] for b in up_maps]
         down = torch.empty_like(low)
-        for grad, b, part in zip(grads, up_maps, down.split(ranks, 1), strict=True):
-            torch.mm(grad, b.to(grad.dtype), out=part)
+        own = [beside.narrow(1, sum(ranks[:i]), ranks[i]) for i, beside in enumerate(ctx.ready.beside)]
+        for grad, b, part in zip(grads, own, down.split(ranks, 1), strict=True):
+            torch.mm(grad, b, out=part)
         grads_a = _wide_product(down.mT, x.to(low.dtype).flatten(0, -2)).split(ranks)
-        of_maps: list[Tensor | None] = []
-        for grad, part, b, grad_a, scaling in zip(grads, low.split(ranks, 1), up_maps, grads_a, ctx.scalings, strict=True):
-            of_maps += [None, None, (grad_a * scaling).to(b.dtype), _wide_product(grad.mT, part).to(b.dtype)]
-        grad_x = _summed_through(grads, weights, down, scaled).view_as(x).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, None, *of_maps
+        of_maps: list[Tensor] = []
+        for grad, part, grad_a, scaling in zip(grads, low.split(ranks, 1), grads_a, ctx.ready.scalings, strict=True):
+            of_maps += [grad_a, _wide_product(grad.mT, part).mul_(scaling)]
+        grad_x = _summed_through(grads, weights, down, above).view_as(x).to(x.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, None, *(grad.to(dtype) for grad, dtype in zip(of_maps, ctx.dtypes, strict=True))
 
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        low = x.to(out.dtype).flatten(0, -2) @ a.to(out.dtype).mT
-        ctx.save_for_backward(x, low, a, b)
-        ctx.scaling = scaling
-        return torch.addmm(out.flatten(0, -2), low, b.to(out.dtype).mT, alpha=scaling).view_as(out)
+    def forward(ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor, ready: Ready) -> Tensor:
+        dtype = ready.above.dtype
+        low = x.to(dtype).flatten(0, -2) @ ready.above.mT
+        ctx.save_for_backward(x, low)
+        ctx.ready, ctx.dtypes, ctx.out_dtype = ready, (a.dtype, b.dtype), out.dtype
+        return torch.addmm(out.to(dtype).flatten(0, -2), low, ready.beside[0].mT).view_as(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, a, b = ctx.saved_tensors
-        grad = upstream[0].flatten(0, -2)
-        down, grad_a, grad_b = _adapter_gradients(grad, x, low, b, ctx.scaling)
-        grad_x = _through_a(down, a, ctx.scaling).view_as(x).to(x.dtype) if ctx.needs_input_grad[1] else None
-        return upstream[0], grad_x, grad_a.to(a.dtype), grad_b.to(b.dtype), None
+        x, low = ctx.saved_tensors
+        down, grad_a, grad_b = _adapter_gradients(upstream[0].flatten(0, -2), x, low, ctx.ready)
+        grad_x = (down @ ctx.ready.above).view_as(x).to(x.dtype) if ctx.needs_input_grad[1] else None
+        return upstream[0].to(ctx.out_dtype), grad_x, grad_a.to(ctx.dtypes[0]), grad_b.to(ctx.dtypes[1]), None
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
@@ -172,47 +215,39 @@ def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
-def _scaled(maps: Sequence[Any], scalings: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """s A of each map, one above the other: [r, in] each → [Σ r, in]."""
-    return torch.cat([a * scaling for a, scaling in zip(maps, scalings, strict=True)]).to(dtype)
-
-
-def _summed_through(grads: Sequence[Tensor], weights: Sequence[Tensor], down: Tensor, a: Tensor) -> Tensor:
-    """Σ grad · weight + down · a [tokens, in] for down [tokens, Σ r], a [Σ r, in].
+def _summed_through(grads: Sequence[Tensor], weights: Sequence[Tensor], down: Tensor, above: Tensor) -> Tensor:
+    """Σ grad · weight + down · above [tokens, in] for down [tokens, R], above [R, in].
 
     What has fewer columns than the result goes into one product, the others are added to it one by one.
     """
-    dtype, width = down.dtype, a.shape[1]
+    dtype, width = down.dtype, above.shape[1]
     few = [i for i, grad in enumerate(grads) if grad.shape[1] < width]
     left = torch.cat([*(grads[i] for i in few), down], 1)
-    total = left @ torch.cat([*(weights[i].to(dtype) for i in few), a])
+    total = left @ torch.cat([*(weights[i].to(dtype) for i in few), above])
     for i, grad in enumerate(grads):
         if i not in few:
             total.addmm_(grad, weights[i].to(dtype))
     return total
 
 
-def _sum_of_products(x: Tensor, wide: Tensor, low: Tensor, narrow: Tensor, scaling: float, bias: Tensor | None) -> Tensor:
-    """x · wide + s low · narrow + bias for x [n, k], wide [k, m], low [n, r], narrow [r, m] (of any dtype), bias [m]."""
-    scaled = (narrow * scaling).to(x.dtype)
-    if wide.shape[1] > wide.shape[0] and low.shape[1] % ALIGNMENT == 0:
+def _sum_of_products(x: Tensor, wide: Tensor, low: Tensor, narrow: Tensor, bias: Tensor | None) -> Tensor:
+    """x · wide + low · narrow + bias for x [n, k], wide [k, m], low [n, r], narrow [r, m], bias [m]."""
+    (n, k), m = x.shape, wide.shape[1]
+    # One product copies both its factors first, two products read and write the result once more.
+    if k * (n + m) < n * m and low.shape[1] % ALIGNMENT == 0:
         # Concatenated along the rows of what is stored, so that the product reads whole rows.
-        both = torch.cat([wide.mT, scaled.mT], 1).mT if wide.mT.is_contiguous() else torch.cat([wide, scaled])
+        both = torch.cat([wide.mT, narrow.mT], 1).mT if wide.mT.is_contiguous() else torch.cat([wide, narrow])
         one = torch.cat([x, low], 1)
         return one @ both if bias is None else torch.addmm(bias, one, both)
     out = x @ wide if bias is None else torch.addmm(bias, x, wide)
-    return out.addmm_(low, scaled)
+    return out.addmm_(low, narrow)
 
 
-def _adapter_gradients(grad: Tensor, x: Tensor, low: Tensor, b: Tensor, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
-    """`grad` [tokens, out] → dout B [tokens, r], dA, dB; the last two with the sum over tokens in fp32 at least."""
-    down = grad @ b.to(grad.dtype)
+def _adapter_gradients(grad: Tensor, x: Tensor, low: Tensor, ready: Ready) -> tuple[Tensor, Tensor, Tensor]:
+    """`grad` [tokens, out] → s dout B [tokens, r], dA, dB; the last two with the sum over tokens in fp32 at least."""
+    down = grad @ ready.beside[0]
     rows = x.to(grad.dtype).flatten(0, -2)
-    return down, _wide_product(down.mT, rows).mul_(scaling), _wide_product(grad.mT, low).mul_(scaling)
-
-
-def _through_a(down: Tensor, a: Tensor, scaling: float) -> Tensor:
-    return (down @ a.to(down.dtype)).mul_(scaling)
+    return down, _wide_product(down.mT, rows), _wide_product(grad.mT, low).mul_(ready.scalings[0])
 
 
 def _wide_product(one: Tensor, two: Tensor) -> Tensor:
