@@ -93,3 +93,18 @@ def test_kernel_in_the_interpreter(check: str) -> None:
 def test_kernel_on_a_gpu(check: object) -> None:
     assert callable(check)
     check("cuda")
+
+
+@pytest.mark.gpu
+def test_no_seed_costs_a_compilation() -> None:
+    from elite.kernels.residual import kernel
+
+    def compiled() -> int:
+        return sum(len(caches[0]) for caches in kernel._kernel.device_caches.values())
+
+    x = torch.ones(64, device="cuda")
+    counts = []
+    for seed in (2**40 + 1, 2**40, 2**40 + 8, 2**41):
+        kernel._launch(x, [x, x], torch.empty_like(x), 0.5, [seed, seed + 3], backward=False)
+        counts.append(compiled())
+    assert counts[0] > 0 and len(set(counts)) == 1

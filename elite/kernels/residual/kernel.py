@@ -43,7 +43,8 @@ def _add_one(residual, first, second, out, cells, count, keep_first, keep_second
         tl.store(out + cells, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+# Seeds are never the same twice: specialised, every sixteenth would be compiled anew.
+@triton.jit(do_not_specialize=["seed_first", "seed_second"])
 def _kernel(
     residual, first, second, out, count, p, seed_first, seed_second,
     PARTS: tl.constexpr, DROPS: tl.constexpr, BACKWARD: tl.constexpr, LANES: tl.constexpr,
