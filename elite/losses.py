@@ -137,9 +137,10 @@ def _add_product(total: Tensor, one: Tensor, two: Tensor) -> None:
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, rows: int) -> Tensor:
     """`factor` times `gradient`, as `dtype`; row tiles keep the product in fp32 without a whole fp32 copy of a half gradient."""
-    if gradient.dtype == factor.dtype:
-        return (gradient * factor).to(dtype)
     out = torch.empty_like(gradient, dtype=dtype)
+    if gradient.dtype == factor.dtype:
+        # One pass: the product is converted as it is written.
+        return torch.mul(gradient, factor, out=out)
     for part, target in zip(gradient.split(rows), out.split(rows), strict=True):
         target.copy_(part.to(factor.dtype) * factor)
     return out

@@ -36,6 +36,7 @@ from elite.plan import facts_of, model_flops_per_token
 from elite.plan.words import gib
 from elite.runfolder import RunFolder
 from elite.streaming import Streaming
+from elite.training.heap import settled
 from elite.training.loop import Interrupted, Observer, Progress, Trainer
 from elite.training.optimizer import build_optimizer
 from elite.training.schedules import schedule
@@ -115,7 +116,8 @@ def _train(folder: RunFolder, ranks: Ranks) -> None:
     trainer.observers = _observers(run, trainer.progress.step) if ranks.is_main else ()
     summary: dict[str, Any] = {}
     try:
-        progress = trainer.fit()
+        with settled():
+            progress = trainer.fit()
         completion.write("after")
         measured = meter.measured_peak_bytes()
         if ranks.is_main:

@@ -23,6 +23,7 @@ from elite.optimizations import decide
 from elite.plan import Plan, facts_of, make_plan
 from elite.plan.words import gib
 from elite.streaming import Streaming
+from elite.training.heap import settled
 from elite.training.optimizer import build_optimizer
 from elite.training.step import make_scaler, optimizer_step
 from elite.worker import compute_dtype, prepare_process
@@ -83,7 +84,8 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
         optimizer, _ = build_optimizer(loaded.trainable, config.training, decisions)
         made = Assembled(config, plan, dtype, loaded, executors, optimizer, ranks)
         try:
-            yield made
+            with settled():
+                yield made
         finally:
             if executors.attached is not None:
                 executors.attached.undo()

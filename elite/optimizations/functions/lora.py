@@ -131,12 +131,12 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dropped: Tensor | None, a: Tensor, b: Tensor, frozen: tuple[Any, ...]) -> Tensor:
         weight, bias, ready, dtype, unread = frozen
-        rows = x.to(dtype).flatten(0, -2)
-        low = (rows if dropped is None else dropped.to(dtype).flatten(0, -2)) @ ready.above.mT
+        rows = _as(x, dtype).flatten(0, -2)
+        low = (rows if dropped is None else _as(dropped, dtype).flatten(0, -2)) @ ready.above.mT
         if unread:
             out = rows.new_zeros(len(rows), len(weight))
         else:
-            out = _sum_of_products(rows, weight.to(dtype).mT, low, ready.beside[0].mT, None if bias is None else bias.to(dtype))
+            out = _sum_of_products(rows, _as(weight, dtype).mT, low, ready.beside[0].mT, _bias(bias, dtype))
         # The base is frozen, so its own input is not needed.
         ctx.save_for_backward(x if dropped is None else dropped, low)
         ctx.weight, ctx.ready, ctx.dropout, ctx.dtypes = weight, ready, dropped is not None, (a.dtype, b.dtype)
@@ -150,27 +150,27 @@ class _AdaptedLinear(torch.autograd.Function):
         down, grad_a, grad_b = _adapter_gradients(grad, read, low, ctx.ready)
         grad_x = grad_dropped = None
         if ctx.dropout and ctx.needs_input_grad[1]:
-            grad_dropped = (down @ above).view_as(read).to(read.dtype)
+            grad_dropped = _as((down @ above).view_as(read), read.dtype)
         if ctx.needs_input_grad[0]:
-            weight = ctx.weight.to(grad.dtype)
+            weight = _as(ctx.weight, grad.dtype)
             grad_x = grad @ weight if ctx.dropout else _sum_of_products(grad, weight, down, above, None)
-            grad_x = grad_x.view_as(read).to(read.dtype)
-        return grad_x, grad_dropped, grad_a.to(ctx.dtypes[0]), grad_b.to(ctx.dtypes[1]), None
+            grad_x = _as(grad_x.view_as(read), read.dtype)
+        return grad_x, grad_dropped, _as(grad_a, ctx.dtypes[0]), _as(grad_b, ctx.dtypes[1]), None
 
 
 class _AdaptedLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, frozen: tuple[Any, ...], *adapters: Tensor) -> tuple[Tensor, ...]:
         weights, biases, ready, dtype = frozen
-        rows = x.to(dtype).flatten(0, -2)
+        rows = _as(x, dtype).flatten(0, -2)
         low = rows @ ready.above.mT
         ctx.save_for_backward(x, low)
         ctx.weights, ctx.ready, ctx.dtypes = weights, ready, [t.dtype for t in adapters]
         ctx.set_materialize_grads(False)
         both, outputs = torch.cat([rows, low], 1), []
         for weight, bias, beside in zip(weights, biases, ready.beside, strict=True):
-            wide = torch.cat([weight.to(dtype), beside], 1).mT
-            outputs.append((both @ wide if bias is None else torch.addmm(bias.to(dtype), both, wide)).view(*x.shape[:-1], -1))
+            wide = torch.cat([_as(weight, dtype), beside], 1).mT
+            outputs.append((both @ wide if bias is None else torch.addmm(_as(bias, dtype), both, wide)).view(*x.shape[:-1], -1))
         return tuple(outputs)
 
     @staticmethod
@@ -184,35 +184,44 @@ class _AdaptedLinears(torch.autograd.Function):
         own = [beside.narrow(1, sum(ranks[:i]), ranks[i]) for i, beside in enumerate(ctx.ready.beside)]
         for grad, b, part in zip(grads, own, down.split(ranks, 1), strict=True):
             torch.mm(grad, b, out=part)
-        grads_a = _wide_product(down.mT, x.to(low.dtype).flatten(0, -2)).split(ranks)
+        grads_a = _wide_product(down.mT, _as(x, low.dtype).flatten(0, -2)).split(ranks)
         of_maps: list[Tensor] = []
         for grad, part, grad_a, scaling in zip(grads, low.split(ranks, 1), grads_a, ctx.ready.scalings, strict=True):
             of_maps += [grad_a, _wide_product(grad.mT, part).mul_(scaling)]
-        grad_x = _summed_through(grads, weights, down, above).view_as(x).to(x.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, None, *(grad.to(dtype) for grad, dtype in zip(of_maps, ctx.dtypes, strict=True))
+        grad_x = _as(_summed_through(grads, weights, down, above).view_as(x), x.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, None, *(_as(grad, dtype) for grad, dtype in zip(of_maps, ctx.dtypes, strict=True))
 
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, x: Tensor, a: Tensor, b: Tensor, ready: Ready) -> Tensor:
         dtype = ready.above.dtype
-        low = x.to(dtype).flatten(0, -2) @ ready.above.mT
+        low = _as(x, dtype).flatten(0, -2) @ ready.above.mT
         ctx.save_for_backward(x, low)
         ctx.ready, ctx.dtypes, ctx.out_dtype = ready, (a.dtype, b.dtype), out.dtype
-        return torch.addmm(out.to(dtype).flatten(0, -2), low, ready.beside[0].mT).view_as(out)
+        return torch.addmm(_as(out, dtype).flatten(0, -2), low, ready.beside[0].mT).view_as(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, low = ctx.saved_tensors
         down, grad_a, grad_b = _adapter_gradients(upstream[0].flatten(0, -2), x, low, ctx.ready)
-        grad_x = (down @ ctx.ready.above).view_as(x).to(x.dtype) if ctx.needs_input_grad[1] else None
-        return upstream[0].to(ctx.out_dtype), grad_x, grad_a.to(ctx.dtypes[0]), grad_b.to(ctx.dtypes[1]), None
+        grad_x = _as((down @ ctx.ready.above).view_as(x), x.dtype) if ctx.needs_input_grad[1] else None
+        return _as(upstream[0], ctx.out_dtype), grad_x, _as(grad_a, ctx.dtypes[0]), _as(grad_b, ctx.dtypes[1]), None
 
 
 def _compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in that dtype. A conversion that changes nothing is still a call that the host makes, thousands of times a step."""
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+def _bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else _as(bias, dtype)
 
 
 def _summed_through(grads: Sequence[Tensor], weights: Sequence[Tensor], down: Tensor, above: Tensor) -> Tensor:
@@ -223,10 +232,10 @@ def _summed_through(grads: Sequence[Tensor], weights: Sequence[Tensor], down: Te
     dtype, width = down.dtype, above.shape[1]
     few = [i for i, grad in enumerate(grads) if grad.shape[1] < width]
     left = torch.cat([*(grads[i] for i in few), down], 1)
-    total = left @ torch.cat([*(weights[i].to(dtype) for i in few), above])
+    total = left @ torch.cat([*(_as(weights[i], dtype) for i in few), above])
     for i, grad in enumerate(grads):
         if i not in few:
-            total.addmm_(grad, weights[i].to(dtype))
+            total.addmm_(grad, _as(weights[i], dtype))
     return total
 
 
@@ -246,7 +255,7 @@ def _sum_of_products(x: Tensor, wide: Tensor, low: Tensor, narrow: Tensor, bias:
 def _adapter_gradients(grad: Tensor, x: Tensor, low: Tensor, ready: Ready) -> tuple[Tensor, Tensor, Tensor]:
     """`grad` [tokens, out] → s dout B [tokens, r], dA, dB; the last two with the sum over tokens in fp32 at least."""
     down = grad @ ready.beside[0]
-    rows = x.to(grad.dtype).flatten(0, -2)
+    rows = _as(x, grad.dtype).flatten(0, -2)
     return down, _wide_product(down.mT, rows), _wide_product(grad.mT, low).mul_(ready.scalings[0])
 
 
