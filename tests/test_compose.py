@@ -60,8 +60,8 @@ def test_presets_hold_what_they_say() -> None:
         made = compose.from_overrides(f"optimizations={preset}").config.optimizations
         return {kind.name for kind in ALL if getattr(made, kind.name).enabled}
 
-    # Each takes another's place; one needs a package of its own, one is not measured yet.
-    beside = {"checkpoint_offload", "liger_kernels", "fused_kernels"}
+    # Each takes the place of another; one needs a package of its own.
+    beside = {"checkpoint_offload", "liger_kernels"}
     assert active("none") == set() < active("standard") < active("extreme") == {kind.name for kind in ALL} - beside
 
 

@@ -6,7 +6,7 @@ How:    norms, attention modules, gated MLPs, activations and decoder layers of 
         only if the fused formula gives what the module gives, tried on a few values: architectures scale and order differently.
         `norms`, `rotary`, `activations` and `residuals` can be turned off one by one.
 Memory: activations are computed again in the backward: one value less a token and unit of a gated MLP's width, three less where GELU is
-        written out as a formula.
+        written out as a formula. Their gradients lie where their inputs lay: of the gradients as wide as the MLP, one remains.
 Source: Zhang and Sennrich 2019, arXiv:1910.07467; Ba et al. 2016, arXiv:1607.06450; Su et al. 2021, arXiv:2104.09864; Shazeer 2020,
         arXiv:2002.05202; fused after Liger (Hsu et al. 2024, arXiv:2410.10989).
 """
@@ -64,7 +64,11 @@ class FusedKernels(Optimization):
         if not self.config.activations:
             return estimate
         spared = values * facts.model.num_hidden_layers * facts.micro_tokens * mlp_width(facts) * value_bytes(estimate, facts)
-        return replace(estimate, saved_activations=max(estimate.saved_activations - spared, 0.0))
+        return replace(
+            estimate,
+            saved_activations=max(estimate.saved_activations - spared, 0.0),
+            mlp_workspace=estimate.mlp_workspace / 2,
+        )
 
     def apply(self, target: Any) -> Applied:
         replaced = dict[str, list[Any]]()

@@ -34,6 +34,30 @@ def test_references_are_transformers() -> None:
     torch.testing.assert_close(reference.swiglu(x, y), ACT2FN["silu"](x) * y)
 
 
+def check_that_inputs_are_spent_once(device: str) -> None:
+    """Gradients lie where intermediate inputs lay, never where a leaf lies, and nobody reads them as inputs again."""
+    from elite.kernels.gate import kernel
+
+    x, y, _, upstream = inputs((7, 80), torch.float32, device)
+    for name, given in (("swiglu", [x, y]), ("gelu_tanh", [x])):
+        right = results(getattr(reference, name), given, upstream)[1:]
+        leaves = [t.clone().requires_grad_() for t in given]
+        between = [leaf * 1 for leaf in leaves]
+        out = getattr(kernel, name)(*between)
+        got = torch.autograd.grad(out, between, upstream, retain_graph=True)
+        for one, place, exact in zip(got, between, right, strict=True):
+            torch.testing.assert_close(one, exact)
+            assert one.data_ptr() == place.data_ptr()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(out, between, upstream)
+        out = getattr(kernel, name)(*leaves)
+        torch.autograd.grad(out, leaves, upstream)
+        assert all(torch.equal(leaf, t) for leaf, t in zip(leaves, given, strict=True))
+    leaf = x.clone().requires_grad_()
+    (both,) = torch.autograd.grad(kernel.swiglu(twice := leaf * 1, twice), leaf, upstream)
+    torch.testing.assert_close(both, sum(results(reference.swiglu, [x, x], upstream)[1:]))
+
+
 def check_kernels(device: str) -> None:
     from elite.kernels.gate import kernel
 
@@ -45,6 +69,7 @@ def check_kernels(device: str) -> None:
                 for got, right in zip(results(getattr(kernel, name), given, upstream), exact, strict=True):
                     assert got.dtype is dtype and got.isfinite().all()
                     torch.testing.assert_close(got.double(), right, rtol=tolerance, atol=4 * tolerance)
+    check_that_inputs_are_spent_once(device)
     x, y, _, upstream = (t.to(device) for t in inputs((7, 80), torch.float32, device))
     torch.testing.assert_close(kernel.swiglu(x.t(), y.t()), F.silu(x.t()) * y.t())
     big = torch.tensor([-300.0, 300.0, 1e30], device=device)

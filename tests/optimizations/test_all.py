@@ -185,9 +185,11 @@ def test_an_inactive_one_says_why() -> None:
 
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
-def test_memory_never_grows(kind: type[Optimization]) -> None:
+def test_nothing_grows_but_copies_of_what_is_trained(kind: type[Optimization]) -> None:
     everything = Estimate(**dict.fromkeys(Estimate().by_component(), 1000000000.0))
-    assert kind(on(kind)).memory(everything, FACTS).total <= everything.total
+    made = kind(on(kind)).memory(everything, FACTS)
+    assert replace(made, trainable_copy=0.0).total <= replace(everything, trainable_copy=0.0).total
+    assert made.trainable_copy <= everything.trainable_copy + 4 * 2 * FACTS.trainable_params
 
 
 def test_all_off_is_none() -> None:

@@ -54,7 +54,9 @@ def _gelu(upstream, x, bias, out, count, width, BACKWARD: tl.constexpr, HAS_BIAS
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.spend = _is_spent(gate) and _is_spent(up)
         gate, up = gate.contiguous(), up.contiguous()
+        ctx.spend = ctx.spend and gate.data_ptr() != up.data_ptr()
         ctx.save_for_backward(gate, up)
         out = torch.empty_like(gate)
         if gate.numel():
@@ -65,7 +67,7 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        d_gate, d_up = (_place(t, ctx.spend) for t in (gate, up))
         if gate.numel():
             _swiglu_backward[_grid(gate)](upstream[0].contiguous(), gate, up, d_gate, d_up, gate.numel(), BLOCK=BLOCK, num_warps=WARPS)
         return d_gate, d_up
@@ -74,21 +76,34 @@ class _SwiGLU(torch.autograd.Function):
 class _GELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.spend = _is_spent(x)
         x = x.contiguous()
         ctx.save_for_backward(x, bias)
-        return _gelu_pass(x, x, bias, backward=False)
+        return _gelu_pass(x, x, bias, torch.empty_like(x), backward=False)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
-        dx = _gelu_pass(upstream[0].contiguous(), x, bias, backward=True)
+        dx = _gelu_pass(upstream[0].contiguous(), x, bias, _place(x, ctx.spend), backward=True)
         wanted = bias is not None and ctx.needs_input_grad[1]
         return dx, dx.flatten(0, -2).sum(0, dtype=torch.float32).to(bias.dtype) if wanted else None
 
 
-def _gelu_pass(upstream: Tensor, x: Tensor, bias: Tensor | None, backward: bool) -> Tensor:
-    out = torch.empty_like(x)
+def _is_spent(x: Tensor) -> bool:
+    """Whether x, as given, has served once this function's backward has read it: an intermediate result, or a copy is made of it."""
+    return not (x.is_leaf and x.is_contiguous())
+
+
+def _place(x: Tensor, spend: bool) -> Tensor:
+    """Where a gradient shaped as x goes: over x if it has served. A later backward that wants x hears of it from autograd."""
+    if not spend:
+        return torch.empty_like(x)
+    torch.autograd.graph.increment_version(x)
+    return x.detach()
+
+
+def _gelu_pass(upstream: Tensor, x: Tensor, bias: Tensor | None, out: Tensor, backward: bool) -> Tensor:
     if x.numel():
         _gelu[_grid(x)](
             *(upstream, x, x if bias is None else bias, out, x.numel(), x.shape[-1]),
