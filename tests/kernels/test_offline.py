@@ -83,9 +83,9 @@ def rotary_launches(dtype: str) -> Iterator[Launch]:
     types |= strides("angle_row", "angle_token")
     for heads, kv_heads, half, rest in ((32, 4, 16, 48), (32, 8, 64, 0), (9, 3, 32, 0)):
         for backward in (False, True):
-            yield Launch(
-                rotary._kernel, types, rotary.sizes(heads, kv_heads, half, rest) | {"BACKWARD": backward}, {"num_warps": rotary.WARPS}
-            )
+            sizes = rotary.sizes(heads, kv_heads, half, rest)
+            warps = {"num_warps": sizes.pop("num_warps")}
+            yield Launch(rotary._kernel, types, sizes | {"BACKWARD": backward}, warps)
 
 
 def residual_launches(dtype: str) -> Iterator[Launch]:

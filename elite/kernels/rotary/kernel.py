@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-WARPS = 4
+HEADS_PER_WARP = 16
+MOST_WARPS = 4
 
 
 @triton.jit
@@ -120,12 +121,11 @@ def _launch(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin
         *(cos.stride(0) if len(cos) > 1 else 0, cos.stride(1)),
         **sizes(heads, kv_heads, half, rest),
         BACKWARD=backward,
-        num_warps=WARPS,
     )
 
 
 def sizes(heads: int, kv_heads: int, half: int, rest: int) -> dict[str, int]:
-    """Compile-time sizes for heads of 2 · half + rest values."""
+    """Compile-time sizes for heads of 2 · half + rest values, and warps."""
     up = triton.next_power_of_2
     return {
         "Q_HEADS": heads,
@@ -136,4 +136,5 @@ def sizes(heads: int, kv_heads: int, half: int, rest: int) -> dict[str, int]:
         "HALF_UP": up(max(half, 1)),
         "REST": rest,
         "REST_UP": up(max(rest, 1)),
+        "num_warps": max(1, min(MOST_WARPS, (up(heads) + up(kv_heads)) // HEADS_PER_WARP)),
     }
