@@ -42,16 +42,11 @@ class CheckpointOffload(Optimization):
         return replace(checkpointed, layer_inputs=min(IN_FLIGHT * input_bytes(estimate), checkpointed.layer_inputs))
 
     def apply(self, target: Any) -> Applied:
-        from elite.optimizations.functions.offload import HostShelf, offloaded
+        from torch.autograd.graph import saved_tensors_hooks
 
-        layers = list(target.get_decoder().layers)
-        shelf = HostShelf(IN_FLIGHT)
-        for layer in layers:
-            # The instance's attribute hides the class's method, so nothing but this model changes.
-            layer.forward = offloaded(layer.forward, shelf)
+        from elite.optimizations.functions.offload import HostShelf
+        from elite.optimizations.functions.recompute import Recomputed
 
-        def undo() -> None:
-            for layer in layers:
-                del layer.forward
-
+        layers, shelf = target.get_decoder().layers, HostShelf(IN_FLIGHT)
+        undo = Recomputed(layers, lambda: saved_tensors_hooks(shelf.pack, shelf.unpack)).undo
         return Applied(len(layers), "decoder layers", undo)

@@ -1,14 +1,14 @@
 """Gradient checkpointing.
 
 What:   a decoder layer keeps only its input and recomputes the rest in the backward pass.
-How:    each layer's forward is wrapped in torch.utils.checkpoint (non-reentrant; random state is restored, so dropout agrees).
+How:    each layer's forward is wrapped in torch.utils.checkpoint (non-reentrant; random state is restored, so dropout agrees). Products
+        that no gradient reads, such as that of an MLP's output map, are found by trying and left out of the recomputation.
 Memory: saved activations fall to one [tokens, hidden] tensor a layer; one layer's activations come back while it is recomputed.
         Costs one more forward pass of the layers.
 Source: Chen et al. 2016, arXiv:1604.06174; torch.utils.checkpoint.
 """
 
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar
 
 from elite.facts import Facts
@@ -41,15 +41,7 @@ class GradientCheckpointing(Optimization):
         )
 
     def apply(self, target: Any) -> Applied:
-        from torch.utils.checkpoint import checkpoint
+        from elite.optimizations.functions.recompute import Recomputed
 
-        layers = list(target.get_decoder().layers)
-        for layer in layers:
-            # The instance's attribute hides the class's method, so nothing but this model changes.
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-
-        def undo() -> None:
-            for layer in layers:
-                del layer.forward
-
-        return Applied(len(layers), "decoder layers", undo)
+        layers = target.get_decoder().layers
+        return Applied(len(layers), "decoder layers", Recomputed(layers).undo)

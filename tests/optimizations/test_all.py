@@ -17,6 +17,7 @@ from elite.facts import Device, Facts, LinearShape, ModelShape
 from elite.model import apply_stage
 from elite.optimizations import ALL, OptimizationsConfig, decide
 from elite.optimizations.contract import Decision, Estimate, Exactness, Optimization, OptimizationConfig, Stage
+from elite.optimizations.shapes import value_bytes
 from elite.optimizations.targets import BatchLayout, OptimizerBuild, Runtime
 from elite.training.step import accumulate, make_scaler
 from tests.models import tiny
@@ -189,7 +190,7 @@ def test_nothing_grows_but_copies_of_what_is_trained(kind: type[Optimization]) -
     everything = Estimate(**dict.fromkeys(Estimate().by_component(), 1000000000.0))
     made = kind(on(kind)).memory(everything, FACTS)
     assert replace(made, trainable_copy=0.0).total <= replace(everything, trainable_copy=0.0).total
-    assert made.trainable_copy <= everything.trainable_copy + 4 * 2 * FACTS.trainable_params
+    assert made.trainable_copy <= everything.trainable_copy + 2 * FACTS.trainable_params * value_bytes(everything, FACTS)
 
 
 def test_all_off_is_none() -> None:

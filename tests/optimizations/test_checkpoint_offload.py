@@ -2,18 +2,31 @@
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from elite.executor.whole import WholeExecutor
 from elite.optimizations.checkpoint_offload import CheckpointOffload
-from elite.optimizations.functions.offload import HostShelf, offloaded
+from elite.optimizations.functions.offload import HostShelf
 from elite.optimizations.gradient_checkpointing import GradientCheckpointing
 from tests.models import tiny
 from tests.test_attention import row
+
+
+def offloaded(forward: Callable[..., Any], shelf: HostShelf) -> Callable[..., Any]:
+    """`forward`, checkpointed, with its input on `shelf`."""
+
+    def run(*args: Any) -> Any:
+        with saved_tensors_hooks(shelf.pack, shelf.unpack):
+            return checkpoint(forward, *args, use_reentrant=False)
+
+    return run
 
 
 def offload(model: Any) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from elite.executor.streamed.hooks import hooks_aside
 from elite.executor.streamed.runner import Runner, Step
+from elite.optimizations.functions.hooks import hooks_aside
 
 Gradients = tuple[Tensor | None, ...]
 

@@ -18,7 +18,6 @@ from elite.data.batches import IGNORE
 from elite.errors import ModelError
 from elite.executor.streamed.attention import KeysKnown, Phase, Work
 from elite.executor.streamed.chunks import Chunk, Group
-from elite.executor.streamed.hooks import hooks_aside
 from elite.executor.streamed.kernels import AttentionShape, Kernel
 from elite.executor.streamed.keys_values import KeyValues
 from elite.executor.streamed.math_kernel import MATH
@@ -27,9 +26,10 @@ from elite.executor.streamed.stem import Positions, Stem
 from elite.executor.streamed.store import Boundary, Store
 from elite.executor.streamed.sweeps import Sweep, backward_sweeps, forward_sweep, in_order
 from elite.executor.streamed.transfers import Fields, Transfers
-from elite.executor.streamed.unread import UnreadOutputs
 from elite.executor.streamed.weights import ResidentWeights, StreamedWeights
 from elite.losses import linear_cross_entropy, tile_tokens
+from elite.optimizations.functions.hooks import hooks_aside
+from elite.optimizations.functions.unread import UnreadOutputs
 from elite.streaming import LOGIT_BYTES, Streaming, WeightPlace
 
 FEW = 16

@@ -1,14 +1,10 @@
-"""Checkpointed layers whose inputs wait in host memory."""
+"""Host memory for what autograd keeps from forward to backward."""
 
 import weakref
 from collections import deque
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
 
 
 class _Kept:
@@ -92,14 +88,3 @@ class HostShelf:
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
         return stream.record_event()
-
-
-def offloaded(forward: Callable[..., Any], shelf: HostShelf) -> Callable[..., Any]:
-    """`forward`, checkpointed, with its positional tensors on `shelf` from forward to backward."""
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        # checkpoint saves its arguments under these hooks and puts its own over them for what `forward` would save.
-        with saved_tensors_hooks(shelf.pack, shelf.unpack):
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return run

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from elite.executor.streamed.attach import attach
-from elite.executor.streamed.unread import UnreadOutputs
+from elite.optimizations.functions.unread import UnreadOutputs
 from elite.optimizations.fused_lora import FusedLoRA
 from elite.streaming import Streaming
 from tests.executor.streamed.exactness import assert_same, gradients, tokens, uneven

@@ -25,10 +25,12 @@ class UnreadOutputs:
 
     Args:
         layers: decoder layers. Layers with the same modules are taken to be alike.
+        plain: also plain linear maps, whose function is replaced by one that saves other tensors; else only modules that know
+            `output_unread`.
     """
 
-    def __init__(self, layers: nn.ModuleList) -> None:
-        self._layers = layers
+    def __init__(self, layers: nn.ModuleList, plain: bool = True) -> None:
+        self._layers, self._plain = layers, plain
         self._maps: list[list[Any]] | None = None
         self._known: tuple[int, ...] = ()
 
@@ -43,9 +45,13 @@ class UnreadOutputs:
         for index, layer in reversed(list(enumerate(self._layers))):
             kind = tuple((name, type(module)) for name, module in layer.named_modules())
             if kind not in found:
-                found[kind] = _unread_in(layer, partial(gradients, index))
+                found[kind] = _unread_in(layer, self._plain, partial(gradients, index))
             maps.append([layer.get_submodule(name) for name in found[kind]])
         self._maps, self._known = maps[::-1], modules
+
+    def nothing(self) -> None:
+        """Take it that everything is read, until a module changes."""
+        self._maps, self._known = None, tuple(id(module) for module in self._layers.modules())
 
     def names(self, layer: int) -> list[str]:
         """What was found in a layer, by name within it."""
@@ -74,10 +80,12 @@ class UnreadOutputs:
                     module.forward = forward
 
 
-def _unread_in(layer: nn.Module, gradients: Callable[[], Sequence[Tensor | None]]) -> list[str]:
+def _unread_in(layer: nn.Module, plain: bool, gradients: Callable[[], Sequence[Tensor | None]]) -> list[str]:
+    candidates, names = _candidates(layer, plain), list[str]()
+    if not candidates:
+        return names
     right = gradients()
-    names = []
-    for name, module in _candidates(layer):
+    for name, module in candidates:
         handle = module.register_forward_hook(lambda _module, _inputs, out: out + torch.linspace(1, 50, out.shape[-1]).to(out))
         try:
             changed = gradients()
@@ -88,15 +96,14 @@ def _unread_in(layer: nn.Module, gradients: Callable[[], Sequence[Tensor | None]
     return names
 
 
-def _candidates(layer: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Plain linear maps, and modules that leave their product out themselves when `output_unread` is set."""
-    whole = [name for name, module in layer.named_modules() if hasattr(module, "output_unread")]
-    return [
-        (name, module)
-        for name, module in layer.named_modules()
-        if name in whole
-        or (type(module) is nn.Linear and "forward" not in module.__dict__ and not any(name.startswith(f"{outer}.") for outer in whole))
-    ]
+def _candidates(layer: nn.Module, plain: bool) -> list[tuple[str, nn.Module]]:
+    """Modules that leave their product out themselves when `output_unread` is set, and plain linear maps."""
+    found = [(name, module) for name, module in layer.named_modules() if hasattr(module, "output_unread")]
+    inside = tuple(f"{name}." for name, _ in found)
+    for name, module in layer.named_modules() if plain else ():
+        if type(module) is nn.Linear and "forward" not in module.__dict__ and not name.startswith(inside):
+            found.append((name, module))
+    return found
 
 
 def _unread_linear(module: nn.Linear, x: Tensor) -> Tensor:
