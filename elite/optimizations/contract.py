@@ -43,6 +43,7 @@ class Site(Enum):
 
     BATCH_LAYOUT = "how documents share a sequence"
     COMPUTE_DTYPE = "dtype of computation"
+    ALLOCATOR = "how device memory is taken"
     BASE_WEIGHTS = "storage of frozen weights"
     ATTENTION = "attention kernel"
     ELEMENTWISE = "kernels of norms, rotary embeddings and gates"

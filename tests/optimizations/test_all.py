@@ -45,7 +45,7 @@ BY_NAME = {kind.name: kind for kind in ALL}
 ON = OptimizationConfig(enabled=True)
 NEEDS = {"tiled_mlp": {"tile": 7}}
 """Options without which it would find nothing to do in models this small."""
-CUDA_ONLY = {"fused_kernels", "liger_kernels"}
+CUDA_ONLY = {"fused_kernels", "liger_kernels", "memory_pool"}
 
 
 def on(kind: type[Optimization]) -> OptimizationConfig:

@@ -1,0 +1,50 @@
+"""Growing memory segments.
+
+What:   torch's allocator takes device memory in segments that grow page by page instead of blocks of fixed sizes.
+How:    the allocator setting `expandable_segments`, set before the model is on the device. What the environment already says about the
+        allocator stays.
+Memory: what is allocated stays the same; what is reserved beyond it, and seen by the driver, shrinks to what pages round up.
+Source: torch.cuda memory management, PYTORCH_CUDA_ALLOC_CONF.
+"""
+
+import os
+from typing import Any, ClassVar
+
+from elite.facts import Facts
+from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
+
+VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+SETTING = "expandable_segments"
+
+
+class MemoryPool(Optimization):
+    """See the module's docstring."""
+
+    name = "memory_pool"
+    title = "growing memory segments"
+    row = 31
+    stage = Stage.runtime
+    exactness = Exactness.EXACT
+    claims: ClassVar[frozenset[Site]] = frozenset({Site.ALLOCATOR})
+    source = "torch.cuda"
+
+    def check(self, facts: Facts) -> str | None:
+        if facts.device.kind != "cuda":
+            return "a CPU's memory is not torch's to divide"
+        given = next((name for name in VARIABLES if os.environ.get(name)), None)
+        return None if given is None else f"{given} says already how memory is taken"
+
+    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
+        return estimate
+
+    def apply(self, target: Any) -> Applied:
+        _set(True)
+        return Applied(1, "allocator", lambda: _set(False))
+
+
+def _set(on: bool) -> None:
+    import torch
+
+    # Its name since torch 2.9; the older one warns of it.
+    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None) or torch.cuda.memory._set_allocator_settings
+    change(f"{SETTING}:{on}")
