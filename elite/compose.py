@@ -17,8 +17,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from elite.config import CONF_DIR, TIERS, RunConfig, build, schema
+from elite.config import CONF_DIR, TIERS, RunConfig
 from elite.errors import ConfigError, EliteError
+from elite.schema import build, schema
 
 ConfigStore.instance().store(name="schema", node=schema())
 

@@ -9,15 +9,16 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from omegaconf import II, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import II
 
-from elite.errors import ConfigError
 from elite.optimizations import OptimizationsConfig
+from elite.scaling import LrScaling
 from elite.streaming import BoundaryEncoding, Keep, Place, WeightPlace
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 TIERS = tuple(f"tier{n}" for n in range(1, 12))
+AUTO = "auto"
+"""What `training.micro_batch` is until it has been found."""
 
 
 class Mode(Enum):
@@ -242,9 +243,13 @@ class TrainingConfig:
     epochs: float = 1.0
     global_batch_tokens: int = 65536
     """Tokens in one optimizer step over all ranks; a longer context makes it one sequence a rank."""
-    micro_batch: int = 1
-    """Sequences in one forward pass on one rank."""
+    micro_batch: int | str = 1
+    """Sequences in one forward pass on one rank; `auto`: the most that memory holds, found before the first step."""
     learning_rate: float = 2e-4
+    lr_scaling: LrScaling = LrScaling.none
+    """How the learning rate follows the tokens of an optimizer step (elite/scaling.py)."""
+    lr_reference_tokens: int = 65536
+    """Tokens of an optimizer step for which `learning_rate` is meant as it stands."""
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
@@ -259,6 +264,13 @@ class TrainingConfig:
     """Tokens of a held-out file that are completed before and after training; 0 turns it off."""
     deterministic: bool = False
     """Deterministic kernels, at some cost in speed."""
+    preflight: bool | None = None
+    """Before the first step, measure a pass on random tokens and stop if it does not fit; unset: on a GPU."""
+
+    @property
+    def sequences(self) -> int:
+        """`micro_batch` as a number; `auto` counts as one until a plan has settled it."""
+        return self.micro_batch if isinstance(self.micro_batch, int) else 1
 
 
 @dataclass(frozen=True)
@@ -355,46 +367,3 @@ class RunConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
-
-
-def schema() -> DictConfig:
-    """The typed root that YAML and overrides merge into.
-
-    Frozen dataclasses arrive read-only in OmegaConf; the flag is lifted for composing and holds again on the built objects.
-    """
-    root = OmegaConf.structured(RunConfig)
-    _thaw(root)
-    return root
-
-
-def _thaw(node: Any) -> None:
-    if isinstance(node, DictConfig):
-        OmegaConf.set_readonly(node, None)
-        for key in node:
-            _thaw(node._get_node(key))
-
-
-def build(composed: DictConfig) -> RunConfig:
-    """The frozen configuration of a composed one, interpolations resolved.
-
-    Raises:
-        ConfigError: a value is missing or of the wrong type.
-    """
-    try:
-        config = OmegaConf.to_object(composed)
-    except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0], "python train.py --cfg job shows every field") from error
-    assert isinstance(config, RunConfig)
-    return config
-
-
-def to_yaml(config: RunConfig) -> str:
-    """The configuration as YAML, every field present."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config), resolve=True)
-
-
-def from_yaml(path: Path) -> RunConfig:
-    """Read what `to_yaml` wrote."""
-    merged = OmegaConf.merge(schema(), OmegaConf.load(path))
-    assert isinstance(merged, DictConfig)
-    return build(merged)

@@ -144,7 +144,7 @@ def _prepare(composed: Composed) -> tuple[RunFolder, int]:
 def _packing(config: RunConfig, store: TokenStore) -> str:
     """How well the sequences are filled; raises where the corpus has too little text for one."""
     packed = config.optimizations.sequence_packing.enabled
-    stream = TrainStream(store, config.data, config.tier.context, config.training.micro_batch, config.seed, packed)
+    stream = TrainStream(store, config.data, config.tier.context, config.training.sequences, config.seed, packed)
     return f"{stream.sequences_per_epoch:,} sequences an epoch, {stream.utilisation:.1%} of their tokens are text"
 
 

@@ -4,6 +4,8 @@ config.yaml        the resolved configuration           metrics.jsonl   a line a
 plan.json          what was predicted                   checkpoints/    step_NNNNNN/
 environment.json   versions, device, commit, command    final/          the adapter or model
 run.json           identity: request, tokens, tracker   summary.json    written when the run has ended well
+micro_batch.json   how training.micro_batch=auto ended  failure.json    how memory ran out, if it did
+preflight.json     what was measured before a step
 """
 
 import fcntl
@@ -23,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from elite import __version__
-from elite.config import Mode, OutputConfig, RunConfig, to_yaml
+from elite.config import Mode, OutputConfig, RunConfig
 from elite.errors import CheckpointError, ConfigError
 from elite.facts import Device
+from elite.schema import to_yaml
 
 LIBRARIES = (
     "torch",
@@ -51,6 +54,9 @@ class RunFolder:
         self.plan = path / "plan.json"
         self.environment = path / "environment.json"
         self.identity = path / "run.json"
+        self.micro_batch = path / "micro_batch.json"
+        self.preflight = path / "preflight.json"
+        self.failure = path / "failure.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"

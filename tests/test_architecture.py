@@ -12,17 +12,17 @@ from elite import config
 ROOT = config.CONF_DIR.parent
 # Each layer may import the layers before it, and its own.
 LAYERS = (
-    {"errors", "facts", "console", "streaming", "revolve", "kernels"},
+    {"errors", "facts", "console", "streaming", "revolve", "scaling", "kernels"},
     {"optimizations", "losses"},
     {"config"},
-    {"compose", "hardware", "geometry", "pretrained", "attention", "streamable"},
+    {"schema", "compose", "hardware", "geometry", "pretrained", "attention", "streamable"},
     {"plan"},
     {"model", "data"},
     {"executor", "distributed"},
     {"checkpoint"},
     {"training"},
     {"callbacks", "runfolder", "report"},
-    {"worker"},
+    {"prepared", "rehearsal", "worker"},
     {"bench"},
     {"modes"},
 )

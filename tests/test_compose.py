@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from omegaconf import OmegaConf
 
-from elite import compose, config, geometry, hardware
+from elite import compose, config, geometry, hardware, schema
 from elite.errors import ConfigError, EliteError
 from elite.facts import Corpus
 from elite.optimizations import ALL
@@ -98,8 +98,8 @@ def test_the_configuration_survives_its_yaml(tmp_path: object) -> None:
 
     made = compose.from_overrides("experiment=quickstart", "data.exclude=[a/*,b]", "model.path=x y").config
     path = Path(str(tmp_path)) / "config.yaml"
-    path.write_text(config.to_yaml(made))
-    assert config.from_yaml(path) == made
+    path.write_text(schema.to_yaml(made))
+    assert schema.from_yaml(path) == made
 
 
 def test_every_field_says_what_it_is() -> None:

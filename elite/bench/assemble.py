@@ -13,7 +13,7 @@ import torch
 
 from elite import geometry, hardware
 from elite.config import RunConfig
-from elite.data.batches import IGNORE, Batch
+from elite.data.batches import random_batch
 from elite.distributed.ranks import Ranks, joined
 from elite.errors import PlanError
 from elite.executor.build import Executors, build, streams_weights
@@ -21,12 +21,13 @@ from elite.facts import NO_CORPUS, Device
 from elite.model import LoadedModel, load
 from elite.optimizations import decide
 from elite.plan import Plan, facts_of, make_plan
+from elite.plan.batch import with_micro_batch
 from elite.plan.words import gib
+from elite.prepared import compute_dtype, prepare_process
 from elite.streaming import Streaming
 from elite.training.heap import settled
 from elite.training.optimizer import build_optimizer
 from elite.training.step import make_scaler, optimizer_step
-from elite.worker import compute_dtype, prepare_process
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Assembled:
     def step(self) -> dict[str, float]:
         """One optimizer step over one micro-batch of random tokens: seconds and peaks."""
         device = self.ranks.device
-        batch = _random_batch(self.plan, self.vocab)
+        batch = random_batch(self.plan.micro_batch, self.plan.context, self.vocab)
         reset_peak(device)
         synchronise(device)
         began = time.perf_counter()
@@ -74,6 +75,7 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
     plan = make_plan(config, device, shape, NO_CORPUS)
     if not plan.fits:
         raise PlanError(f"the plan does not fit: {gib(plan.total_bytes)} of {gib(plan.usable_bytes)} usable ({plan.shortage})", plan.fix)
+    config = with_micro_batch(config, plan.micro_batch)
     decisions = decide(config.optimizations, facts_of(config, device, shape, plan.executor))
     layout = Streaming.from_dict(plan.layout) if plan.layout else None
     with joined() as ranks:
@@ -81,7 +83,7 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
         dtype, _ = compute_dtype(decisions, device)
         loaded = load(config, decisions, dtype, ranks.device, streams_weights(layout))
         executors = build(loaded, layout, dtype, device, ranks, Path(config.output.cache).expanduser())
-        optimizer, _ = build_optimizer(loaded.trainable, config.training, decisions)
+        optimizer, _ = build_optimizer(loaded.trainable, plan.learning_rate, config.training, decisions)
         made = Assembled(config, plan, dtype, loaded, executors, optimizer, ranks)
         try:
             with settled():
@@ -111,14 +113,6 @@ def write(file: Path, found: dict[str, Any]) -> None:
     """Write a result as JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n")
-
-
-def _random_batch(plan: Plan, vocab: int) -> Batch:
-    ids = torch.randint(vocab, (plan.micro_batch, plan.context))
-    labels = ids.roll(-1, 1)
-    labels[:, -1] = IGNORE
-    positions = torch.arange(plan.context).expand_as(ids)
-    return Batch(ids, labels, positions, tuple((plan.context,) for _ in range(plan.micro_batch)))
 
 
 def peaks(device: torch.device) -> dict[str, float]:

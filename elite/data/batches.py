@@ -62,6 +62,19 @@ def collate(store: TokenStore, sequences: Seq[Sequence], context: int, pad_id: i
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(position_ids), tuple(documents))
 
 
+def random_batch(sequences: int, context: int, vocab: int, generator: torch.Generator | None = None) -> Batch:
+    """Rows of random tokens, one document each; every position but the last is scored.
+
+    Args:
+        vocab: ids are drawn below it.
+        generator: torch's own if unset.
+    """
+    ids = torch.randint(vocab, (sequences, context), generator=generator)
+    labels = ids.roll(-1, 1)
+    labels[:, -1] = IGNORE
+    return Batch(ids, labels, torch.arange(context).expand_as(ids), ((context,),) * sequences)
+
+
 class TrainStream:
     """Micro-batches without end. Epoch e visits every sequence once, in an order drawn from (seed, e), over all ranks together.
 

@@ -54,8 +54,12 @@ def build(loaded: LoadedModel, layout: Streaming | None, dtype: torch.dtype, dev
     # Validation runs on the bare model: DDP would wait for ranks that have fewer targets.
     if layout is not None:
         return Executors(StreamedExecutor(model, dtype), StreamedExecutor(loaded.model, dtype), attached)
-    fused = FusedLoss.name in loaded.applied
-    return Executors(WholeExecutor(model, dtype, fused), WholeExecutor(loaded.model, dtype, fused), None)
+    return Executors(whole(loaded, dtype, model), whole(loaded, dtype), None)
+
+
+def whole(loaded: LoadedModel, dtype: torch.dtype, wrapped: torch.nn.Module | None = None) -> WholeExecutor:
+    """The whole executor around a loaded model, or around what wraps it."""
+    return WholeExecutor(loaded.model if wrapped is None else wrapped, dtype, FusedLoss.name in loaded.applied)
 
 
 def kernels_of(device: Device) -> list[str]:

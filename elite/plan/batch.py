@@ -30,7 +30,7 @@ def facts_of(config: RunConfig, device: Device, shape: ModelShape, executor: str
         model=shape,
         device=device,
         context=config.tier.context,
-        micro_batch=config.training.micro_batch,
+        micro_batch=config.training.sequences,
         trainable_params=shape.lora_params(config.adapter.rank) if lora else shape.total_params,
         adapter=config.adapter.method.value,
         executor=executor,
@@ -54,7 +54,7 @@ def batch_geometry(config: RunConfig, device: Device) -> BatchGeometry:
             f"tier.target_length={tier.target_length} leaves no context before the target in tier.context={context}",
             f"tier.target_length={context // 8}",
         )
-    wanted, unit = training.global_batch_tokens, context * training.micro_batch * device.count
+    wanted, unit = training.global_batch_tokens, context * training.sequences * device.count
     if wanted <= unit:
         less = f"training.global_batch_tokens={wanted} is less than one micro-batch on each rank: a step takes {unit} tokens"
         return BatchGeometry(1, unit, less if wanted < unit else "")
@@ -62,10 +62,28 @@ def batch_geometry(config: RunConfig, device: Device) -> BatchGeometry:
         near = max(1, round(wanted / unit)) * unit
         raise PlanError(
             f"training.global_batch_tokens={wanted} is not a multiple of context × micro_batch × ranks = "
-            f"{context} × {training.micro_batch} × {device.count} = {unit}",
+            f"{context} × {training.sequences} × {device.count} = {unit}",
             f"training.global_batch_tokens={near}",
         )
     return BatchGeometry(wanted // unit, wanted, "")
+
+
+def sequences_of_a_rank(config: RunConfig, device: Device) -> int:
+    """Sequences that each rank carries through one optimizer step, whatever the micro-batch; one at least."""
+    return max(1, config.training.global_batch_tokens // (config.tier.context * device.count))
+
+
+def accumulation_for(sequences: int, largest: int) -> int:
+    """Fewest micro-batches of one size, none above `largest` sequences, that make up `sequences`: the global batch stays what it is.
+
+    One size, because kernels are compiled for a shape and the gradient's sum should not depend on which sequences come last.
+    """
+    return next(n for n in range(-(-sequences // largest), sequences + 1) if sequences % n == 0)
+
+
+def with_micro_batch(config: RunConfig, sequences: int) -> RunConfig:
+    """The same run with so many sequences in a forward pass."""
+    return replace(config, training=replace(config.training, micro_batch=sequences))
 
 
 def with_context(config: RunConfig, tokens: int) -> RunConfig:

@@ -24,7 +24,7 @@ def smallest_change(config: RunConfig, device: Device, shape: ModelShape) -> str
     def made(changed: RunConfig) -> Prediction:
         return choose_executor(changed, device, shape, 1)
 
-    words = ["training.micro_batch=1"] if config.training.micro_batch > 1 else []
+    words = ["training.micro_batch=1"] if config.training.sequences > 1 else []
     changed = replace(config, training=replace(config.training, micro_batch=1))
     added: list[type[Optimization]] = []
     while not made(changed).fits:

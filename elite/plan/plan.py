@@ -13,9 +13,11 @@ from elite.plan.executors import choose_executor
 from elite.plan.fix import smallest_change
 from elite.plan.generation import generation_tokens
 from elite.plan.memory import NOT_MODELLED
+from elite.plan.micro_batch import Settled, settled
 from elite.plan.streamed import host_usable
 from elite.plan.values import check_values
 from elite.plan.words import gib
+from elite.scaling import scaled_rate, scaling_words
 
 YARN_TESTED_FACTOR = 4
 """Beyond this stretch of the trained positions quality is doubtful (Peng et al. 2023 go to 16 with fine-tuning on it)."""
@@ -52,9 +54,15 @@ class Plan:
     context: int
     target_length: int
     micro_batch: int
+    largest_micro_batch: int | None
+    """Most sequences that fit in one forward pass, where the micro-batch was to be found; else None."""
     accumulation: int
     step_tokens: int
     """Token slots of one optimizer step, all ranks."""
+    learning_rate: float
+    """At the peak of the schedule, scaled for the tokens of a step."""
+    learning_rate_words: str
+    """How it was scaled, and by whose law."""
     corpus: Corpus
     decisions: tuple[Switch, ...]
     memory: dict[str, float]
@@ -115,7 +123,13 @@ def make_plan(config: RunConfig, device: Device, shape: ModelShape, corpus: Corp
         PlanError: the batch geometry is impossible, or two optimizations exclude each other.
     """
     check_values(config)
+    return _planned(settled(config, device, shape), device, shape, corpus)
+
+
+def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Corpus) -> Plan:
+    config, training = micro_batch.config, micro_batch.config.training
     batch = batch_geometry(config, device)
+    rate = training.learning_rate, training.lr_scaling, batch.step_tokens, training.lr_reference_tokens
     made = choose_executor(config, device, shape, batch.accumulation)
     facts, estimate = made.facts, made.estimate
     steps = _steps(config, corpus, batch)
@@ -136,8 +150,11 @@ def make_plan(config: RunConfig, device: Device, shape: ModelShape, corpus: Corp
         context=facts.context,
         target_length=config.tier.target_length,
         micro_batch=facts.micro_batch,
+        largest_micro_batch=micro_batch.largest,
         accumulation=batch.accumulation,
         step_tokens=batch.step_tokens,
+        learning_rate=scaled_rate(*rate),
+        learning_rate_words=scaling_words(*rate),
         corpus=corpus,
         decisions=tuple(_switch(decision) for decision in made.decisions),
         memory=estimate.by_component(),

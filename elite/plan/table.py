@@ -39,7 +39,8 @@ def _notes(title: str, notes: tuple[str, ...], style: str) -> Table:
 def _run(plan: Plan) -> Table:
     device = plan.device + ("" if plan.device_present else " (not in this machine)") + (" (memory capped)" if plan.device_capped else "")
     trained = f"{count(plan.trainable_params)} ({plan.trainable_params / plan.total_params:.2%})"
-    factors = f"{plan.context:,} × {plan.micro_batch} micro-batch × {plan.accumulation} accumulated × {plan.ranks} ranks"
+    found = "" if plan.largest_micro_batch is None else f" (at most {plan.largest_micro_batch:,} fit)"
+    factors = f"{plan.context:,} × {plan.micro_batch} micro-batch{found} × {plan.accumulation} accumulated × {plan.ranks} ranks"
     return _pairs(
         "Run",
         [
@@ -49,6 +50,7 @@ def _run(plan: Plan) -> Table:
             ("context", f"{plan.context:,} tokens ({plan.tier}), the last {plan.target_length:,} are the target"),
             ("positions", plan.positions),
             ("batch", f"{plan.step_tokens:,} tokens = {factors}"),
+            ("learning rate", plan.learning_rate_words),
             ("executor", _executor(plan)),
             ("curriculum", plan.curriculum),
         ],

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 
-from elite.config import RunConfig, Schedule
+from elite.config import AUTO, RunConfig, Schedule
 from elite.errors import ConfigError
 
 
@@ -27,7 +27,7 @@ RULES = (
             "training.epochs",
             "training.max_steps",
             "training.global_batch_tokens",
-            "training.micro_batch",
+            "training.lr_reference_tokens",
             "training.learning_rate",
             "training.eps",
             "training.max_grad_norm",
@@ -73,6 +73,9 @@ def check_values(config: RunConfig) -> None:
             # An optional field that is unset has no value to check.
             if value is not None and not rule.holds(value):
                 raise ConfigError(f"{name}={value}: {rule.words}", f"leave {name} out for its default")
+    micro_batch = config.training.micro_batch
+    if micro_batch != AUTO and not (isinstance(micro_batch, int) and micro_batch > 0):
+        raise ConfigError(f"training.micro_batch={micro_batch}: must be a positive whole number or {AUTO}", f"training.micro_batch={AUTO}")
     schedule = config.schedule
     if schedule.name is Schedule.wsd and schedule.warmup_fraction + schedule.decay_fraction > 1:
         raise ConfigError(

@@ -12,18 +12,21 @@ from elite.optimizations.targets import OptimizerBuild
 
 
 def build_optimizer(
-    parameters: Iterable[nn.Parameter], config: TrainingConfig, decisions: tuple[Decision, ...]
+    parameters: Iterable[nn.Parameter], learning_rate: float, config: TrainingConfig, decisions: tuple[Decision, ...]
 ) -> tuple[torch.optim.Optimizer, dict[str, Applied]]:
     """AdamW over `parameters` (Loshchilov & Hutter 2019), with the optimizer stage's optimizations applied.
 
     Weight decay spares vectors (norms, biases), as is customary.
+
+    Args:
+        learning_rate: the one in `config`, scaled for the batch.
     """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in parameters:
         (matrices if parameter.ndim > 1 else vectors).append(parameter)
     groups = [{"params": members, "weight_decay": decay} for members, decay in ((matrices, config.weight_decay), (vectors, 0.0)) if members]
-    build = OptimizerBuild(groups, {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps})
+    build = OptimizerBuild(groups, {"lr": learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps})
     applied = apply_stage(Stage.optimizer, decisions, build)
     factory = build.factory or torch.optim.AdamW
     return factory(build.groups, **build.arguments), applied

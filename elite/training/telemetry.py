@@ -57,3 +57,8 @@ class Meter:
         if self.ranks.device.type == "cuda":
             return self.highest.get("gpu_peak_bytes", 0.0)
         return self.ranks.max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0 - self.baseline_rss_bytes)
+
+
+def error_percent(predicted: float, measured: float) -> float | None:
+    """How far a prediction is off, in percent of what was measured; above 0 it promised too much. None where nothing was measured."""
+    return (predicted / measured - 1) * 100 if measured else None

@@ -16,8 +16,9 @@ from torch import Tensor
 from elite import worker
 from elite.callbacks import metrics_file
 from elite.compose import from_overrides
-from elite.config import RunConfig, from_yaml
+from elite.config import RunConfig
 from elite.runfolder import RunFolder
+from elite.schema import from_yaml
 from tests.conftest import ROOT, Trained
 
 TINY = ("debug=tiny", "optimizations.mixed_precision.enabled=false", "training.learning_rate=1e-2", "model.num_hidden_layers=3")

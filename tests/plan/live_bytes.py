@@ -1,44 +1,13 @@
-"""What a computation really holds: bytes of live tensor storages, their peak, and what autograd saves."""
+"""What autograd saves, and what a computation really holds (`LiveBytes`)."""
 
-import weakref
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from elite.training.live_bytes import LiveBytes
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that operations create while active; `peak` is the most alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.current = 0
-        self.peak = 0
-        self._known: set[int] = set()
-
-    def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Storages that existed before."""
-        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
-
-    def _free(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.current -= size
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in self._known:
-                    self._known.add(key)
-                    self.current += size
-                    weakref.finalize(storage, self._free, key, size)
-        self.peak = max(self.peak, self.current)
-        return out
+__all__ = ["LiveBytes", "SavedBytes"]
 
 
 class SavedBytes:

@@ -1,0 +1,88 @@
+"""A process made ready for a run: what the run folder describes, the dtype, the memory cap, the seed."""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from elite import geometry, hardware
+from elite.config import AUTO, Cap, RunConfig
+from elite.distributed.ranks import Ranks
+from elite.facts import Device, Facts
+from elite.model import apply_stage
+from elite.optimizations import decide
+from elite.optimizations.contract import Applied, Decision, Stage
+from elite.optimizations.targets import BatchLayout, Runtime
+from elite.plan import facts_of
+from elite.plan.batch import with_micro_batch
+from elite.runfolder import RunFolder
+from elite.schema import from_yaml
+from elite.streaming import Streaming
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every part of a run needs to know."""
+
+    config: RunConfig
+    """With a number as micro-batch."""
+    plan: dict[str, Any]
+    searches: bool
+    """The micro-batch is the plan's guess, and the largest is still to be found."""
+    device: Device
+    facts: Facts
+    decisions: tuple[Decision, ...]
+    dtype: torch.dtype
+    """Of matrix products and frozen weights."""
+    packed: bool
+    applied: dict[str, Applied]
+    """What the optimizations of batch layout and dtype touched."""
+    folder: RunFolder
+    ranks: Ranks
+
+    @property
+    def layout(self) -> Streaming | None:
+        """Of the streamed executor; None under the whole one."""
+        plain = self.plan["layout"]
+        return Streaming.from_dict(plain) if plain else None
+
+
+def prepared(folder: RunFolder, ranks: Ranks) -> Run:
+    """What the folder describes, with this process made ready for it."""
+    config, plan = from_yaml(folder.config), json.loads(folder.plan.read_text())
+    # Found once: a run that continues deals its batches as before.
+    searches = config.training.micro_batch == AUTO and plan["layout"] is None and not folder.micro_batch.is_file()
+    config = with_micro_batch(config, plan["micro_batch"])
+    device = hardware.device(config.hardware)
+    facts = facts_of(config, device, geometry.shape(config.model), plan["executor"])
+    decisions = decide(config.optimizations, facts)
+    prepare_process(config, ranks, device)
+    batches = BatchLayout()
+    applied = apply_stage(Stage.data, decisions, batches)
+    dtype, of_dtype = compute_dtype(decisions, device)
+    applied |= of_dtype
+    return Run(config, plan, searches, device, facts, decisions, dtype, batches.packed, applied, folder, ranks)
+
+
+def compute_dtype(decisions: tuple[Decision, ...], device: Device) -> tuple[torch.dtype, dict[str, Applied]]:
+    """Dtype of matrix products and frozen weights, and which optimization decided it."""
+    runtime = Runtime(device.supports_bf16)
+    applied = apply_stage(Stage.runtime, decisions, runtime)
+    return getattr(torch, runtime.compute_dtype), applied
+
+
+def prepare_process(config: RunConfig, ranks: Ranks, device: Device) -> None:
+    """Determinism, the memory cap and the kernels of an emulated card, the seed."""
+    if config.training.deterministic:
+        # cuBLAS reads this when its first handle is made.
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
+    if config.hardware.cap is not Cap.none and ranks.device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(device.memory_usable_bytes / torch.cuda.get_device_properties(ranks.device).total_memory)
+    if config.hardware.cap is Cap.emulate and device.compute_capability is not None and device.compute_capability < (8, 0):
+        # What is left to torch's own attention is the memory-efficient kernel.
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.manual_seed(config.seed)

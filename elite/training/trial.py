@@ -1,0 +1,143 @@
+"""A forward and backward pass on random tokens that leaves no trace: what it takes, before a run depends on it."""
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from elite import checkpoint
+from elite.data.batches import random_batch
+from elite.executor.contract import Executor
+from elite.training.live_bytes import LiveBytes
+from elite.training.shortage import is_out_of_memory
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is tried."""
+
+    executor: Executor
+    """Around the bare model: under DDP a rank that runs out of memory would leave the others waiting."""
+    compute_dtype: torch.dtype
+    """Of matrix products; float32 runs without autocast."""
+    trainable: Sequence[nn.Parameter]
+    vocab: int
+    """Ids are drawn below it."""
+    context: int
+    device: torch.device
+    limit_bytes: float
+    """More tensors at once than this do not fit."""
+    held_bytes: float
+    """What a later step holds besides, set aside during the trial: the optimizer's state, DDP's copy of the gradients."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one pass took. Bytes of tensors, on the device; reserved is the allocator's hold on it, 0 on a CPU."""
+
+    sequences: int
+    resident_bytes: float
+    """Before the pass: weights, and what is set aside."""
+    peak_bytes: float
+    """With the resident ones; where memory ran out, what there was just before."""
+    reserved_bytes: float
+    seconds: float
+    out_of_memory: bool
+
+    def fits(self, limit_bytes: float) -> bool:
+        """Whether it went well and stayed under the limit."""
+        return not self.out_of_memory and self.peak_bytes <= limit_bytes
+
+
+def one_pass(subject: Subject, sequences: int) -> Callable[[], None]:
+    """A forward and backward pass over `sequences` rows of random tokens."""
+    # Its own generator: what is drawn from torch's would be missing later.
+    batch = random_batch(sequences, subject.context, subject.vocab, torch.Generator().manual_seed(sequences))
+
+    def run() -> None:
+        (subject.executor.loss_sum(batch.to(subject.device)) / batch.label_tokens).backward()
+
+    return run
+
+
+def attempt(subject: Subject, sequences: int, run: Callable[[], object], gradients: bool) -> Trial:
+    """Run and measure; running out of memory is a result.
+
+    Random states, gradients and peak statistics are afterwards as before, and what was cached is given back.
+
+    Args:
+        sequences: that `run` carries.
+        gradients: whether they exist before the pass, as from the second micro-batch of a step on.
+    """
+    with _untouched(subject):
+        return (_on_gpu if subject.device.type == "cuda" else _on_cpu)(subject, sequences, run, gradients)
+
+
+@contextmanager
+def _untouched(subject: Subject) -> Iterator[None]:
+    before = checkpoint.random_state()
+    gradients = [parameter.grad for parameter in subject.trainable]
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(subject.trainable, gradients, strict=True):
+            parameter.grad = gradient
+        checkpoint.set_random_state(before)
+        _settle(subject.device)
+
+
+def _settle(device: torch.device) -> None:
+    """Give back everything that nothing refers to."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _finishes(run: Callable[[], object], subject: Subject, gradients: bool) -> bool:
+    """Whether it ends before memory does."""
+    try:
+        for parameter in subject.trainable:
+            parameter.grad = torch.zeros_like(parameter) if gradients else None
+        run()
+        if subject.device.type == "cuda":
+            torch.cuda.synchronize(subject.device)
+    except (RuntimeError, MemoryError) as error:
+        # Nothing of it is kept: its frames hold the tensors of the failed pass.
+        if not is_out_of_memory(error):
+            raise
+        return False
+    return True
+
+
+def _on_gpu(subject: Subject, sequences: int, run: Callable[[], object], gradients: bool) -> Trial:
+    device = subject.device
+    _settle(device)
+    held, resident = None, torch.cuda.memory_allocated(device) + subject.held_bytes
+    began = time.perf_counter()
+    try:
+        held = torch.empty(int(subject.held_bytes), dtype=torch.uint8, device=device)
+        done = _finishes(run, subject, gradients)
+    except torch.OutOfMemoryError:
+        done = False
+    seconds = time.perf_counter() - began
+    peak, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    del held
+    return Trial(sequences, resident, peak, reserved, seconds, not done)
+
+
+def _on_cpu(subject: Subject, sequences: int, run: Callable[[], object], gradients: bool) -> Trial:
+    """The bytes of all tensors alive at once; beyond the limit an operation is refused as on a full device, so the machine never is."""
+    model = subject.executor.model
+    there = {t.untyped_storage()._cdata: t for t in [*model.parameters(), *model.buffers()]}
+    resident = sum(t.untyped_storage().nbytes() for t in there.values()) + subject.held_bytes
+    live = LiveBytes(subject.limit_bytes - resident)
+    live.ignore(there.values())
+    began = time.perf_counter()
+    with live:
+        done = _finishes(run, subject, gradients)
+    return Trial(sequences, resident, resident + live.peak, 0.0, time.perf_counter() - began, not done)
