@@ -238,14 +238,16 @@ def _show(summary: dict[str, Any], folder: RunFolder) -> None:
     first, last, errors = summary["val_first"], summary["val_last"], summary["errors_percent"]
     worth = [losses["val_loss_alone"] - losses["val_loss"] for losses in (first, last)]
     reserved = f", {gib(summary['reserved_peak_bytes'])} reserved" if summary["reserved_peak_bytes"] else ""
-    pinned = f" of it {gib(summary['host_pinned_bytes'])} pinned," if summary["host_pinned_bytes"] else ""
+    pinned = ""
+    if summary["host_pinned_bytes"]:
+        planned = gib(summary["predicted_host_pinned_bytes"])
+        pinned = f", of it pinned {gib(summary['host_pinned_bytes'])}, {planned} planned{_off(errors['host_pinned'])}"
     console.print(
         f"\n{summary['steps']} steps, {summary['tokens']:,} tokens, {summary['tokens_per_s']:,.0f} tokens/s\n"
         f"validation loss  {first['val_loss']:.4f} → {last['val_loss']:.4f}   alone {first['val_loss_alone']:.4f} → "
         f"{last['val_loss_alone']:.4f}   context is worth {worth[0]:+.4f} → {worth[1]:+.4f}\n"
         f"peak memory  {gib(summary['measured_peak_bytes'])} measured, {gib(summary['predicted_peak_bytes'])} planned"
-        f"{_off(errors['peak'])}{reserved}; host {gib(summary['host_rss_peak_bytes'])},{pinned} "
-        f"{gib(summary['predicted_host_pinned_bytes'])} pinned planned{_off(errors['host_pinned'])}\n"
+        f"{_off(errors['peak'])}{reserved}; host {gib(summary['host_rss_peak_bytes'])}{pinned}\n"
         f"step time    {duration(summary['step_s'])} measured, {duration(summary['predicted_step_s'])} planned{_off(errors['step'])}\n"
         f"results in {folder.path}",
     )

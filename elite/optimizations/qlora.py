@@ -14,7 +14,20 @@ from elite.facts import Facts
 from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
 from elite.optimizations.shapes import value_bytes
 
-BYTES_PER_WEIGHT = 0.5 + (1 + 4 / 256) / 64
+BLOCK = 64
+"""Weights that share a scale."""
+SCALE_BLOCK = 256
+"""8-bit scales that share one in fp32 (double quantisation)."""
+
+
+def packed_bytes(weights: float) -> float:
+    """NF4 weights with their scales (Dettmers et al. 2023, section 3)."""
+    return weights * (0.5 + (1 + 4 / SCALE_BLOCK) / BLOCK)
+
+
+def dequantised_bytes(facts: Facts, width: float) -> float:
+    """The largest linear map of a layer as it stands while its product is formed, at `width` bytes a weight."""
+    return width * max(linear.inputs * linear.outputs for linear in facts.model.layer_linears)
 
 
 def _in_compute_dtype(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -39,8 +52,8 @@ class QLoRA(Optimization):
         return None
 
     def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
-        dequantised = value_bytes(estimate, facts) * max(linear.inputs * linear.outputs for linear in facts.model.layer_linears)
-        return replace(estimate, linear_weights=facts.model.linear_params * BYTES_PER_WEIGHT, runtime=estimate.runtime + dequantised)
+        dequantised = dequantised_bytes(facts, value_bytes(estimate, facts))
+        return replace(estimate, linear_weights=packed_bytes(facts.model.linear_params), runtime=estimate.runtime + dequantised)
 
     def apply(self, target: Any) -> Applied:
         import bitsandbytes as bnb

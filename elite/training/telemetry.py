@@ -53,7 +53,10 @@ class Meter:
         return figures
 
     def measured_peak_bytes(self) -> float:
-        """What the plan's total is compared with: allocated GPU memory, or on a CPU the process's growth since before the model."""
+        """What the plan's total is compared with: allocated GPU memory, or on a CPU the process's growth since before the model.
+
+        The host does not forget a peak: on a CPU trials of a larger micro-batch count.
+        """
         if self.ranks.device.type == "cuda":
             return self.highest.get("gpu_peak_bytes", 0.0)
         return self.ranks.max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0 - self.baseline_rss_bytes)

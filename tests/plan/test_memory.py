@@ -19,9 +19,10 @@ from elite.facts import Facts
 from elite.model import apply_stage
 from elite.optimizations import decide
 from elite.optimizations.contract import Estimate, Stage
+from elite.optimizations.flash_attention import log_sum_exp_bytes
 from elite.optimizations.fused_loss import FusedLoss
 from elite.optimizations.gradient_checkpointing import GradientCheckpointing
-from elite.optimizations.qlora import QLoRA
+from elite.optimizations.qlora import BLOCK, SCALE_BLOCK, QLoRA, dequantised_bytes, packed_bytes
 from elite.optimizations.tiled_mlp import TiledMLP
 from elite.plan.memory import folded, predict, unoptimized
 from tests.plan.helpers import STANDARD, device, phi2, switches
@@ -276,3 +277,26 @@ def test_layer_workspace_is_two_hidden_states() -> None:
     facts = facts_phi2()
     assert unoptimized(facts).layer_workspace == 4 * 2 * facts.context * facts.model.hidden_size
     assert unoptimized(facts).mlp_workspace == 4 * 2 * facts.context * 10240
+
+
+def test_fused_attention_keeps_a_log_sum_exp_and_no_scores() -> None:
+    heads, keys, tokens, width = 4, 4, 96, 16
+    query, key, value = (torch.randn(1, n, tokens, width, requires_grad=True) for n in (heads, keys, keys))
+    saved = SavedBytes([])
+    with saved.hooks:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    facts = facts_for(small("phi", heads * width), tokens)
+    beside = log_sum_exp_bytes(facts) / facts.model.num_hidden_layers
+    assert saved.total == sum(t.nbytes for t in (query, key, value, out)) + beside
+    estimates = [folded(facts, decide(switches(*on), facts)) for on in ((), ("flash_attention",))]
+    assert [bool(estimate.attention_scores) for estimate in estimates] == [True, False]
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (256, 1024), (96, 160)])
+def test_packed_weights_are_as_bitsandbytes_packs_them(shape: tuple[int, int]) -> None:
+    packed, state = bitsandbytes.functional.quantize_4bit(torch.randn(shape), quant_type="nf4", compress_statistics=True, blocksize=BLOCK)
+    held = packed.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+    assert packed_bytes(shape[0] * shape[1]) == pytest.approx(held, rel=0.02)
+    assert state.state2.blocksize == SCALE_BLOCK
+    facts = facts_phi2()
+    assert dequantised_bytes(facts, 2) == 2 * 2560 * 10240
