@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,6 +56,9 @@ def prepared(folder: RunFolder, ranks: Ranks) -> Run:
     searches = config.training.micro_batch == AUTO and plan["layout"] is None and not folder.micro_batch.is_file()
     config = with_micro_batch(config, plan["micro_batch"])
     device = hardware.device(config.hardware)
+    if device.kind == "cuda":
+        # As it was before this process took its own part of the device.
+        device = replace(device, memory_usable_bytes=plan["usable_bytes"])
     facts = facts_of(config, device, geometry.shape(config.model), plan["executor"])
     decisions = decide(config.optimizations, facts)
     prepare_process(config, ranks, device)

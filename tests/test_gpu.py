@@ -70,10 +70,10 @@ def test_it_trains(variant: tuple[str, ...], tmp_path: Path, repository: Path) -
 
 def test_a_cap_is_a_cap(tmp_path: Path, repository: Path) -> None:
     program = (
-        "import torch; from pathlib import Path; from elite import compose, hardware, worker; from elite.distributed.ranks import joined\n"
+        "import torch; from elite import compose, hardware, prepared; from elite.distributed.ranks import joined\n"
         "config = compose.from_overrides('hardware=rtx2060s', 'hardware.cap=memory').config\n"
         "with joined() as ranks:\n"
-        "    worker._prepare_process(config, ranks, hardware.device(config.hardware).memory_usable_bytes)\n"
+        "    prepared.prepare_process(config, ranks, hardware.device(config.hardware))\n"
         "    torch.empty(int(6.5 * 2**30), dtype=torch.uint8, device='cuda')\n"
         "    torch.cuda.empty_cache()\n"
         "    torch.empty(int(7.5 * 2**30), dtype=torch.uint8, device='cuda')\n"

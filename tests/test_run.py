@@ -147,7 +147,8 @@ def test_a_multirun_gives_each_job_a_process_folder_and_tracker(program: Program
 
 
 def test_two_ranks_train_like_one(program: Program, tmp_path: Path, repository: Path, cache: Path) -> None:
-    request = ["debug=tiny", "training.completion_tokens=0", "training.max_steps=3"]
+    found = ["training.micro_batch=auto", "training.global_batch_tokens=1024", "training.preflight=true"]
+    request = ["debug=tiny", "training.completion_tokens=0", "training.max_steps=3", *found]
     alone = program(*request, "output.root=alone")
     assert alone.returncode == 0, alone.stderr
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", "--master-port=29731"]
@@ -160,6 +161,8 @@ def test_two_ranks_train_like_one(program: Program, tmp_path: Path, repository: 
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
     first, second = (json.loads(folder.summary.read_text())["val_last"]["val_loss"] for folder in (one, two))
     assert first == pytest.approx(second, rel=1e-4)
+    shares = [json.loads(folder.micro_batch.read_text())["chosen"] for folder in (one, two)]
+    assert shares == [4, 2] and two.preflight.is_file()
 
 
 VARIANTS = (

@@ -42,7 +42,7 @@ def preflight(subject: Subject, attached: Attached | None, plan: dict[str, Any])
     """
     sequences, accumulation = plan["micro_batch"], plan["accumulation"]
     if attached is not None and sequences == 1:
-        trial, seconds = _ends(subject, attached, accumulation > 1)
+        trial, seconds = _ends(subject, attached)
     else:
         trial = attempt(subject, sequences, one_pass(subject, sequences), accumulation > 1)
         seconds = trial.seconds
@@ -59,13 +59,13 @@ def preflight(subject: Subject, attached: Attached | None, plan: dict[str, Any])
     )
 
 
-def _ends(subject: Subject, attached: Attached, gradients: bool) -> tuple[Trial, float]:
-    """The trial, and a whole pass's seconds."""
+def _ends(subject: Subject, attached: Attached) -> tuple[Trial, float]:
+    """The trial, and a whole pass's seconds. Gradients appear layer by layer; at the last one nearly all are there."""
     made, dtype = list[Estimate](), subject.compute_dtype
 
     def run() -> None:
         with torch.autocast(subject.device.type, dtype=dtype, enabled=dtype != torch.float32):
             made.append(Probe(attached.runner, subject.context, subject.vocab).run())
 
-    trial = attempt(subject, 1, run, gradients)
+    trial = attempt(subject, 1, run, gradients=True)
     return trial, made[0].step_s if made else trial.seconds

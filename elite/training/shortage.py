@@ -90,7 +90,7 @@ def smaller(config: RunConfig, device: Device, shape: ModelShape, planned_bytes:
     """
     share = min(have_bytes / need_bytes, 1 - NO_LESS) if need_bytes else 1 - NO_LESS
     usable = min(planned_bytes, device.memory_usable_bytes * (1 - config.plan.headroom_fraction)) * share
-    tight = replace(device, memory_usable_bytes=int(usable / (1 - config.plan.headroom_fraction)))
+    tight = replace(device, memory_usable_bytes=max(1, int(usable / (1 - config.plan.headroom_fraction))))
     return smallest_change(config, tight, shape)
 
 
