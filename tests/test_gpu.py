@@ -65,7 +65,9 @@ def test_it_trains(variant: tuple[str, ...], tmp_path: Path, repository: Path) -
     folder = RunFolder(next((tmp_path / "runs").glob("*/*/run.json")).parent)
     steps = [line for line in metrics_file.read(folder.metrics) if "loss" in line]
     assert len(steps) == 3 and all(line["gpu_peak_bytes"] > 0 and line["mfu"] > 0 for line in steps)
-    assert json.loads(folder.summary.read_text())["measured_peak_bytes"] > 0
+    summary, looked = json.loads(folder.summary.read_text()), json.loads(folder.preflight.read_text())
+    assert summary["measured_peak_bytes"] > 0 and summary["reserved_peak_bytes"] >= summary["measured_peak_bytes"]
+    assert looked["fits"] and looked["measured_bytes"] > 0 and "preflight: planned" in done.stdout
 
 
 def test_a_cap_is_a_cap(tmp_path: Path, repository: Path) -> None:

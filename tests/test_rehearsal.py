@@ -6,12 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
 
-from elite import compose, hardware, modes, worker
+from elite import compose, modes, worker
 from elite.callbacks import metrics_file
 from elite.data.batches import Batch
 from elite.distributed.ranks import joined
@@ -72,7 +74,7 @@ def test_a_preflight_that_does_not_fit_stops_the_run(
 ) -> None:
     folder = prepare(*TINY, "training.preflight=true", "training.micro_batch=2")
     # What was free when the run was planned is gone when it begins.
-    monkeypatch.setattr(hardware, "host_memory", lambda: (GIB, 3_000_000))
+    only(monkeypatch, 3_000_000)
     with pytest.raises(MemoryShortage) as caught:
         begin(folder)
     message, shown = str(caught.value), capsys.readouterr().out
@@ -82,6 +84,11 @@ def test_a_preflight_that_does_not_fit_stops_the_run(
     assert not losses(folder) if folder.metrics.exists() else True
     failure = read(folder.failure)
     assert failure["checkpoint"] is None and set(failure) >= {"planned", "actual", "remedy", "usable_bytes"}
+
+
+def only(monkeypatch: pytest.MonkeyPatch, available: int) -> None:
+    """So many bytes of this machine are free."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=GIB, available=available))
 
 
 def no_room(monkeypatch: pytest.MonkeyPatch, kind: type, at: int) -> None:
@@ -160,7 +167,7 @@ def test_a_micro_batch_is_found_and_kept(prepare: Prepare, monkeypatch: pytest.M
     folder = prepare(*auto)
     assert read(folder.plan)["largest_micro_batch"] == 16
     assert "(at most 16 fit)" in capsys.readouterr().out
-    monkeypatch.setattr(hardware, "host_memory", lambda: (GIB, 8_000_000))
+    only(monkeypatch, 8_000_000)
     with monkeypatch.context() as patch:
         no_room(patch, WholeExecutor, at=10**6)
         begin(folder)
@@ -187,14 +194,14 @@ def test_a_continued_run_keeps_its_micro_batch(prepare: Prepare, monkeypatch: py
             begin(folder)
     before = folder.micro_batch.read_text()
     assert len(losses(folder)) == 2
-    monkeypatch.setattr(hardware, "host_memory", lambda: (GIB, 8_000_000))
+    only(monkeypatch, 8_000_000)
     begin(folder)
     assert folder.finished and folder.micro_batch.read_text() == before and len(losses(folder)) == 3
 
 
 def test_a_micro_batch_of_which_not_one_sequence_fits(prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = prepare(*TINY, "training.micro_batch=auto")
-    monkeypatch.setattr(hardware, "host_memory", lambda: (GIB, 1_000_000))
+    only(monkeypatch, 1_000_000)
     with pytest.raises(MemoryShortage) as caught:
         begin(folder)
     assert "before the first step, out of memory" in str(caught.value) and len(str(caught.value).splitlines()) <= 3

@@ -62,17 +62,22 @@ def collate(store: TokenStore, sequences: Seq[Sequence], context: int, pad_id: i
     return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(position_ids), tuple(documents))
 
 
-def random_batch(sequences: int, context: int, vocab: int, generator: torch.Generator | None = None) -> Batch:
-    """Rows of random tokens, one document each; every position but the last is scored.
+def random_batch(sequences: int, context: int, vocab: int, generator: torch.Generator | None = None, tail: int = 0) -> Batch:
+    """Rows of random tokens, one document each; every position but a document's last is scored.
 
     Args:
         vocab: ids are drawn below it.
         generator: torch's own if unset.
+        tail: so many tokens at the end of the last row are a document of their own, as in packed rows.
     """
     ids = torch.randint(vocab, (sequences, context), generator=generator)
-    labels = ids.roll(-1, 1)
+    labels, positions = ids.roll(-1, 1), torch.arange(context).repeat(sequences, 1)
     labels[:, -1] = IGNORE
-    return Batch(ids, labels, torch.arange(context).expand_as(ids), ((context,),) * sequences)
+    if not tail:
+        return Batch(ids, labels, positions, ((context,),) * sequences)
+    labels[-1, -tail - 1] = IGNORE
+    positions[-1, -tail:] = torch.arange(tail)
+    return Batch(ids, labels, positions, ((context,),) * (sequences - 1) + ((context - tail, tail),))
 
 
 class TrainStream:

@@ -15,6 +15,9 @@ from elite.executor.contract import Executor
 from elite.training.live_bytes import LiveBytes
 from elite.training.shortage import is_out_of_memory
 
+TAIL = 8
+"""Tokens of a second document, at the end of the last row: attention works row by row and copies as soon as one row has two."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -56,7 +59,8 @@ class Trial:
 def one_pass(subject: Subject, sequences: int) -> Callable[[], None]:
     """A forward and backward pass over `sequences` rows of random tokens."""
     # Its own generator: what is drawn from torch's would be missing later.
-    batch = random_batch(sequences, subject.context, subject.vocab, torch.Generator().manual_seed(sequences))
+    generator = torch.Generator().manual_seed(sequences)
+    batch = random_batch(sequences, subject.context, subject.vocab, generator, tail=TAIL)
 
     def run() -> None:
         (subject.executor.loss_sum(batch.to(subject.device)) / batch.label_tokens).backward()

@@ -5,6 +5,7 @@ import torch
 
 from elite.config import DataConfig, FileOrder, Unit
 from elite.data import IGNORE, Batch, TokenStore, TrainStream, collate
+from elite.data.batches import random_batch
 from elite.data.packing import length
 from elite.errors import DataError
 
@@ -126,3 +127,17 @@ def test_too_little_text(store: TokenStore) -> None:
 def test_state_of_another_corpus(store: TokenStore) -> None:
     with pytest.raises(DataError, match="resume=never"):
         stream(store).load_state({"epoch": 0, "index": 10_000})
+
+
+@pytest.mark.parametrize("tail", [0, 8])
+def test_random_rows_are_like_real_ones(tail: int) -> None:
+    batch = random_batch(3, 64, 97, torch.Generator().manual_seed(0), tail)
+    assert [sum(row) for row in batch.documents] == [64] * 3 and sum(map(len, batch.documents)) == 3 + bool(tail)
+    for row, lengths in enumerate(batch.documents):
+        start = 0
+        for length in lengths:
+            assert batch.position_ids[row, start : start + length].tolist() == list(range(length))
+            assert torch.equal(batch.labels[row, start : start + length - 1], batch.input_ids[row, start + 1 : start + length])
+            assert batch.labels[row, start + length - 1] == IGNORE
+            start += length
+    assert batch.label_tokens == 3 * 64 - sum(map(len, batch.documents)) and int(batch.input_ids.max()) < 97

@@ -120,3 +120,19 @@ def test_a_layer_that_cannot_be_tried_is_recomputed_in_full(caplog: pytest.LogCa
     assert "too short" in caplog.text and not made.left_out(0)
     made.undo()
     assert layers[0].forward.func is picky
+
+
+def test_a_lack_of_memory_says_nothing_of_the_layers() -> None:
+    model = make("llama", "fused")
+    layers = core(model).get_decoder().layers
+    made = Recomputed(layers)
+
+    def refuse(*_: Any) -> None:
+        raise torch.OutOfMemoryError("not now")
+
+    handle = layers[1].mlp.register_forward_pre_hook(refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(model)
+    handle.remove()
+    step(model)
+    assert made.left_out(1) == ["mlp.down_proj"]

@@ -77,6 +77,9 @@ class Recomputed:
             named["documents"] = ((min(FEW, hidden.shape[1]),),)
         try:
             self._unread.find(lambda layer: self._gradients(layer, given, named))
+        except torch.OutOfMemoryError:
+            # It says nothing of the layers: the next pass, perhaps a smaller one, tries again.
+            raise
         except (RuntimeError, TypeError, ValueError) as error:
             log.warning("layers are recomputed in full, as they could not be tried on a few tokens: %s", error)
             self._unread.nothing()
