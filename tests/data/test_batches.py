@@ -135,9 +135,9 @@ def test_random_rows_are_like_real_ones(tail: int) -> None:
     assert [sum(row) for row in batch.documents] == [64] * 3 and sum(map(len, batch.documents)) == 3 + bool(tail)
     for row, lengths in enumerate(batch.documents):
         start = 0
-        for length in lengths:
-            assert batch.position_ids[row, start : start + length].tolist() == list(range(length))
-            assert torch.equal(batch.labels[row, start : start + length - 1], batch.input_ids[row, start + 1 : start + length])
-            assert batch.labels[row, start + length - 1] == IGNORE
-            start += length
+        for size in lengths:
+            assert batch.position_ids[row, start : start + size].tolist() == list(range(size))
+            assert torch.equal(batch.labels[row, start : start + size - 1], batch.input_ids[row, start + 1 : start + size])
+            assert batch.labels[row, start + size - 1] == IGNORE
+            start += size
     assert batch.label_tokens == 3 * 64 - sum(map(len, batch.documents)) and int(batch.input_ids.max()) < 97

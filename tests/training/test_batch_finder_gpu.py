@@ -6,13 +6,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from elite import compose, geometry
+from elite import compose, geometry, hardware
 from elite.executor.build import whole
 from elite.facts import GIB, NO_CORPUS
-from elite.hardware import device as described
 from elite.model import load
 from elite.optimizations import decide
 from elite.plan import facts_of, make_plan
+from elite.prepared import compute_dtype
 from elite.training.batch_finder import PROBES, TOLERANCE, find
 from elite.training.trial import Subject, Trial, attempt, one_pass
 
@@ -37,15 +37,16 @@ def subject(where: torch.device) -> tuple[Subject, int]:
     request = ("model=smollm2_135m", "model.weights=random", "tier=tier1", f"tier.context={CONTEXT}", "executor=whole", "hardware=rtx2060s")
     batch = ("hardware.cap=memory", "training.micro_batch=auto", f"training.global_batch_tokens={CONTEXT * MOST}")
     config = compose.from_overrides(*request, *batch, "plan.headroom_fraction=0").config
-    machine = described(config.hardware)
+    machine = hardware.device(config.hardware)
     shape = geometry.shape(config.model)
     decisions = decide(config.optimizations, facts_of(config, machine, shape))
-    loaded = load(config, decisions, torch.bfloat16, where)
+    dtype, _ = compute_dtype(decisions, machine)
+    loaded = load(config, decisions, dtype, where)
     plan = make_plan(config, machine, shape, NO_CORPUS)
     assert plan.largest_micro_batch is not None
-    executor = whole(loaded, torch.bfloat16)
+    executor = whole(loaded, dtype)
     held = plan.memory["optimizer_state"]
-    return Subject(executor, torch.bfloat16, loaded.trainable, shape.vocab_size, CONTEXT, where, CAP_BYTES, held), plan.largest_micro_batch
+    return Subject(executor, dtype, loaded.trainable, shape.vocab_size, CONTEXT, where, CAP_BYTES, held), plan.largest_micro_batch
 
 
 def runs(one: Subject, sequences: int) -> bool:
