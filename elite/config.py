@@ -7,7 +7,7 @@ states only what differs from the defaults here.
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import II, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -27,6 +27,7 @@ class Mode(Enum):
     plan = "plan"
     tiers = "tiers"
     max_context = "max_context"
+    profile = "profile"
     probe = "probe"
     interactive = "interactive"
 
@@ -328,7 +329,7 @@ class OutputConfig:
     folder: str | None = None
     """This run's folder; unset: `<root>/<date>/<time>_<name>`."""
     cache: str = "~/.cache/elite"
-    """Tokenised corpora and converted models."""
+    """Tokenised corpora, converted models, what was measured of this machine."""
 
 
 @dataclass(frozen=True)
@@ -395,6 +396,4 @@ def to_yaml(config: RunConfig) -> str:
 
 def from_yaml(path: Path) -> RunConfig:
     """Read what `to_yaml` wrote."""
-    merged = OmegaConf.merge(schema(), OmegaConf.load(path))
-    assert isinstance(merged, DictConfig)
-    return build(merged)
+    return build(cast(DictConfig, OmegaConf.merge(schema(), OmegaConf.load(path))))
