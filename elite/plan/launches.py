@@ -20,8 +20,9 @@ ADAPTER = Cost(6, 4.5)
 """An adapted map under peft."""
 FUSED_ADAPTER = Cost(-1, 4.5)
 """The same under fused LoRA, whose functions convert nothing that is in the compute dtype already and serve siblings at once."""
-FUSED_ELEMENTWISE = {"gated": Cost(-12, -30), "phi": Cost(-10, -20)}
-"""A layer whose norms, rotary embedding, activation and sums are kernels of their own (assumption: each as three operations)."""
+FUSED_ELEMENTWISE = Cost(25, 40)
+"""A layer whose norms, rotary embedding, activation and sums are kernels of their own, besides: there are fewer, but each costs the host
+ten times an ordinary operation (fused_steps.json: Phi-2 at 4,096 tokens waits longer for the host with them than without)."""
 STREAMED = Cost(62, 5)
 """A chunk in a layer under the streamed executor, besides: staging, attention in parts, gradients added up."""
 BLOCK = 6
@@ -47,7 +48,7 @@ def operations(facts: Facts, decisions: tuple[Decision, ...], layout: Streaming 
     else:
         layer += (FUSED_ADAPTER if active(decisions, Site.LORA_FORWARD) else ADAPTER) * maps
     if active(decisions, Site.ELEMENTWISE):
-        layer += FUSED_ELEMENTWISE[kind]
+        layer += FUSED_ELEMENTWISE
     chunks = 1
     if layout is not None:
         chunks = ceil(facts.micro_tokens / layout.chunk)

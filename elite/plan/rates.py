@@ -14,14 +14,15 @@ COPY_SHARE = 0.9
 FP32_SHARE = 1 / 8
 """fp32 over half-precision matrix products (assumption: tensor cores idle in fp32; 1/2 to 1/16 from card to card)."""
 
-# Share of the data sheet's half-precision rate, by head dimension: long rows forward, backward; half-rate tokens of a causal square.
+# Share of the data sheet's half-precision rate, by head dimension: long rows forward, backward; half-rate tokens of a causal square, which
+# come from the attention's seconds in the profiles of fused_steps.json.
 ATTENTION_SHARES_HOPPER = {
     # streamed_training.json, 32,768 and 131,072 tokens, less what is not attention.
-    64: (0.43, 0.44, 5900.0, 2100.0),
+    64: (0.43, 0.44, 1000.0, 1000.0),
     # probe_phi2_24gb_2m_one_layer.json and probe_phi2_8gb_1m_one_layer.json: a sweep forward and one backward, nearly all attention.
-    80: (0.43, 0.37, 5900.0, 2100.0),
-    # streamed_peers.json, `rates`: 604 and 513 of 989 TFLOP/s on a prefix, 444 and 455 on a square of 16,384.
-    128: (0.61, 0.52, 5900.0, 2100.0),
+    80: (0.43, 0.37, 1000.0, 1000.0),
+    # streamed_peers.json, `rates`: 604 and 513 of 989 TFLOP/s on a prefix.
+    128: (0.61, 0.52, 1000.0, 1000.0),
 }
 ATTENTION_SHARES_AMPERE = {64: (0.55, 0.45, 1000.0, 1000.0), 128: (0.65, 0.55, 1000.0, 1000.0)}
 """FlashAttention-2 (assumption, somewhat below Dao 2023, arXiv:2307.08691: up to 0.73 and 0.63 of an A100's rate)."""
@@ -32,8 +33,8 @@ ATTENTION_SHARES_EMULATED = {64: (0.09, 0.085, 1000.0, 1000.0), 128: (0.09, 0.08
 ATTENTION_SHARE_CPU = (0.5, 0.5, 1.0, 1.0)
 """Of a CPU's matrix rate (assumption)."""
 OPERATION_S = 36e-6
-"""Host time of an eager operation that is differentiated (first_gpu.json, smollm2_135m: what its steps, which wait for the host, take
-over the operations of `elite/plan/launches.py`)."""
+"""Host time of an eager operation that is differentiated (first_gpu.json and fused_steps.json: what steps of few tokens, which wait for
+the host, take over the operations of `launches.py`)."""
 CPU_OPERATION_S = 5e-6
 """The same where the host computes, too: dispatch alone (assumption)."""
 LINK_DUPLEX_SHARE = 0.8

@@ -34,7 +34,7 @@ OVERLAP = 3
 """Exponent by which the device's and the host's time add up: 1 where they take turns, infinite where they overlap wholly (first_gpu.json:
 Phi-2 at 4,096 tokens, whose steps take longer than either)."""
 RESIDUAL_OUTPUTS = frozenset({"down_proj", "fc2"})
-"""Maps whose output the streamed executor need not compute again (elite/executor/streamed/unread.py), by their last name."""
+"""Maps whose output need not be computed again (elite/optimizations/functions/unread.py), by their last name."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class _Clock:
     def repeated(self, linear: float, attention: float) -> float:
         """What a layer's own backward computes again of its forward; `linear`, `attention`: how often."""
         once = self.forward()
-        spared = self._products(self._unread()) if self._layout else 0.0
+        spared = self._products(self._unread())
         tiles = self._products(_mlp(self._facts)) if traffic.active(self._decisions, Site.MLP_FORWARD) else 0.0
         return linear * (once["linear_maps"] + once["adapters"] + once["elementwise"] - spared) + tiles + attention * once["attention"]
 
