@@ -17,7 +17,7 @@ from elite.optimizations import ALL, OptimizationsConfig, decide
 from elite.plan import streamed
 from elite.plan.time import StepTime, recomputed, step_time
 from elite.plan.words import duration
-from elite.report.markdown import grid
+from elite.report.markdown import grid, missing
 from elite.streaming import Streaming
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 85_520_809_984, 85_000_000_000, (9, 0))
@@ -49,17 +49,19 @@ class Measured:
 
 def measured_steps(folder: Path) -> tuple[Measured, ...]:
     """All of them, probes first."""
-    probes = [path.stem for path in sorted(folder.glob("probe_*.json"))]
-    found = [_benchmark(name, "probe", json.loads((folder / f"{name}.json").read_text())) for name in probes]
-    for name in BENCHMARKS:
-        # What others' programs did has no layout, not even an empty one.
-        found += [_benchmark(name, run["name"], run) for run in _runs(folder, name) if "layout" in run]
+    named = [(path.stem, "probe", json.loads(path.read_text())) for path in sorted(folder.glob("probe_*.json"))]
+    # What others' programs did has no layout, not even an empty one.
+    named += [(name, run["name"], run) for name in BENCHMARKS for run in _runs(folder, name) if "layout" in run]
+    # A benchmark's file gives only a part of the geometry; the rest is the preset's.
+    found = [_benchmark(*line) for line in named if _preset_file(line[2]).exists()]
     return (*found, *(_training(name, run) for name in TRAININGS for run in _runs(folder, name)))
 
 
 def table(folder: Path) -> str:
     """A row for each run, and how far off they are in all."""
     found = measured_steps(folder)
+    if all(run.probed for run in found):
+        return missing(f"{BENCHMARKS[0]}.json")
     rows = [
         (
             f"`{run.file}`" + ("" if run.name == "probe" else f", {run.name}"),
@@ -83,12 +85,16 @@ def _runs(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     yield from json.loads(path.read_text())["runs"] if path.exists() else ()
 
 
+def _preset_file(run: dict[str, Any]) -> Path:
+    return CONF_DIR / "model" / f"{run['model']['name']}.yaml"
+
+
 def _benchmark(file: str, name: str, run: dict[str, Any]) -> Measured:
     """A run on random tokens, or a probe and the whole steps after it."""
     described, steps = run["model"], [step["step_s"] for step in run["steps"]]
     # The first of several steps warms up; a probe has warmed up before its first.
     seconds = median(steps[1:] or steps) if steps else run["probe"]["step_s"]
-    preset = ModelConfig(**OmegaConf.to_container(OmegaConf.load(CONF_DIR / "model" / f"{described['name']}.yaml")))  # type: ignore[arg-type]
+    preset = ModelConfig(**OmegaConf.to_container(OmegaConf.load(_preset_file(run))))  # type: ignore[arg-type]
     model = replace(preset, **{key: described[key] for key in ("num_hidden_layers", "num_key_value_heads")})
     rank = int(described["adapter"].removeprefix("lora, rank "))
     planned = _planned(_benchmark_device(run["device"]), model, run["context"], rank, run["active"], run["layout"], 1)
@@ -99,6 +105,8 @@ def _benchmark(file: str, name: str, run: dict[str, Any]) -> Measured:
 def _training(file: str, run: dict[str, Any]) -> Measured:
     """A run on a real corpus, on the device that it was planned for."""
     config, plan, device = run["config"], run["plan"], dict(run["environment"]["device"])
+    # Planned by the data sheet, as all others are, whatever was known of that machine.
+    device.pop("measured", None)
     device["compute_capability"] = tuple(device["compute_capability"]) if device["compute_capability"] else None
     model = ModelConfig(**{key: value for key, value in config["model"].items() if key != "weights"})
     active, context = [decision["name"] for decision in plan["decisions"] if decision["active"]], config["tier"]["context"]
