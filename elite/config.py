@@ -28,6 +28,7 @@ class Mode(Enum):
     plan = "plan"
     tiers = "tiers"
     max_context = "max_context"
+    profile = "profile"
     probe = "probe"
     interactive = "interactive"
 
@@ -340,7 +341,7 @@ class OutputConfig:
     folder: str | None = None
     """This run's folder; unset: `<root>/<date>/<time>_<name>`."""
     cache: str = "~/.cache/elite"
-    """Tokenised corpora and converted models."""
+    """Tokenised corpora, converted models, what was measured of this machine."""
 
 
 @dataclass(frozen=True)

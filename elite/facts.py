@@ -54,6 +54,39 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class AttentionRates:
+    """What one attention kernel reaches on long rows; FLOP/s. A pair of query and key counts 4·D forward and 10·D backward a head."""
+
+    forward: float
+    backward: float
+    forward_half: float
+    """Tokens of a causal square at which the forward rate is half of that."""
+    backward_half: float
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine sustains, under the load of training."""
+
+    matmul_flops_per_s: float
+    """Matrix products of real layers' sizes in the compute dtype."""
+    fp32_flops_per_s: float
+    attention: dict[int, AttentionRates]
+    """By head dimension."""
+    memory_bytes_per_s: float
+    """A copy on the device, what is read and what is written counted."""
+    to_device_bytes_per_s: float
+    to_host_bytes_per_s: float
+    """Pinned host memory, both directions at work."""
+    disk_read_bytes_per_s: float
+    disk_write_bytes_per_s: float
+    operation_s: float
+    """Host time of one ordinary eager operation that is differentiated."""
+    origin: str
+    """Where these come from, in words."""
+
+
+@dataclass(frozen=True)
 class Device:
     """The machine a run is planned for. `present` is False for a preset that is planned without the card."""
 
@@ -68,13 +101,18 @@ class Device:
     compute_capability: tuple[int, int] | None
     supports_bf16: bool
     matmul_flops_per_s: float
-    """Sustained dense rate in the compute dtype with fp32 accumulation."""
+    """Dense rate in the compute dtype with fp32 accumulation, as the data sheet has it."""
     memory_bytes_per_s: float
     host_link_bytes_per_s: float
+    """Pinned host memory to device, one direction, as reached in practice."""
     host_ram_bytes: int
     cores: int
     capped: bool = False
     """The process is held to `memory_usable_bytes` on a larger card."""
+    disk_free_bytes: int = 0
+    """Free on the disk of the cache folder; 0 where unknown."""
+    measured: Rates | None = None
+    """What the stress test found here; None without one, or for a card that is not here."""
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,14 @@ def plan(composed: Composed) -> None:
     found = harvest(config.data, config.seed)
     tokenizer = pretrained.tokenizer(config.model, Path(config.output.cache).expanduser(), download=False)
     store = cached(found, tokenizer, Path(config.output.cache).expanduser()) if tokenizer else None
-    device = hardware.device(config.hardware)
+    device = _device(config)
     _, made, _ = _decide(composed, device, geometry.shape(config.model), found, store.corpus(found) if store else estimate(found))
     console.print(render(made))
 
 
 def tiers(composed: Composed) -> None:
     """Print what every tier would take with this model and machine; no corpus, no GPU, no network."""
-    device, shape = hardware.device(composed.config.hardware), geometry.shape(composed.config.model)
+    device, shape = _device(composed.config), geometry.shape(composed.config.model)
     made = []
     for name in TIER_OPTIONS[1:]:
         config = composed.again(f"tier={name}").config
@@ -54,7 +54,7 @@ def tiers(composed: Composed) -> None:
 
 def max_context(composed: Composed) -> None:
     """Print the longest context that fits, under each executor, with these switches."""
-    device, shape = hardware.device(composed.config.hardware), geometry.shape(composed.config.model)
+    device, shape = _device(composed.config), geometry.shape(composed.config.model)
     console.print(render_longest(longest_contexts(composed.config, device, shape), device, shape.name))
 
 
@@ -101,14 +101,30 @@ def probe(composed: Composed) -> None:
     measure(composed.config)
 
 
+def profile(composed: Composed) -> None:
+    """Measure what this machine sustains, and keep it for its plans."""
+    config = composed.config
+    device = hardware.device(config.hardware)
+    hardware.require_present(device, config.hardware)
+    from elite.bench.stress import profile_machine
+
+    profile_machine(config, device)
+
+
 MODES: dict[Mode, Callable[[Composed], None]] = {
     Mode.plan: plan,
     Mode.tiers: tiers,
     Mode.max_context: max_context,
     Mode.train: train,
+    Mode.profile: profile,
     Mode.probe: probe,
     Mode.interactive: interactive,
 }
+
+
+def _device(config: RunConfig) -> Device:
+    """The machine to plan for, at the rates that were measured on it if it is here and they were."""
+    return hardware.device(config.hardware, cache=Path(config.output.cache).expanduser())
 
 
 def _quoted(value: str) -> str:
@@ -119,7 +135,7 @@ def _quoted(value: str) -> str:
 def _prepare(composed: Composed) -> tuple[RunFolder, int]:
     """A run folder ready to train in, new or interrupted, and the number of processes."""
     config = composed.config
-    device = hardware.device(config.hardware)
+    device = _device(config)
     hardware.require_present(device, config.hardware)
     found = harvest(config.data, config.seed)
     request = request_key(config, found.origin)

@@ -1,4 +1,6 @@
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -7,6 +9,7 @@ from elite.config import Cap, HardwareConfig
 from elite.errors import ConfigError, PlanError
 from elite.facts import GIB
 from elite.hardware import Gpu
+from elite.hardware.detect import link_rate
 from tests.plan.helpers import hardware_config, hardware_names
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 85_520_809_984, 85_000_000_000, (9, 0))
@@ -114,3 +117,19 @@ def test_contradictory_figures_are_refused(config: HardwareConfig, problem: str)
 )
 def test_cuda_visible_devices_is_respected(setting: str | None, expected: list[int]) -> None:
     assert hardware.visible(["GPU-aa", "GPU-bb", "GPU-cc"], setting) == expected
+
+
+def test_a_link_is_as_fast_as_its_generation_and_width() -> None:
+    assert link_rate(4, 16) == pytest.approx(2 * link_rate(4, 8))
+    assert 23e9 < link_rate(4, 16) < 31.5e9
+    assert link_rate(99, 16) == 0
+    device = hardware.device(HardwareConfig(), lambda: [replace(RTX3090, link_bytes_per_s=link_rate(4, 4))])
+    assert device.host_link_bytes_per_s == link_rate(4, 4)
+    assert hardware.device(HardwareConfig(), lambda: [RTX3090]).host_link_bytes_per_s == 24e9
+
+
+def test_free_disk_is_that_of_the_cache(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    device = hardware.device(HardwareConfig(), lambda: [], tmp_path / "not" / "there")
+    assert device.disk_free_bytes == pytest.approx(free, rel=0.05)
+    assert hardware.device(hardware_config("rtx3090"), lambda: [], tmp_path).disk_free_bytes == 0

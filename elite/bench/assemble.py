@@ -69,7 +69,7 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
     Raises:
         PlanError: the plan does not fit, or the hardware is not here.
     """
-    device = hardware.device(config.hardware)
+    device = hardware.device(config.hardware, cache=Path(config.output.cache).expanduser())
     hardware.require_present(device, config.hardware)
     shape = geometry.shape(config.model)
     plan = make_plan(config, device, shape, NO_CORPUS)

@@ -6,7 +6,7 @@ from elite.plan.plan import Plan, make_plan
 from elite.plan.survey import longest_contexts, render_longest, render_tiers
 from elite.plan.table import render
 from elite.plan.tiers import choose_tier
-from elite.plan.time import model_flops_per_token, step_seconds
+from elite.plan.time import model_flops_per_token, step_time
 
 __all__ = [
     "Plan",
@@ -19,6 +19,6 @@ __all__ = [
     "render",
     "render_longest",
     "render_tiers",
-    "step_seconds",
+    "step_time",
     "unoptimized",
 ]

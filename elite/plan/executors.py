@@ -12,7 +12,7 @@ from elite.optimizations.contract import Decision, Estimate
 from elite.plan import streamed
 from elite.plan.batch import facts_of
 from elite.plan.memory import predict
-from elite.plan.time import recomputed, step_flops, step_seconds
+from elite.plan.time import StepTime, recomputed, step_flops, step_time
 from elite.streaming import Place, Streaming, check_layout
 
 STREAMED_GAIN = 1.05
@@ -34,7 +34,12 @@ class Prediction:
     disk_bytes: float
     fits: bool
     step_flops: float
-    step_s: float
+    time: StepTime
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of one optimizer step."""
+        return self.time.total
 
 
 def choose_executor(config: RunConfig, device: Device, shape: ModelShape, accumulation: int) -> Prediction:
@@ -70,8 +75,8 @@ def _whole(config: RunConfig, device: Device, shape: ModelShape, accumulation: i
     decisions = decide(config.optimizations, facts)
     estimate = predict(facts, decisions)
     again = recomputed(decisions)
-    flops, seconds = step_flops(facts, again, accumulation), step_seconds(facts, decisions, again, accumulation)
-    return Prediction(Executor.whole, None, facts, decisions, estimate, 0, 0, _fits(config, device, estimate), flops, seconds)
+    flops, time = step_flops(facts, again, accumulation), step_time(facts, decisions, again, accumulation)
+    return Prediction(Executor.whole, None, facts, decisions, estimate, 0, 0, _fits(config, device, estimate), flops, time)
 
 
 def _streamed(config: RunConfig, device: Device, shape: ModelShape, accumulation: int) -> Prediction:
@@ -113,7 +118,7 @@ def _streamed_in_turn(config: RunConfig, device: Device, shape: ModelShape, accu
             memory.disk(layout),
             fits,
             step_flops(facts, again, accumulation),
-            step_seconds(facts, decisions, again, accumulation),
+            step_time(facts, decisions, again, accumulation, layout),
         )
 
 

@@ -9,12 +9,14 @@ from elite.config import RunConfig
 from elite.facts import Corpus, Device, Facts, ModelShape
 from elite.optimizations.contract import Decision, Estimate
 from elite.plan.batch import BatchGeometry, batch_geometry
-from elite.plan.executors import choose_executor
+from elite.plan.executors import Prediction, choose_executor
 from elite.plan.fix import smallest_change
 from elite.plan.generation import generation_tokens
 from elite.plan.memory import NOT_MODELLED
 from elite.plan.micro_batch import Settled, settled
+from elite.plan.rates import rates_of
 from elite.plan.streamed import host_usable
+from elite.plan.time import model_flops_per_token
 from elite.plan.values import check_values
 from elite.plan.words import gib
 from elite.scaling import scaled_rate, scaling_words
@@ -88,6 +90,16 @@ class Plan:
     steps: int
     step_flops: float
     step_s: float
+    time: dict[str, float]
+    """Seconds by what takes them; they sum to `step_s`."""
+    rates: str
+    """Where the rates behind these times come from."""
+    tokens_per_s: float
+    """Of all ranks together."""
+    mfu: float
+    """Operations that the mathematics needs over what the data sheet's rate would carry out meanwhile; 0 on a CPU, which has no sheet."""
+    epoch_s: float
+    """One pass over the corpus, in whole steps."""
     run_s: float
     """All optimizer steps; validation and checkpoints come on top."""
     rope_factor: float
@@ -132,7 +144,6 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
     rate = training.learning_rate, training.lr_scaling, batch.step_tokens, training.lr_reference_tokens
     made = choose_executor(config, device, shape, batch.accumulation)
     facts, estimate = made.facts, made.estimate
-    steps = _steps(config, corpus, batch)
     factor, positions = _positions(config, shape)
     usable = device.memory_usable_bytes * (1 - config.plan.headroom_fraction)
     return Plan(
@@ -170,14 +181,11 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
         disk_bytes=made.disk_bytes,
         generation_tokens=generation_tokens(facts, made.decisions, estimate, usable),
         curriculum=config.curriculum.name.value,
-        steps=steps,
-        step_flops=made.step_flops,
-        step_s=made.step_s,
-        run_s=steps * made.step_s,
+        **_times(made, corpus, batch, _steps(config, corpus, batch)),
         rope_factor=factor,
         positions=positions,
         checkpoint_bytes=_checkpoint_bytes(facts, estimate),
-        warnings=_warnings(config, facts, corpus, batch, factor),
+        warnings=_warnings(config, made, corpus, batch, factor),
         not_modelled=NOT_MODELLED,
     )
 
@@ -191,6 +199,28 @@ def _steps(config: RunConfig, corpus: Corpus, batch: BatchGeometry) -> int:
     if config.training.max_steps is not None:
         return config.training.max_steps
     return max(1, math.ceil(config.training.epochs * corpus.train_tokens / batch.step_tokens))
+
+
+def _times(made: Prediction, corpus: Corpus, batch: BatchGeometry, steps: int) -> dict[str, Any]:
+    """A plan's fields about time."""
+    return {
+        "steps": steps,
+        "step_flops": made.step_flops,
+        "step_s": made.step_s,
+        "time": made.time.by_part(),
+        "rates": rates_of(made.facts.device).origin,
+        "tokens_per_s": batch.step_tokens / made.step_s,
+        "mfu": _mfu(made.facts, made.step_s, batch),
+        "epoch_s": made.step_s * math.ceil(corpus.train_tokens / batch.step_tokens),
+        "run_s": steps * made.step_s,
+    }
+
+
+def _mfu(facts: Facts, step_s: float, batch: BatchGeometry) -> float:
+    if facts.device.kind == "cpu":
+        return 0.0
+    done = model_flops_per_token(facts) * batch.step_tokens / facts.device.count
+    return done / step_s / facts.device.matmul_flops_per_s
 
 
 def _checkpoint_bytes(facts: Facts, estimate: Estimate) -> float:
@@ -213,7 +243,8 @@ def _own_scaling(config: RunConfig) -> bool:
     return "rope_type" in rope and rope["rope_type"] != "default"
 
 
-def _warnings(config: RunConfig, facts: Facts, corpus: Corpus, batch: BatchGeometry, factor: float) -> tuple[str, ...]:
+def _warnings(config: RunConfig, made: Prediction, corpus: Corpus, batch: BatchGeometry, factor: float) -> tuple[str, ...]:
+    facts = made.facts
     found = [batch.note] if batch.note else []
     if corpus.train_tokens < facts.context:
         found.append(f"the corpus has {corpus.train_tokens:,} tokens, less than one sequence of {facts.context:,}")
@@ -227,4 +258,6 @@ def _warnings(config: RunConfig, facts: Facts, corpus: Corpus, batch: BatchGeome
         )
     if not facts.device.present:
         found.append(f"{facts.device.name} is not in this machine: this is a plan for it, with its data sheet's rates")
+    elif made.disk_bytes > facts.device.disk_free_bytes > 0:
+        found.append(f"layer inputs take {gib(made.disk_bytes)} of disk, {gib(facts.device.disk_free_bytes)} are free where the cache lies")
     return tuple(found)

@@ -8,6 +8,8 @@ from elite.plan.plan import Plan, Switch
 from elite.plan.words import count, duration, gib, operations
 
 HOUR = 3600
+LEAST_SHARE = 0.01
+"""Of a step's time; what takes less is not named."""
 
 
 def render(plan: Plan) -> Group:
@@ -128,14 +130,24 @@ def _verdict(plan: Plan) -> Text:
 
 
 def _time(plan: Plan) -> Table:
-    step = f"{duration(plan.step_s)} (at the usual utilisation), {operations(plan.step_flops)} a rank"
+    step = f"{duration(plan.step_s)}, {operations(plan.step_flops)} a rank, at rates of {plan.rates}"
     if plan.step_s >= HOUR:
         step += f". One step takes {plan.step_s / HOUR:,.1f} hours: nothing is learnt and nothing saved before that"
+    mfu = f", {plan.mfu:.0%} of the data sheet's rate (MFU)" if plan.mfu else ""
     rows = [
         ("steps", f"{plan.steps:,} of {plan.step_tokens:,} tokens"),
         ("a step", step),
+        ("of which", _parts(plan)),
+        ("throughput", f"{plan.tokens_per_s:,.0f} tokens/s{mfu}"),
+        ("an epoch", duration(plan.epoch_s) if plan.corpus.train_tokens else "no corpus"),
         ("all steps", f"{duration(plan.run_s)}, validation and checkpoints not counted"),
         ("a checkpoint", f"{gib(plan.checkpoint_bytes)} on disk"),
         ("completion", f"{plan.generation_tokens:,} tokens at most, as the keys and values of all layers have room for"),
     ]
     return _pairs("Steps and time", rows)
+
+
+def _parts(plan: Plan) -> str:
+    """What takes at least a hundredth of a step, the longest first."""
+    shares = sorted(((seconds / plan.step_s, name) for name, seconds in plan.time.items()), reverse=True)
+    return ", ".join(f"{name.replace('_', ' ')} {share:.0%}" for share, name in shares if share >= LEAST_SHARE)

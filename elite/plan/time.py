@@ -1,19 +1,69 @@
-"""How long a step takes: floating-point operations over the device's rate. Times are for one rank; all ranks work alike.
+"""How long a step takes: what each kind of operation needs at that kind's rate. Times are for one rank; all ranks work alike.
 
 Symbols as in `memory.py`. A multiply-add is two operations. Causal attention is counted once, at half of S²: 2·2·HD·S²/2 a
 sequence and layer for scores and weighted sum. Packed documents attend less than that, so times err on the long side.
+
+A step is a forward and a backward phase, the latter with what is computed again. In each the device computes, the host hands it its
+operations and copies go to and from host memory, all at once: the longest of the three decides.
+
+    linear maps, head       operations over the rate of matrix products
+    attention               operations over its kernel's rate; a causal square of n tokens reaches n/(n + n₀) of it
+    adapters, elementwise   bytes moved (`traffic.py`) over the device's bandwidth
+    host                    operations handed over (`launches.py`) times the host's time for one
+    copies                  bytes between host and device over the link's rate
+
+The constants, and where each was measured, stand in `rates.py`, `traffic.py` and `launches.py`.
 """
+
+from dataclasses import dataclass, fields
 
 from elite.facts import Facts
 from elite.optimizations.contract import Decision, Site
+from elite.optimizations.shapes import split
+from elite.plan import launches, traffic
+from elite.plan.copies import Copies, offloaded, streamed
+from elite.plan.memory import PARALLEL_BLOCKS
+from elite.plan.rates import attention_of, rates_of
+from elite.streaming import Streaming
 
-UTILISATION = {"cuda": 0.2, "cpu": 0.8}
-"""Share of the device's rate that training reaches: about what docs/measurements/first_gpu.json and quickstart_cpu.json show. Other
-models and cards differ; `step_s` of finished runs says what it really was."""
-FP32_RATE = {"cuda": 1 / 8, "cpu": 1.0}
-"""fp32 rate over the compute dtype's (assumption: tensor cores idle in fp32; 1/2 to 1/16 from card to card)."""
 ATTENTION_BACKWARD = 2.5
 """Five matrix products against the forward's two (Dao 2023): scores are recomputed."""
+UNFUSED_SCORE_BYTES = 40.0
+"""A score of unfused attention, forward and backward: softmax, mask and dropout in fp32, some ten readings and writings (assumption)."""
+OVERLAP = 3
+"""Exponent by which the device's and the host's time add up: 1 where they take turns, infinite where they overlap wholly (first_gpu.json:
+Phi-2 at 4,096 tokens, whose steps take longer than either)."""
+RESIDUAL_OUTPUTS = frozenset({"down_proj", "fc2"})
+"""Maps whose output need not be computed again (elite/optimizations/functions/unread.py), by their last name."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step, by what takes them; they sum to `total`."""
+
+    linear_maps: float = 0.0
+    """Of the layers, forward and backward."""
+    adapters: float = 0.0
+    attention: float = 0.0
+    elementwise: float = 0.0
+    """Norms, rotary embedding, activations, residual sums, layouts."""
+    head_and_loss: float = 0.0
+    computed_again: float = 0.0
+    """Passes forward besides the first one, everything in them."""
+    optimizer: float = 0.0
+    exposed_copies: float = 0.0
+    """Copies between host and device, as far as nothing hides them."""
+    waiting_for_host: float = 0.0
+    """The host hands over operations more slowly than the device carries them out."""
+
+    @property
+    def total(self) -> float:
+        """Sum of all."""
+        return sum(self.by_part().values())
+
+    def by_part(self) -> dict[str, float]:
+        """Seconds by name, in declaration order."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 def _linear(facts: Facts) -> float:
@@ -42,7 +92,7 @@ def _frozen_backward(facts: Facts) -> float:
 
 def recomputed(decisions: tuple[Decision, ...]) -> tuple[float, float]:
     """Forward passes besides the first one, of the layers' linear maps and of their attention, under the whole executor."""
-    again = any(d.active and Site.LAYER_ACTIVATIONS in d.optimization.claims for d in decisions)
+    again = traffic.active(decisions, Site.LAYER_ACTIVATIONS)
     return (1.0, 1.0) if again else (0.0, 0.0)
 
 
@@ -58,13 +108,133 @@ def step_flops(facts: Facts, again: tuple[float, float], accumulation: int) -> f
     return per_token * facts.micro_tokens * accumulation
 
 
-def step_seconds(facts: Facts, decisions: tuple[Decision, ...], again: tuple[float, float], accumulation: int) -> float:
-    """Predicted duration of one optimizer step, in seconds; `again` as in `step_flops`."""
-    kind = facts.device.kind
-    rate = facts.device.matmul_flops_per_s * UTILISATION[kind]
-    if not any(d.active and Site.COMPUTE_DTYPE in d.optimization.claims for d in decisions):
-        rate *= FP32_RATE[kind]
-    return step_flops(facts, again, accumulation) / rate
+def step_time(
+    facts: Facts, decisions: tuple[Decision, ...], again: tuple[float, float], accumulation: int, layout: Streaming | None = None
+) -> StepTime:
+    """Predicted duration of one optimizer step.
+
+    Args:
+        again: as in `step_flops`.
+        layout: of the streamed executor.
+    """
+    clock = _Clock(facts, decisions, layout)
+    # Sweeps forward between kept boundaries come before a layer's own backward, which computes the layer once more.
+    sweeps = again[0] - 1 if layout else 0.0
+    forward, backward, pass_s = clock.forward(), clock.backward(), sum(clock.forward().values())
+    swept, repeated = sweeps * pass_s, clock.repeated(again[0] - sweeps, again[1] - sweeps)
+    head, copies = clock.head(), clock.copies(1 + sweeps)
+    operations = launches.operations(facts, decisions, layout)
+    ahead = _wait(pass_s + swept + head, (1 + sweeps) * operations.forward * clock.rates.operation_s, copies.forward)
+    behind = _wait(
+        sum(backward.values()) + repeated,
+        ((again[0] - sweeps) * operations.forward + operations.backward) * clock.rates.operation_s,
+        copies.backward,
+    )
+    parts = {name: forward[name] + backward[name] for name in forward}
+    parts |= {"head_and_loss": head, "computed_again": swept + repeated}
+    parts |= {"exposed_copies": ahead[0] + behind[0], "waiting_for_host": ahead[1] + behind[1]}
+    update = traffic.OPTIMIZER * facts.trainable_params / clock.rates.memory_bytes_per_s
+    return StepTime(**{name: accumulation * seconds for name, seconds in parts.items()}, optimizer=update)
+
+
+def _wait(device_s: float, host_s: float, copies_s: float) -> tuple[float, float]:
+    """Seconds that the device stands still in a phase: for copies, and for the host.
+
+    Stretches in which the device waits for the host alternate with others in which the host is ahead, so the longer of both is too
+    little and their sum too much (`OVERLAP`).
+    """
+    busy = (device_s**OVERLAP + host_s**OVERLAP) ** (1 / OVERLAP)
+    return max(0.0, copies_s - busy), busy - device_s
+
+
+class _Clock:
+    """Seconds of the parts of one micro-batch on the device."""
+
+    def __init__(self, facts: Facts, decisions: tuple[Decision, ...], layout: Streaming | None) -> None:
+        self._facts, self._decisions, self._layout = facts, decisions, layout
+        self.rates = rates_of(facts.device)
+        self._half = traffic.active(decisions, Site.COMPUTE_DTYPE)
+        self._flops_per_s = self.rates.matmul_flops_per_s if self._half else self.rates.fp32_flops_per_s
+        self._layer = traffic.layer(facts, decisions) * facts.model.num_hidden_layers
+        self._adapters = traffic.adapters(facts, decisions) * facts.model.num_hidden_layers
+
+    def forward(self) -> dict[str, float]:
+        """One pass forward through all layers."""
+        return {
+            "linear_maps": self._products(_linear(self._facts)) + self._dequantised(),
+            "adapters": self._moved(self._adapters.forward) + self._products(_adapters(self._facts)),
+            "attention": self._attended(backward=False),
+            "elementwise": self._moved(self._layer.forward),
+        }
+
+    def backward(self) -> dict[str, float]:
+        """One pass backward through all layers, nothing computed again."""
+        return {
+            "linear_maps": self._products(_linear(self._facts) * _frozen_backward(self._facts)) + self._dequantised(),
+            "adapters": self._moved(self._adapters.backward) + self._products(2 * _adapters(self._facts)),
+            "attention": self._attended(backward=True),
+            "elementwise": self._moved(self._layer.backward),
+        }
+
+    def repeated(self, linear: float, attention: float) -> float:
+        """What a layer's own backward computes again of its forward; `linear`, `attention`: how often."""
+        once = self.forward()
+        spared = self._products(self._unread())
+        tiles = self._products(_mlp(self._facts)) if traffic.active(self._decisions, Site.MLP_FORWARD) else 0.0
+        return linear * (once["linear_maps"] + once["adapters"] + once["elementwise"] - spared) + tiles + attention * once["attention"]
+
+    def head(self) -> float:
+        """Head and loss, forward and backward."""
+        products = self._products(_head(self._facts) * (1 + _frozen_backward(self._facts)))
+        return products + self._moved(traffic.loss(self._facts, self._decisions))
+
+    def copies(self, sweeps: float) -> Copies:
+        """Between device and host; nothing on a CPU, which is both."""
+        if self._facts.device.kind == "cpu":
+            return Copies()
+        value = 2 if self._half else 4
+        if self._layout is not None:
+            return streamed(self._facts, self.rates, self._layout, value, sweeps)
+        off = any(d.active and d.name == "checkpoint_offload" for d in self._decisions)
+        return offloaded(self._facts, self.rates, value) if off else Copies()
+
+    def _products(self, flops_per_token: float) -> float:
+        return flops_per_token * self._facts.micro_tokens / self._flops_per_s
+
+    def _moved(self, bytes_per_token: float) -> float:
+        return bytes_per_token * self._facts.micro_tokens / self.rates.memory_bytes_per_s
+
+    def _dequantised(self) -> float:
+        return traffic.dequantised(self._facts, self._decisions) / self.rates.memory_bytes_per_s
+
+    def _unread(self) -> float:
+        """Operations a token of maps that need not be computed again, all layers."""
+        if not traffic.active(self._decisions, Site.LORA_FORWARD):
+            return 0.0
+        names = RESIDUAL_OUTPUTS | ({"dense"} if self._facts.model.model_type in PARALLEL_BLOCKS else set())
+        linears = (linear for linear in self._facts.model.layer_linears if linear.name.rsplit(".", 1)[-1] in names)
+        return 2.0 * self._facts.model.num_hidden_layers * sum(linear.inputs * linear.outputs for linear in linears)
+
+    def _attended(self, *, backward: bool) -> float:
+        """One pass of attention through all layers."""
+        facts, model = self._facts, self._facts.model
+        flops = _attention(facts) * facts.micro_tokens * (ATTENTION_BACKWARD if backward else 1.0)
+        if facts.executor == "whole" and not traffic.active(self._decisions, Site.ATTENTION):
+            scores = facts.micro_tokens * facts.context * model.num_attention_heads * model.num_hidden_layers
+            # The masked half is computed, too.
+            return 2 * flops / self._flops_per_s + scores * UNFUSED_SCORE_BYTES / 2 / self.rates.memory_bytes_per_s
+        kernel = attention_of(self.rates, model.head_dim)
+        rate, half = (kernel.backward, kernel.backward_half) if backward else (kernel.forward, kernel.forward_half)
+        if not self._half:
+            rate *= self.rates.fp32_flops_per_s / self.rates.matmul_flops_per_s
+        # Of S²/2 pairs, S·n/2 lie in causal squares of n tokens, which take 1 + half/n times as long: n drops out.
+        return flops / rate * (1 + half / facts.context)
+
+
+def _mlp(facts: Facts) -> float:
+    """Operations of one forward pass through the MLPs, a token."""
+    _, mlp = split(facts.model.layer_linears)
+    return 2.0 * facts.model.num_hidden_layers * sum(linear.inputs * linear.outputs for linear in mlp)
 
 
 def model_flops_per_token(facts: Facts) -> float:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from elite.config import CONF_DIR
-from elite.report import agreement, fused, kernels, kernels_plot, plot, streamed
+from elite.report import agreement, fused, kernels, kernels_plot, plot, streamed, times
 from elite.report.markdown import NONE, gibibytes, grid, missing
 from elite.report.measurement import MEASUREMENTS
 
@@ -78,6 +78,7 @@ def kernels_figure(folder: Path) -> str:
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
+    "planned_times": times.table,
     "streamed_plot": figure,
     "streamed_peers": streamed.peers,
     "streamed_time": streamed.parts,

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ from elite import geometry
 from elite.config import Executor, RunConfig
 from elite.errors import EliteError
 from elite.facts import GIB, Device
-from elite.plan import Plan, make_plan
+from elite.plan import Plan, facts_of, make_plan, model_flops_per_token
 from elite.streaming import Place
 from tests.plan.helpers import CORPUS, STANDARD, device, hardware_names, phi2, run_config
 
@@ -182,3 +183,24 @@ def test_impossible_numbers_are_refused(group: str, field: str, value: float, pr
         plan(changed)
     assert caught.value.remedy
     assert len(str(caught.value).splitlines()) <= 3
+
+
+def test_time_is_told_in_full() -> None:
+    config, card = run_config(4096), device("h100")
+    made = make_plan(config, card, phi2(), CORPUS)
+    assert sum(made.time.values()) == pytest.approx(made.step_s)
+    assert made.tokens_per_s == pytest.approx(made.step_tokens / made.step_s)
+    assert made.epoch_s == pytest.approx(made.step_s * math.ceil(CORPUS.train_tokens / made.step_tokens))
+    facts = facts_of(config, card, phi2())
+    assert made.mfu == pytest.approx(model_flops_per_token(facts) * made.tokens_per_s / card.matmul_flops_per_s)
+    assert 0.05 < made.mfu < 0.65
+    assert made.rates == "the data sheet"
+
+
+def test_a_disk_too_small_is_said() -> None:
+    config = run_config(65536, executor=Executor.streamed)
+    config = replace(config, executor=replace(config.executor, boundaries=Place.disk))
+    here = replace(device("rtx3090"), present=True)
+    small, large = (make_plan(config, replace(here, disk_free_bytes=free), phi2(), CORPUS) for free in (10**9, 10**15))
+    assert any("of disk, 0.93 GiB are free" in warning for warning in small.warnings)
+    assert not any("of disk" in warning for warning in large.warnings)

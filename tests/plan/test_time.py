@@ -4,7 +4,10 @@ import pytest
 
 from elite.facts import Facts
 from elite.optimizations import decide
-from elite.plan.time import model_flops_per_token, recomputed, step_flops, step_seconds
+from elite.plan import streamed
+from elite.plan.rates import rates_of
+from elite.plan.time import model_flops_per_token, recomputed, step_flops, step_time
+from elite.streaming import Keep, Place, Streaming
 from tests.plan.helpers import device, phi2, switches
 
 
@@ -40,8 +43,72 @@ def test_checkpointing_costs_one_forward_of_the_layers() -> None:
 
 def test_time_follows_work_and_rate() -> None:
     one = facts()
-    decisions = decide(switches("mixed_precision"), one)
-    assert step_seconds(one, decisions, (0, 0), 4) == pytest.approx(4 * step_seconds(one, decisions, (0, 0), 1))
+    decisions = decide(switches("mixed_precision", "flash_attention"), one)
+    once, often = (step_time(one, decisions, (0, 0), accumulation) for accumulation in (1, 4))
+    assert often.total - often.optimizer == pytest.approx(4 * (once.total - once.optimizer))
     faster = replace(one, device=replace(one.device, matmul_flops_per_s=2 * one.device.matmul_flops_per_s))
-    assert step_seconds(faster, decisions, (0, 0), 1) == pytest.approx(step_seconds(one, decisions, (0, 0), 1) / 2)
-    assert step_seconds(one, decide(switches(), one), (0, 0), 1) > step_seconds(one, decisions, (0, 0), 1)
+    assert step_time(faster, decisions, (0, 0), 1).linear_maps < 0.6 * once.linear_maps
+    assert step_time(one, decide(switches(), one), (0, 0), 1).total > once.total
+
+
+def test_linear_maps_take_their_operations_over_the_rate() -> None:
+    one = facts(64)
+    decisions = decide(switches("mixed_precision", "flash_attention"), one)
+    expected = 2 * 2 * one.model.linear_params * 64 / rates_of(one.device).matmul_flops_per_s
+    assert step_time(one, decisions, (0, 0), 1).linear_maps == pytest.approx(expected)
+
+
+def test_fused_kernels_spare_traffic_and_nothing_else() -> None:
+    one = facts(16384)
+    plain, fused = (
+        step_time(one, decide(switches("mixed_precision", "flash_attention", *more), one), (0, 0), 1) for more in ((), ("fused_kernels",))
+    )
+    assert fused.elementwise < plain.elementwise / 4
+    assert (fused.linear_maps, fused.attention) == (plain.linear_maps, plain.attention)
+
+
+def test_short_steps_wait_for_the_host_and_long_ones_do_not() -> None:
+    short, long = (
+        step_time(one, decide(switches("mixed_precision", "flash_attention"), one), (0, 0), 1) for one in (facts(128), facts(65536))
+    )
+    assert short.waiting_for_host > 0.7 * short.total
+    assert long.waiting_for_host < 0.01 * long.total
+    # Its floor is the host's: half the tokens take as long.
+    shorter = facts(64)
+    assert step_time(shorter, decide(switches("mixed_precision", "flash_attention"), shorter), (0, 0), 1).total > 0.9 * short.total
+
+
+def test_copies_count_where_the_link_is_too_slow() -> None:
+    one = replace(facts(65536), executor="streamed")
+    decisions, layout = decide(switches("mixed_precision", "fused_lora"), one), Streaming(keep=Keep.attention)
+    again = streamed.recomputed(one, layout)
+    fast = step_time(one, decisions, again, 1, layout)
+    slow_link = replace(one, device=replace(one.device, host_link_bytes_per_s=1e8))
+    slow = step_time(slow_link, decisions, again, 1, layout)
+    assert fast.exposed_copies == 0
+    moved = one.model.num_hidden_layers * one.context * 2 * 2560
+    # A boundary goes forward, its gradient backward, at the very least.
+    assert slow.total > 2 * moved / 1e8
+    assert slow.total - slow.exposed_copies == pytest.approx(fast.total)
+
+
+def test_a_disk_is_slower_than_a_link() -> None:
+    one = replace(facts(65536), executor="streamed")
+    one = replace(one, device=replace(one.device, matmul_flops_per_s=1e16))
+    decisions = decide(switches("mixed_precision", "fused_lora"), one)
+    times = [
+        step_time(one, decisions, streamed.recomputed(one, layout), 1, layout).exposed_copies
+        for layout in (Streaming(boundaries=place) for place in (Place.device, Place.host, Place.disk))
+    ]
+    assert times[0] == 0
+    assert times[1] <= times[2]
+    assert times[2] > 0
+
+
+def test_measured_rates_take_the_place_of_the_data_sheet() -> None:
+    one = facts()
+    decisions = decide(switches("mixed_precision", "flash_attention"), one)
+    sheet = rates_of(one.device)
+    half = replace(sheet, matmul_flops_per_s=sheet.matmul_flops_per_s / 2, origin="here")
+    measured = replace(one, device=replace(one.device, measured=half))
+    assert step_time(measured, decisions, (0, 0), 1).linear_maps == pytest.approx(2 * step_time(one, decisions, (0, 0), 1).linear_maps)

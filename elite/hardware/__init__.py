@@ -1,0 +1,19 @@
+"""What the machine offers, or what a preset says another one would."""
+
+from elite.hardware.detect import Gpu, Inventory, host_memory, nvml_gpus, visible
+from elite.hardware.presets import is_preset, presets, rates
+from elite.hardware.resolve import DETECTED_RESERVE_BYTES, device, require_present
+
+__all__ = [
+    "DETECTED_RESERVE_BYTES",
+    "Gpu",
+    "Inventory",
+    "device",
+    "host_memory",
+    "is_preset",
+    "nvml_gpus",
+    "presets",
+    "rates",
+    "require_present",
+    "visible",
+]

@@ -1,0 +1,67 @@
+"""What a step copies between device and host, or disk: seconds in each direction, of one micro-batch.
+
+Symbols as in `streamed.py`. A row is what waits elsewhere of one token.
+
+    a layer forward         its input comes, its output goes; attention output and log-sum-exp go where they are kept
+    a layer backward        its input and the gradient of its output come, the gradient of its input goes; kept outputs come
+    keys, values on host    a chunk's forward reads all keys before it, its backward besides reads and writes their gradients
+    weights streamed        a layer's weights come once a sweep
+    checkpoint offload      a layer's input goes in the forward and comes in the backward
+"""
+
+from dataclasses import dataclass
+
+from elite.facts import Facts, Rates
+from elite.streaming import VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
+
+GRADIENT_BYTES = 4
+"""Gradients of keys and values are added up in fp32."""
+LSE_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Seconds; what comes and what goes is under way at the same time, so the longer of the two counts."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+def offloaded(facts: Facts, rates: Rates, value: int) -> Copies:
+    """Of checkpoint offload."""
+    moved = facts.model.num_hidden_layers * facts.model.hidden_size * value * facts.micro_tokens
+    return Copies(moved / rates.to_host_bytes_per_s, moved / rates.to_device_bytes_per_s)
+
+
+def streamed(facts: Facts, rates: Rates, layout: Streaming, value: int, sweeps: float) -> Copies:
+    """Of the streamed executor.
+
+    Args:
+        value: bytes of a number in the compute dtype.
+        sweeps: passes forward through all layers, the first one included.
+    """
+    comes, goes = rates.to_device_bytes_per_s, rates.to_host_bytes_per_s
+    if layout.boundaries is Place.disk:
+        comes, goes = min(comes, rates.disk_read_bytes_per_s), min(goes, rates.disk_write_bytes_per_s)
+    model, tokens = facts.model, facts.micro_tokens
+    hidden, keys = model.hidden_size * value, 2 * model.num_key_value_heads * model.head_dim
+    exact = layout.encoding is BoundaryEncoding.exact
+    kept = hidden if exact else model.hidden_size * VALUE_BITS[layout.encoding] / 8
+    outputs = 0.0
+    if layout.keep is Keep.attention:
+        outputs = model.num_attention_heads * (model.head_dim * value + LSE_BYTES)
+        outputs += keys * value if layout.keeps_keys(keys * value, hidden) else 0
+    near = layout.boundaries is Place.device
+    into, out = (0.0, 0.0) if near else (tokens * hidden / comes, tokens * (kept + outputs) / goes)
+    back_into, back_out = (0.0, 0.0) if near else (tokens * (kept + hidden + outputs) / comes, tokens * hidden / goes)
+    if layout.keys_values is Place.host:
+        # All chunks together read half of chunks × S keys.
+        read = facts.micro_batch * facts.context**2 / 2 / layout.chunk * keys
+        into += read * value / rates.to_device_bytes_per_s
+        back_into += read * (value + GRADIENT_BYTES) / rates.to_device_bytes_per_s
+        back_out += read * GRADIENT_BYTES / rates.to_host_bytes_per_s
+    if layout.weights is WeightPlace.streamed:
+        weights = model.linear_params / model.num_hidden_layers * value / rates.to_device_bytes_per_s
+        into, back_into = into + weights, back_into + weights
+    layers = model.num_hidden_layers
+    return Copies(sweeps * layers * max(into, out), layers * max(back_into, back_out))

@@ -1,0 +1,59 @@
+"""How many operations the host hands to the device in a step: short contexts are bound by that, not by the device.
+
+Counts are of torch's dispatcher on a CPU, a layer's forward and backward apart, views and allocations left out
+(tests/plan/test_launches.py counts anew). What only a CUDA device runs is counted by what it replaces.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from elite.facts import FORMULA_GELU, Facts
+from elite.optimizations.contract import Decision, Site
+from elite.plan.traffic import Cost, active
+from elite.streaming import Streaming
+
+PLAIN = {"gated": Cost(55, 88), "phi": Cost(57, 80)}
+"""Norms, maps, rotary embedding, attention, activation and sums of one layer, no gradients of weights."""
+WEIGHT_GRADIENTS = 1
+"""A map, in the backward."""
+ADAPTER = Cost(6, 4.5)
+"""An adapted map under peft."""
+FUSED_ADAPTER = Cost(-1, 4.5)
+"""The same under fused LoRA, whose functions convert nothing that is in the compute dtype already and serve siblings at once."""
+FUSED_ELEMENTWISE = Cost(25, 40)
+"""A layer whose norms, rotary embedding, activation and sums are kernels of their own, besides: there are fewer, but each costs the host
+ten times an ordinary operation (fused_steps.json: Phi-2 at 4,096 tokens waits longer for the host with them than without)."""
+STREAMED = Cost(62, 5)
+"""A chunk in a layer under the streamed executor, besides: staging, attention in parts, gradients added up."""
+BLOCK = 6
+"""A further block of keys in the backward of a chunk."""
+AROUND = Cost(55, 20)
+"""Embedding, head and loss."""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Of one micro-batch: one pass forward, and one backward without what is computed again."""
+
+    forward: float
+    backward: float
+
+
+def operations(facts: Facts, decisions: tuple[Decision, ...], layout: Streaming | None) -> Operations:
+    """What the host hands over, all layers and chunks."""
+    kind = "phi" if facts.model.model_type in FORMULA_GELU else "gated"
+    maps, layer = len(facts.model.layer_linears), PLAIN[kind]
+    if facts.adapter == "full":
+        layer += Cost(0, WEIGHT_GRADIENTS) * maps
+    else:
+        layer += (FUSED_ADAPTER if active(decisions, Site.LORA_FORWARD) else ADAPTER) * maps
+    if active(decisions, Site.ELEMENTWISE):
+        layer += FUSED_ELEMENTWISE
+    chunks = 1
+    if layout is not None:
+        chunks = ceil(facts.micro_tokens / layout.chunk)
+        layer += STREAMED
+        # On average a chunk has half the sequence before it.
+        layer += Cost(0, BLOCK * facts.context / 2 / layout.block)
+    whole = layer * (facts.model.num_hidden_layers * chunks) + AROUND
+    return Operations(whole.forward, whole.backward)
