@@ -101,12 +101,20 @@ def probe(composed: Composed) -> None:
     measure(composed.config)
 
 
+def calibrate(composed: Composed) -> None:
+    """Measure a seeded grid of configurations on this machine, each beside its plan; report how far the plans are off."""
+    from elite.bench.calibrate.grid import calibrate as measure
+
+    measure(composed.config)
+
+
 MODES: dict[Mode, Callable[[Composed], None]] = {
     Mode.plan: plan,
     Mode.tiers: tiers,
     Mode.max_context: max_context,
     Mode.train: train,
     Mode.probe: probe,
+    Mode.calibrate: calibrate,
     Mode.interactive: interactive,
 }
 
