@@ -91,8 +91,8 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
         finally:
             if executors.attached is not None:
                 executors.attached.undo()
-            for act in of_runtime.values():
-                # What it changed is the process's, and others may be assembled in it.
+            for act in reversed([*of_runtime.values(), *loaded.applied.values()]):
+                # Some of it is the process's, and others may be assembled in it.
                 if act.undo is not None:
                     act.undo()
 

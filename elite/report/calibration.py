@@ -138,7 +138,7 @@ def every(folder: Path) -> str:
     content = measured(folder)
     if content is None:
         return missing(f"{CALIBRATION}.json")
-    head = ("", "device", "model", "layers", "trained", "context", "batch", "executor", "switches")
+    head = ("no.", "device", "model", "layers", "trained", "context", "batch", "executor", "switches")
     lines = [_line(row) for row in rows(content)]
     return (
         grid((*head, *(f"{name} {unit}" for name, unit in _UNITS.items()), "ended"), lines) + f"\n\nPlanned / measured. {_origin(content)}."

@@ -9,12 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from elite import hardware
 from elite.bench.assemble import write
 from elite.bench.calibrate.measure import Machine, measured
 from elite.bench.calibrate.sample import SETS, SPACES, Drawn, draw
@@ -53,9 +52,9 @@ def calibrate(config: RunConfig) -> None:
     """`mode=calibrate`."""
     check_values(config)
     options = config.calibrate
-    space = "gpu" if torch.cuda.is_available() and config.hardware.name != "cpu" else "cpu"
-    request = Request(Path(options.file), options.seed, options.count, space=space, seconds=options.seconds, cache=config.output.cache)
-    grid(request)
+    gpus = [] if config.hardware.name == "cpu" else hardware.nvml_gpus()
+    request = Request(Path(options.file), options.seed, options.count, seconds=options.seconds, cache=config.output.cache)
+    grid(replace(request, card=hardware.rates(gpus[0]).name) if gpus else replace(request, space="cpu"))
 
 
 def grid(request: Request) -> dict[str, Any]:

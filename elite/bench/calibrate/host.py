@@ -7,8 +7,10 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
+import pynvml
 import torch
 
 from elite.hardware import visible
@@ -50,15 +52,16 @@ class DriverMemory:
 
     Made before CUDA begins. Where the driver does not say what each process takes, as in many containers, it is what is in use beyond what
     was in use then: right as long as nobody else works on the card.
+
+    Args:
+        nvml: the driver's library, pynvml.
     """
 
-    def __init__(self) -> None:
-        import pynvml
-
-        self._nvml = pynvml
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        uuids = [uuid.decode() if isinstance(uuid := pynvml.nvmlDeviceGetUUID(handle), bytes) else uuid for handle in handles]
+    def __init__(self, nvml: Any = pynvml) -> None:
+        self._nvml = nvml
+        nvml.nvmlInit()
+        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
+        uuids = [uuid.decode() if isinstance(uuid := nvml.nvmlDeviceGetUUID(handle), bytes) else uuid for handle in handles]
         self._handle = handles[visible(uuids, os.environ.get("CUDA_VISIBLE_DEVICES"))[0]]
         self._others = 0 if torch.cuda.is_initialized() else self._used()
         self.method = "total"
@@ -95,16 +98,18 @@ class ResidentMemory:
         self._sampled = Sampled(lambda: float(self._process.memory_info().rss))
 
     def __enter__(self) -> "ResidentMemory":
-        self._sampled.__enter__()
+        if not self.by_kernel:
+            self._sampled.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._sampled.__exit__(kind, error, trace)
+        if not self.by_kernel:
+            self._sampled.__exit__(kind, error, trace)
 
     @property
     def growth(self) -> float:
         """So far."""
-        return max(self._sampled.peak, _highest() if self.by_kernel else 0.0) - self.baseline
+        return (_highest() if self.by_kernel else self._sampled.peak) - self.baseline
 
 
 def _reset() -> bool:

@@ -212,7 +212,9 @@ def pinned_bytes(made: Assembled) -> float:
     if made.ranks.device.type != "cuda":
         return float(own)
     synchronise(made.ranks.device)
-    return float(own + torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0))
+    stats = torch.cuda.host_memory_stats()
+    # With what is cached: it is locked too. The second is its name in older versions.
+    return float(own + max(stats.get(f"{kind}_bytes.peak", 0) for kind in ("allocated", "reserved")))
 
 
 def is_out_of_memory(failure: BaseException) -> bool:

@@ -1,8 +1,8 @@
 """A seeded draw of configurations that fit a device and whose steps are short enough to measure many.
 
-Contexts come in turn from equal shares of the logarithm between shortest and longest; everything else is drawn freely, and drawn again
-where the plan does not fit, two switches exclude each other, or a step would take too many operations. These are counted here, at one
-rate for every card, so that a better model of time changes no draw. The same seed, space and card draw the same on any machine.
+Models come in turn, and contexts from equal shares of the logarithm between shortest and longest; everything else is drawn freely, and
+drawn again where the plan does not fit, two switches exclude each other, or a step would take too many operations. These are counted here,
+at one rate for every card, so that a better model of time changes no draw. The same seed, space and card draw the same on any machine.
 """
 
 import random
@@ -26,6 +26,8 @@ RATE_FLOPS_PER_S = 4e14
 """At which `reference_seconds` counts: about what large steps reach on one H100."""
 HOST_BYTES = 8 * GIB
 """Pinned host memory of a configuration, at most: locking pages takes time too."""
+WHOLE_SHARE = 0.6
+"""Of the draws short enough for the whole executor."""
 LOADING_SHARE = 0.9
 """Random weights are made on the device in full before they are packed or moved away; they may take this share of it."""
 ADAPTERS = (
@@ -84,7 +86,9 @@ GPU = Space(
     # Without it no more than a few thousand tokens would fit.
     switches={"flash_attention": True},
 )
-PAGED = replace(GPU, name="paged", hardware=(ANY_CARD,), switches=GPU.switches | {"memory_pool": True})
+PAGED = replace(
+    GPU, name="paged", hardware=(ANY_CARD,), contexts=(2048, 65_536), longest_step_s=2.0, switches=GPU.switches | {"memory_pool": True}
+)
 """Without caps of cards, in pages: for caps of its own."""
 CPU = Space(
     name="cpu",
@@ -104,7 +108,8 @@ CPU = Space(
         "model.num_key_value_heads=2",
         "model.vocab_size=512",
     ),
-    switches={"flash_attention": True, "mixed_precision": False},
+    # So tiny adapters are below what the 8-bit optimizer quantises.
+    switches={"flash_attention": True, "mixed_precision": False, "adamw_8bit": False},
 )
 """Tiny models, for machines without a GPU."""
 SPACES = {space.name: space for space in (GPU, PAGED, CPU)}
@@ -140,22 +145,22 @@ def draw(seed: int, count: int, space: Space = GPU, card: str = "h100") -> list[
         raise ConfigError(f"{card} is no hardware preset", f"one of {', '.join(hardware.presets())}")
     generator = random.Random(f"{space.name} {seed} {count}")
     low, high = space.contexts
-    shares = list(range(count))
+    shares, models = list(range(count)), [space.models[i % len(space.models)] for i in range(count)]
     generator.shuffle(shares)
+    generator.shuffle(models)
     made = []
-    for i, share in enumerate(shares):
+    for i, (share, model) in enumerate(zip(shares, models, strict=True)):
         bounds = [low * (high / low) ** (edge / count) for edge in (share, share + 1)]
-        overrides = next(_fitting(generator, space, card, bounds))
-        made.append(Drawn(f"{i:02}", overrides))
+        made.append(Drawn(f"{i:02}", next(_fitting(generator, space, card, model, bounds))))
     return made
 
 
-def _fitting(generator: random.Random, space: Space, card: str, bounds: list[float]) -> Iterator[tuple[str, ...]]:
+def _fitting(generator: random.Random, space: Space, card: str, model: str, bounds: list[float]) -> Iterator[tuple[str, ...]]:
     tries = 0
     while True:
         tries += 1
         context = _log_uniform(generator, *(bounds if tries <= TRIES else space.contexts))
-        size = _sized(generator, space, max(space.multiple, round(context / space.multiple) * space.multiple))
+        size = _sized(generator, space, model, max(space.multiple, round(context / space.multiple) * space.multiple))
         overrides = _chosen(generator, space, size)
         if reference_seconds(_shape(size.model, size.depth, space.geometry), size.context, size.batch) <= space.limit_s(size.context):
             config = from_overrides(*overrides).config
@@ -171,8 +176,7 @@ class _Size:
     batch: int
 
 
-def _sized(generator: random.Random, space: Space, context: int) -> _Size:
-    model = generator.choice(space.models)
+def _sized(generator: random.Random, space: Space, model: str, context: int) -> _Size:
     most = _preset(model).num_hidden_layers
     return _Size(model, generator.choice([depth for depth in space.depths if depth <= most]), context, generator.choice((1, 2, 3, 4)))
 
@@ -190,7 +194,7 @@ def _shape(model: str, depth: int, changes: tuple[str, ...]) -> ModelShape:
 
 def _chosen(generator: random.Random, space: Space, size: _Size) -> tuple[str, ...]:
     """Overrides at this size, whether they go together or not."""
-    whole = size.context <= space.whole_most and generator.random() < 0.5
+    whole = size.context <= space.whole_most and generator.random() < WHOLE_SHARE
     words = [
         f"model={size.model}",
         "model.weights=random",
@@ -247,7 +251,9 @@ def _fits(config: RunConfig, card: str) -> bool:
     except EliteError:
         # Switches that exclude each other.
         return False
-    return made.fits and made.executor is config.executor.name and _loads(config, device, shape) and _host_bytes(made) <= HOST_BYTES
+    # A cap beyond the card is no cap.
+    possible = device.present and made.fits and made.executor is config.executor.name
+    return possible and _loads(config, device, shape) and _host_bytes(made) <= HOST_BYTES
 
 
 def _loads(config: RunConfig, device: Device, shape: ModelShape) -> bool:
