@@ -117,6 +117,8 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_one_in_its_own_process(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # For the child, which shares the machine with the suite.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     file = tmp_path / "grid.json"
     given = (str(file), "--space", "cpu", "--count", "1", "--seed", "fit", "--cache", str(cache))
     assert command(monkeypatch, *given, "--list") == 0
