@@ -130,6 +130,13 @@ def test_one_in_its_own_process(tmp_path: Path, cache: Path, monkeypatch: pytest
         one_of(file, "00")
 
 
+def test_a_process_that_is_lost_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    found = grid(Request(tmp_path / "grid.json", seed=1, count=1, space="cpu", fresh=True))
+    assert [(run["outcome"], run["error"]) for run in found["runs"]] == [("error", "its process ended with 1")]
+    assert not left(json.loads((tmp_path / "grid.json").read_text()))
+
+
 def test_the_command_under_caps(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "caps.json"
     assert command(monkeypatch, str(file), "--caps", "--space", "cpu", "--count", "2", "--cache", str(cache)) == 0

@@ -69,7 +69,7 @@ def _act(arguments: argparse.Namespace) -> None:
     elif arguments.list:
         console.print(f"{len(drawn(request)['configurations'])} configurations in {request.file}", markup=False)
     elif arguments.only is not None:
-        one_of(request.file, arguments.only, cache=arguments.cache)
+        one_of(request.file, arguments.only, arguments.cache)
     elif arguments.caps:
         caps(request, arguments.around)
     else:

@@ -34,7 +34,7 @@ def caps(request: Request, peak: str = "reserved") -> dict[str, Any]:
     placed = margins(request.seed, request.count)
     for one in left(found):
         run = capped(one, placed[int(one.name)], machine, peak, request.cache)
-        keep(request.file, found, run, machine)
+        keep(request.file, found, run, machine.name)
         console.print(_said(run), markup=False)
     right = sum(run["as_planned"] for run in found["runs"])
     console.print(f"{right} of {len(found['runs'])} as planned")

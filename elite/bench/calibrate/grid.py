@@ -8,14 +8,13 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from elite import hardware
 from elite.bench.assemble import write
-from elite.bench.calibrate.measure import Machine, measured
+from elite.bench.calibrate.measure import FAILED, Machine, measured
 from elite.bench.calibrate.sample import SETS, SPACES, Drawn, draw
 from elite.config import RunConfig
 from elite.console import console
@@ -74,7 +73,7 @@ def grid(request: Request) -> dict[str, Any]:
         if machine is None:
             found = _in_its_own_process(request, one)
         else:
-            keep(request.file, found, measured(one, machine, request.cache), machine)
+            keep(request.file, found, measured(one, machine, request.cache), machine.name)
         console.print(said(found["runs"][-1]), markup=False)
     for line in summary_lines(found):
         console.print(line, markup=False)
@@ -105,18 +104,16 @@ def left(found: dict[str, Any]) -> list[Drawn]:
     return [Drawn.from_dict(plain) for plain in found["configurations"] if plain["name"] not in done]
 
 
-def keep(file: Path, found: dict[str, Any], run: dict[str, Any], machine: Machine) -> None:
+def keep(file: Path, found: dict[str, Any], run: dict[str, Any], device: str) -> None:
     """Add a run to a file."""
-    found["environment"], found["device"] = environment(), machine.name
+    found["environment"], found["device"] = environment(), device
     found["runs"].append(run)
     beside = file.with_name(f"{file.name}.new")
     write(beside, found)
     beside.replace(file)
 
 
-def one_of(
-    file: Path, name: str, measure: Callable[[Drawn, Machine, str | None], dict[str, Any]] = measured, cache: str | None = None
-) -> None:
+def one_of(file: Path, name: str, cache: str | None = None) -> None:
     """Measure one configuration of a file in this process.
 
     Raises:
@@ -127,14 +124,18 @@ def one_of(
     if not chosen:
         raise ConfigError(f"--only {name}: not among the configurations left in {file}", "one of those it lists, not measured yet")
     machine = Machine()
-    keep(file, found, measure(chosen[0], machine, cache), machine)
+    keep(file, found, measured(chosen[0], machine, cache), machine.name)
 
 
 def _in_its_own_process(request: Request, one: Drawn) -> dict[str, Any]:
     command = [sys.executable, "-m", "elite.bench.calibrate", str(request.file), "--only", one.name]
     command += ["--cache", request.cache] if request.cache else []
-    subprocess.run(command, check=True)
+    done = subprocess.run(command, check=False)
     found: dict[str, Any] = json.loads(request.file.read_text())
+    if one in left(found):
+        # Killed, or left with a GPU that answers no more.
+        lost = one.to_dict() | {"outcome": FAILED, "error": f"its process ended with {done.returncode}", "seconds": 0.0}
+        keep(request.file, found, lost, found["device"])
     return found
 
 
