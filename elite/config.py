@@ -30,6 +30,7 @@ class Mode(Enum):
     max_context = "max_context"
     profile = "profile"
     probe = "probe"
+    calibrate = "calibrate"
     interactive = "interactive"
 
 
@@ -333,6 +334,20 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
+class CalibrateConfig:
+    """What `mode=calibrate` does."""
+
+    count: int = 40
+    """Configurations that are drawn."""
+    seed: int = 2
+    """Of the draw."""
+    seconds: float | None = None
+    """No configuration is begun later than this; a rerun goes on. Unset: all of them."""
+    file: str = "calibration.json"
+    """JSON file for the result."""
+
+
+@dataclass(frozen=True)
 class OutputConfig:
     """Where things are written."""
 
@@ -367,4 +382,5 @@ class RunConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     output: OutputConfig = field(default_factory=OutputConfig)

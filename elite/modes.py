@@ -111,6 +111,13 @@ def profile(composed: Composed) -> None:
     profile_machine(config, device)
 
 
+def calibrate(composed: Composed) -> None:
+    """Measure a seeded grid of configurations on this machine, each beside its plan; report how far the plans are off."""
+    from elite.bench.calibrate.grid import calibrate as measure
+
+    measure(composed.config)
+
+
 MODES: dict[Mode, Callable[[Composed], None]] = {
     Mode.plan: plan,
     Mode.tiers: tiers,
@@ -118,6 +125,7 @@ MODES: dict[Mode, Callable[[Composed], None]] = {
     Mode.train: train,
     Mode.profile: profile,
     Mode.probe: probe,
+    Mode.calibrate: calibrate,
     Mode.interactive: interactive,
 }
 

@@ -80,7 +80,7 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
     layout = Streaming.from_dict(plan.layout) if plan.layout else None
     with joined() as ranks:
         prepare_process(config, ranks, device)
-        dtype, _ = compute_dtype(decisions, device)
+        dtype, of_runtime = compute_dtype(decisions, device)
         loaded = load(config, decisions, dtype, ranks.device, streams_weights(layout))
         executors = build(loaded, layout, dtype, device, ranks, Path(config.output.cache).expanduser())
         optimizer, _ = build_optimizer(loaded.trainable, plan.learning_rate, config.training, decisions)
@@ -91,6 +91,10 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
         finally:
             if executors.attached is not None:
                 executors.attached.undo()
+            for act in reversed([*of_runtime.values(), *loaded.applied.values()]):
+                # Some of it is the process's, and others may be assembled in it.
+                if act.undo is not None:
+                    act.undo()
 
 
 def described(made: Assembled, device: Device | None = None) -> dict[str, Any]:

@@ -40,8 +40,7 @@ PARALLEL_BLOCKS = frozenset({"phi", "cohere", "cohere2"})
 """Architectures whose attention and MLP read the same norm."""
 
 NOT_MODELLED = (
-    "allocator fragmentation: the driver shows more than is allocated",
-    "CUDA context and kernels, which the reserve covers",
+    "reserved memory in the verdict: it is judged by what is allocated; what is reserved beyond has the headroom, the context the reserve",
     "loading: weights pass through host memory before they are converted",
     "host memory beyond a CPU run's tensors: libraries and the allocator's slack, which outweigh the tensors of a small run",
     "evaluation, which keeps no activations",

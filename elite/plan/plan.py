@@ -14,6 +14,7 @@ from elite.plan.fix import smallest_change
 from elite.plan.generation import generation_tokens
 from elite.plan.memory import NOT_MODELLED
 from elite.plan.micro_batch import Settled, settled
+from elite.plan.peaks import peaks
 from elite.plan.rates import rates_of
 from elite.plan.streamed import host_usable
 from elite.plan.time import model_flops_per_token
@@ -70,6 +71,11 @@ class Plan:
     memory: dict[str, float]
     """Bytes by component at the step's peak; they sum to `total_bytes`."""
     total_bytes: float
+    """What is allocated at the peak."""
+    reserved_bytes: float | None
+    """What torch's allocator reserves for it; None on a CPU."""
+    device_bytes: float | None
+    """What the driver shows: reserved, and the CUDA context with its libraries; None on a CPU."""
     usable_bytes: float
     headroom_bytes: float
     """What a plan leaves free for what is not modelled."""
@@ -146,6 +152,7 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
     facts, estimate = made.facts, made.estimate
     factor, positions = _positions(config, shape)
     usable = device.memory_usable_bytes * (1 - config.plan.headroom_fraction)
+    beyond = peaks(estimate.total, made.decisions, device)
     return Plan(
         model=shape.name,
         model_type=shape.model_type,
@@ -170,6 +177,8 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
         decisions=tuple(_switch(decision) for decision in made.decisions),
         memory=estimate.by_component(),
         total_bytes=estimate.total,
+        reserved_bytes=beyond.reserved_bytes if beyond else None,
+        device_bytes=beyond.device_bytes if beyond else None,
         usable_bytes=device.memory_usable_bytes,
         headroom_bytes=device.memory_usable_bytes * config.plan.headroom_fraction,
         fits=made.fits,

@@ -43,12 +43,14 @@ RULES = (
             "executor.chunk",
             "executor.block",
             "executor.slots",
+            "calibrate.count",
+            "calibrate.seconds",
         ),
     ),
     Rule(
         "must not be negative, and finite",
         lambda value: 0 <= value < math.inf,
-        ("seed", "training.weight_decay", "training.completion_tokens", "plan.min_sequences", "probe.steps"),
+        ("seed", "training.weight_decay", "training.completion_tokens", "plan.min_sequences", "probe.steps", "calibrate.seed"),
     ),
     Rule(
         "must lie in [0, 1)",

@@ -1,8 +1,8 @@
 """Tables in the documentation, made from measurement files: `python -m elite.report.tables [--check]`.
 
 A document holds `<!-- table: NAME -->` … `<!-- end -->`. What stands between is what `TABLES` says, else the runs in
-`docs/measurements/NAME.json`. The comparisons of executors and of kernels are drawn besides, as soon as they have
-been measured.
+`docs/measurements/NAME.json`. The comparisons of executors and of kernels, and of plans with what they came to, are drawn besides, as soon
+as they have been measured.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from elite.config import CONF_DIR
-from elite.report import agreement, fused, kernels, kernels_plot, plot, streamed, times
+from elite.report import agreement, calibration, calibration_plot, fused, kernels, kernels_plot, plot, streamed, times
 from elite.report.markdown import NONE, gibibytes, grid, missing
 from elite.report.measurement import MEASUREMENTS
 
@@ -22,6 +22,7 @@ ROOT = CONF_DIR.parent
 DOCUMENTS = (ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
 PLOT = ROOT / "docs" / "streamed.svg"
 KERNELS_PLOT = ROOT / "docs" / "kernels.svg"
+CALIBRATION_PLOT = ROOT / "docs" / "calibration.svg"
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HEAD = (
     "device",
@@ -77,6 +78,13 @@ def kernels_figure(folder: Path) -> str:
     return f"![Time of other implementations relative to ours, by operation]({KERNELS_PLOT.relative_to(ROOT).as_posix()})"
 
 
+def calibration_figure(folder: Path) -> str:
+    """As `figure`, of plans against measurements."""
+    if calibration.measured(folder) is None:
+        return missing(f"{calibration.CALIBRATION}.json")
+    return f"![Planned against measured memory and time]({CALIBRATION_PLOT.relative_to(ROOT).as_posix()})"
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "planned_times": times.table,
     "streamed_plot": figure,
@@ -93,6 +101,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kernels_summary": kernels.summary,
     "kernels": kernels.every,
     "kernels_loss": kernels.losses,
+    "calibration_plot": calibration_figure,
+    "calibration": calibration.summary,
+    "calibration_rows": calibration.every,
 }
 
 
@@ -114,9 +125,10 @@ def filled(text: str, folder: Path = MEASUREMENTS) -> str:
 def generated(folder: Path = MEASUREMENTS) -> dict[Path, str]:
     """What every document, and each drawing if there is something to draw, should hold."""
     made = {document: filled(document.read_text(), folder) for document in DOCUMENTS}
-    compared, found = streamed.comparison(folder), kernels.measured(folder)
+    compared, found, plans = streamed.comparison(folder), kernels.measured(folder), calibration.measured(folder)
     drawings = {} if compared is None else {PLOT: plot.drawn(compared)}
-    return made | drawings | ({} if found is None else {KERNELS_PLOT: kernels_plot.drawn(found)})
+    drawings |= {} if found is None else {KERNELS_PLOT: kernels_plot.drawn(found)}
+    return made | drawings | ({} if plans is None else {CALIBRATION_PLOT: calibration_plot.drawn(plans)})
 
 
 def main(check: bool) -> int:

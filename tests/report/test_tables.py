@@ -12,7 +12,7 @@ from elite.runfolder import RunFolder
 from tests.report import samples
 
 
-@pytest.mark.parametrize("path", [*tables.DOCUMENTS, tables.PLOT, tables.KERNELS_PLOT], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*tables.DOCUMENTS, tables.PLOT, tables.KERNELS_PLOT, tables.CALIBRATION_PLOT], ids=lambda path: path.name)
 def test_documents_are_current(path: Path) -> None:
     expected = tables.generated().get(path)
     assert (path.read_text() if path.exists() else None) == expected, "make docs"
