@@ -4,7 +4,7 @@ import json
 import resource
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from elite.executor.build import Executors, build, streams_weights
 from elite.facts import NO_CORPUS, Device
 from elite.model import LoadedModel, load
 from elite.optimizations import decide
+from elite.optimizations.contract import Applied
 from elite.plan import Plan, facts_of, make_plan
 from elite.plan.batch import with_micro_batch
 from elite.plan.words import gib
@@ -78,23 +79,26 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
     config = with_micro_batch(config, plan.micro_batch)
     decisions = decide(config.optimizations, facts_of(config, device, shape, plan.executor))
     layout = Streaming.from_dict(plan.layout) if plan.layout else None
-    with joined() as ranks:
+    with joined() as ranks, ExitStack() as undone:
         prepare_process(config, ranks, device)
         dtype, of_runtime = compute_dtype(decisions, device)
+        _undo_after(undone, of_runtime)
         loaded = load(config, decisions, dtype, ranks.device, streams_weights(layout))
+        _undo_after(undone, loaded.applied)
         executors = build(loaded, layout, dtype, device, ranks, Path(config.output.cache).expanduser())
+        if executors.attached is not None:
+            undone.callback(executors.attached.undo)
         optimizer, _ = build_optimizer(loaded.trainable, plan.learning_rate, config.training, decisions)
         made = Assembled(config, plan, dtype, loaded, executors, optimizer, ranks)
-        try:
-            with settled():
-                yield made
-        finally:
-            if executors.attached is not None:
-                executors.attached.undo()
-            for act in reversed([*of_runtime.values(), *loaded.applied.values()]):
-                # Some of it is the process's, and others may be assembled in it.
-                if act.undo is not None:
-                    act.undo()
+        with settled():
+            yield made
+
+
+def _undo_after(undone: ExitStack, applied: dict[str, Applied]) -> None:
+    """Some of what was touched is the process's, in which others may be assembled."""
+    for act in applied.values():
+        if act.undo is not None:
+            undone.callback(act.undo)
 
 
 def described(made: Assembled, device: Device | None = None) -> dict[str, Any]:

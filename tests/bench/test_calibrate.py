@@ -16,7 +16,7 @@ from elite.bench.calibrate.__main__ import main
 from elite.bench.calibrate.caps import MARGINS, capped, margins
 from elite.bench.calibrate.grid import Request, grid, left, one_of
 from elite.bench.calibrate.host import DriverMemory, ResidentMemory, Sampled
-from elite.bench.calibrate.measure import STEPS, Machine, is_out_of_memory, measured
+from elite.bench.calibrate.measure import STEPS, Machine, measured
 from elite.bench.calibrate.sample import CPU, Drawn, draw
 from elite.errors import ConfigError
 from elite.facts import GIB
@@ -237,9 +237,3 @@ def test_the_drivers_account(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (found.method, found.read()) == (method, 2 * GIB), processes
         driver.used += GIB
         assert found.read() == 3 * GIB
-
-
-def test_what_counts_as_out_of_memory() -> None:
-    for error in (torch.OutOfMemoryError("no"), MemoryError(), RuntimeError("CUDA error: out of memory")):
-        assert is_out_of_memory(error)
-    assert not is_out_of_memory(RuntimeError("shapes differ"))

@@ -22,6 +22,7 @@ from elite.data.batches import Batch
 from elite.executor.contract import Executor
 from elite.report.calibration import OUT_OF_MEMORY, RAN
 from elite.training.live_bytes import LiveBytes
+from elite.training.shortage import is_out_of_memory
 
 STEPS = 3
 """The first warms up."""
@@ -31,8 +32,6 @@ FAILED = "error"
 """How a configuration ended that neither ran nor was short of memory."""
 KINDS = ("allocated", "reserved", "requested", "active", "inactive_split")
 """Of the figures in bytes that torch's allocator keeps a peak of."""
-NO_MEMORY = ("out of memory", "cannot allocate memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What libraries say that do not raise torch's own error."""
 
 
 class Machine:
@@ -215,12 +214,6 @@ def pinned_bytes(made: Assembled) -> float:
     stats = torch.cuda.host_memory_stats()
     # With what is cached: it is locked too. The second is its name in older versions.
     return float(own + max(stats.get(f"{kind}_bytes.peak", 0) for kind in ("allocated", "reserved")))
-
-
-def is_out_of_memory(failure: BaseException) -> bool:
-    """Whether memory, of the device or the host, ran out."""
-    said = str(failure).lower()
-    return isinstance(failure, (torch.OutOfMemoryError, MemoryError)) or any(sign.lower() in said for sign in NO_MEMORY)
 
 
 def reason(failure: BaseException) -> str:
