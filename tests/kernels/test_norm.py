@@ -67,6 +67,23 @@ def _rounded(given: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"x": h, "residual": torch.zeros_like(h)}
 
 
+def check_wide_residual(device: str) -> None:
+    """What a half-precision block adds leaves an fp32 residual stream in fp32; gradients come in each input's dtype."""
+    from elite.kernels.norm.kernel import norm
+
+    t = inputs((6, 40), torch.float32, device)
+    x, residual = t["x"].half().requires_grad_(), t["residual"].requires_grad_()
+    y, h = norm(x, t["weight"], t["bias"], EPS, True, residual)
+    assert y.dtype is torch.float16 and h.dtype is torch.float32
+    torch.testing.assert_close(h, x.float() + residual)
+    got = torch.autograd.grad([y, h], [x, residual], [t["dy"].half(), t["dh"]])
+    assert [g.dtype for g in got] == [torch.float16, torch.float32]
+    right, total = reference.norm(x.float(), t["weight"], t["bias"], EPS, True, residual)
+    exact = torch.autograd.grad([right, total], [residual], [t["dy"].half().float(), t["dh"]])[0]
+    torch.testing.assert_close(got[1], exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got[0], exact.half(), rtol=2e-3, atol=2e-3)
+
+
 def check_strides(device: str) -> None:
     from elite.kernels.norm.kernel import MOST_WIDTH, norm
 
@@ -81,7 +98,7 @@ def check_strides(device: str) -> None:
         norm(torch.empty(0, MOST_WIDTH + 1), torch.empty(MOST_WIDTH + 1), None, EPS, False)
 
 
-@pytest.mark.parametrize("check", ["check_kernel", "check_strides"])
+@pytest.mark.parametrize("check", ["check_kernel", "check_wide_residual", "check_strides"])
 def test_kernel_in_the_interpreter(check: str) -> None:
     run_interpreted("tests.kernels.test_norm", check)
 
@@ -89,4 +106,5 @@ def test_kernel_in_the_interpreter(check: str) -> None:
 @pytest.mark.gpu
 def test_kernel_on_a_gpu() -> None:
     check_kernel("cuda")
+    check_wide_residual("cuda")
     check_strides("cuda")

@@ -102,7 +102,9 @@ class _Norm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         rows = x.contiguous().view(-1, x.shape[-1])
         added = None if residual is None else residual.contiguous().view_as(rows)
-        y, h = torch.empty_like(rows, dtype=dtype), rows if added is None else torch.empty_like(rows)
+        # A wide residual stream stays wide, whatever is added to it.
+        h = rows if added is None else torch.empty_like(rows, dtype=torch.promote_types(rows.dtype, added.dtype))
+        y = torch.empty_like(rows, dtype=dtype)
         scale = torch.empty(len(rows), dtype=torch.float32, device=x.device)
         mean = torch.empty_like(scale) if center else scale
         if rows.numel():
@@ -116,7 +118,7 @@ class _Norm(torch.autograd.Function):
                 **options,
             )
         ctx.save_for_backward(h, weight, bias, mean, scale)
-        ctx.center, ctx.adds = center, added is not None
+        ctx.center, ctx.adds, ctx.dtype = center, added is not None, x.dtype
         ctx.set_materialize_grads(False)
         return y.view_as(x), None if added is None else h.view_as(x)
 
@@ -128,7 +130,7 @@ class _Norm(torch.autograd.Function):
         shape = next(g.shape for g in upstream if g is not None)
         if dy is None:
             assert dh is not None
-            return dh.view(shape), dh.view(shape) if ctx.adds else None, *[None] * 5
+            return dh.view(shape).to(ctx.dtype), dh.view(shape) if ctx.adds else None, *[None] * 5
         trains, options = any(ctx.needs_input_grad[2:4]), sizes(h.shape[1], BACKWARD_VALUES)
         tiles = triton.cdiv(len(h), options["ROWS"])
         each = max(1, triton.cdiv(tiles, PROGRAMS)) if trains else 1
@@ -146,7 +148,7 @@ class _Norm(torch.autograd.Function):
             )
         grad_w = dw.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
         grad_b = db.sum(0).to(bias.dtype) if bias is not None and ctx.needs_input_grad[3] else None
-        return dx.view(shape), dx.view(shape) if ctx.adds else None, grad_w, grad_b, *[None] * 3
+        return dx.view(shape).to(ctx.dtype), dx.view(shape) if ctx.adds else None, grad_w, grad_b, *[None] * 3
 
 
 def norm(

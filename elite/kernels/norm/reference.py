@@ -19,7 +19,7 @@ def norm(
     residual: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y and h, in x's dtype; computed in fp32 (fp64 for fp64).
+    """y in x's dtype and h in that of the sum; computed in fp32 (fp64 for fp64).
 
     Args:
         x, residual: [..., width]
