@@ -18,7 +18,7 @@ from elite.config import ExecutorConfig
 from elite.facts import GIB, Device, Facts
 from elite.optimizations.contract import Decision, Estimate, Site
 from elite.optimizations.shapes import value_bytes
-from elite.plan.memory import folded
+from elite.plan.memory import FP32, folded
 from elite.revolve import layer_forwards, slots_for
 from elite.streaming import ARGUMENT_BYTES, LOGIT_BYTES, VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
 
@@ -39,6 +39,8 @@ class StreamedMemory:
         self._facts = facts
         self._whole = folded(facts, decisions)
         self._width = value_bytes(self._whole, facts)
+        # Trained embeddings are fp32, and so is the residual stream that begins with them.
+        self._stream_width = FP32 if facts.adapter == "full" else self._width
         layers = facts.model.num_hidden_layers
         checkpointed = any(d.active and Site.LAYER_ACTIVATIONS in d.optimization.claims for d in decisions)
         self._one_layer = self._whole.saved_activations if checkpointed else self._whole.saved_activations / layers
@@ -52,6 +54,7 @@ class StreamedMemory:
         heads, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
         streamed = layout.weights is WeightPlace.streamed
         at_hand = facts.context if layout.keys_values is Place.device else 4 * block
+        arguments = min(ARGUMENT_BYTES, 2 * width * model.head_dim * tokens)
         rows_here = facts.device.kind == "cpu" or layout.boundaries is Place.device
         return replace(
             whole,
@@ -59,7 +62,7 @@ class StreamedMemory:
             saved_activations=self._one_layer * share,
             layer_inputs=0.0,
             attention_scores=0.0,
-            layer_workspace=HIDDEN_COPIES * width * model.hidden_size * chunk + min(ARGUMENT_BYTES, 2 * width * model.head_dim * tokens),
+            layer_workspace=HIDDEN_COPIES * self._stream_width * model.hidden_size * chunk + arguments,
             mlp_workspace=whole.mlp_workspace * share,
             keys_values=0.0 if facts.context <= chunk else at_hand * 2 * keys * (width + 4),
             attention_workspace=block * 2 * (heads * width + keys * 4) + chunk * 2 * heads * 4,
@@ -81,7 +84,7 @@ class StreamedMemory:
     def _rows(self, layout: Streaming) -> float:
         """Everything that outlives a chunk."""
         hidden, layers = self._facts.model.hidden_size, self._facts.model.num_hidden_layers
-        exact = self._width * hidden
+        exact = self._stream_width * hidden
         kept = exact if layout.encoding is BoundaryEncoding.exact else VALUE_BITS[layout.encoding] / 8 * hidden
         slots = slots_for(layout.keep, layers, layout.slots)
         row = slots * kept + exact + (exact if slots < layers else 0)
@@ -91,7 +94,7 @@ class StreamedMemory:
 
     def _moved_row(self, layout: Streaming) -> float:
         """Bytes a token that a layer's backward brings and takes, or its forward: boundary, gradient, gradient; outputs, in and out."""
-        row = 3 * self._width * self._facts.model.hidden_size
+        row = 3 * self._stream_width * self._facts.model.hidden_size
         return row + (2 * self._output_row() + self._keys_row(layout) if layout.keep is Keep.attention else 0.0)
 
     def _output_row(self) -> float:
@@ -102,7 +105,7 @@ class StreamedMemory:
         """Kept keys and values, bytes a token; 0 where they are computed again."""
         model = self._facts.model
         row = 2 * self._width * model.num_key_value_heads * model.head_dim
-        return row if layout.keeps_keys(row, self._width * model.hidden_size) else 0.0
+        return row if layout.keeps_keys(row, self._stream_width * model.hidden_size) else 0.0
 
 
 def recomputed(facts: Facts, layout: Streaming) -> tuple[float, float]:
