@@ -115,7 +115,7 @@ def shortage(run: Run, found: Actual, step: int, when: str = "") -> MemoryShorta
     """
     last = checkpoint.latest(run.folder.checkpoints)
     saved = f"checkpoint {last.name} is intact" if last else "nothing had been saved yet"
-    need = max(found.allocated + found.requested, found.allocated)
+    need = found.allocated + found.requested
     remedy = smaller(run.config, run.device, run.facts.model, run.plan["total_bytes"], found.allocated, need)
     usable = run.device.memory_usable_bytes
     where = when or (f"after step {step}, " if step else "before the first step, ")

@@ -37,7 +37,7 @@ from elite.training.optimizer import build_optimizer
 from elite.training.schedules import schedule
 from elite.training.shortage import actual, is_out_of_memory
 from elite.training.step import make_scaler
-from elite.training.telemetry import Meter, error_percent
+from elite.training.telemetry import Meter, error_percent, pinned_bytes
 from elite.training.validation import Validator, complete
 
 
@@ -106,7 +106,7 @@ def _carried_out(parts: _Parts) -> None:
             save_trained(loaded, folder.final)
             applied = run.applied | loaded.applied | trainer.applied
             acts = {name: f"{act.count} {act.detail}" for name, act in applied.items()}
-            pinned = attached.runner.host_bytes() if attached else 0
+            pinned = pinned_bytes(attached.runner.host_bytes() if attached else 0, ranks.device)
             summary = _summary(run, progress, meter, measured, pinned) | {"applied": acts}
     finally:
         for observer in trainer.observers:

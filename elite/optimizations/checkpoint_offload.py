@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from elite.facts import Facts
 from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
 from elite.optimizations.gradient_checkpointing import GradientCheckpointing
-from elite.optimizations.shapes import input_bytes
+from elite.optimizations.shapes import input_bytes, stream_value_bytes
 
 IN_FLIGHT = 2
 """Layers' inputs on the device at once: one in use or being stored, one arriving."""
@@ -40,6 +40,13 @@ class CheckpointOffload(Optimization):
             # Host memory is the device.
             return checkpointed
         return replace(checkpointed, layer_inputs=min(IN_FLIGHT * input_bytes(estimate), checkpointed.layer_inputs))
+
+    def host_memory(self, value: float, facts: Facts) -> float:
+        if facts.device.kind == "cpu":
+            return 0.0
+        row = int(stream_value_bytes(value, facts) * facts.model.hidden_size * facts.micro_tokens)
+        # torch's allocator of pinned memory rounds up to a power of two.
+        return facts.model.num_hidden_layers * 2.0 ** (row - 1).bit_length()
 
     def apply(self, target: Any) -> Applied:
         from torch.autograd.graph import saved_tensors_hooks

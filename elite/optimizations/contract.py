@@ -146,6 +146,10 @@ class Optimization(ABC):
     def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
         """The estimate with this optimization active. Pure."""
 
+    def host_memory(self, value: float, facts: Facts) -> float:
+        """Pinned host memory that this takes, in bytes, for values of `value` bytes in the compute dtype. Pure."""
+        return 0.0
+
     @abstractmethod
     def apply(self, target: Any) -> Applied:
         """Act on the stage's target."""

@@ -49,6 +49,12 @@ def input_bytes(estimate: Estimate) -> float:
     return estimate.layer_workspace / 2
 
 
+def stream_value_bytes(value: float, facts: Facts) -> float:
+    """Bytes of a value of the residual stream, for values of `value` bytes in the compute dtype: it begins with the embeddings, and those
+    are fp32 where they are trained."""
+    return max(value, 4) if facts.adapter == "full" else value
+
+
 def value_bytes(estimate: Estimate, facts: Facts) -> float:
     """Bytes of a value."""
     return input_bytes(estimate) / (facts.model.hidden_size * facts.micro_tokens)

@@ -12,6 +12,7 @@ Symbols as in `streamed.py`. A row is what waits elsewhere of one token.
 from dataclasses import dataclass
 
 from elite.facts import Facts, Rates
+from elite.optimizations.shapes import stream_value_bytes
 from elite.streaming import VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
 
 GRADIENT_BYTES = 4
@@ -29,7 +30,7 @@ class Copies:
 
 def offloaded(facts: Facts, rates: Rates, value: int) -> Copies:
     """Of checkpoint offload."""
-    moved = facts.model.num_hidden_layers * facts.model.hidden_size * value * facts.micro_tokens
+    moved = facts.model.num_hidden_layers * facts.model.hidden_size * stream_value_bytes(value, facts) * facts.micro_tokens
     return Copies(moved / rates.to_host_bytes_per_s, moved / rates.to_device_bytes_per_s)
 
 
@@ -44,7 +45,7 @@ def streamed(facts: Facts, rates: Rates, layout: Streaming, value: int, sweeps: 
     if layout.boundaries is Place.disk:
         comes, goes = min(comes, rates.disk_read_bytes_per_s), min(goes, rates.disk_write_bytes_per_s)
     model, tokens = facts.model, facts.micro_tokens
-    hidden, keys = model.hidden_size * value, 2 * model.num_key_value_heads * model.head_dim
+    hidden, keys = model.hidden_size * stream_value_bytes(value, facts), 2 * model.num_key_value_heads * model.head_dim
     exact = layout.encoding is BoundaryEncoding.exact
     kept = hidden if exact else model.hidden_size * VALUE_BITS[layout.encoding] / 8
     outputs = 0.0

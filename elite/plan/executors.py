@@ -11,7 +11,7 @@ from elite.optimizations import decide
 from elite.optimizations.contract import Decision, Estimate
 from elite.plan import streamed
 from elite.plan.batch import facts_of
-from elite.plan.memory import predict
+from elite.plan.memory import host, predict
 from elite.plan.time import StepTime, recomputed, step_flops, step_time
 from elite.streaming import Place, Streaming, check_layout
 
@@ -76,7 +76,8 @@ def _whole(config: RunConfig, device: Device, shape: ModelShape, accumulation: i
     estimate = predict(facts, decisions)
     again = recomputed(decisions)
     flops, time = step_flops(facts, again, accumulation), step_time(facts, decisions, again, accumulation)
-    return Prediction(Executor.whole, None, facts, decisions, estimate, 0, 0, _fits(config, device, estimate), flops, time)
+    on_host = host(facts, decisions)
+    return Prediction(Executor.whole, None, facts, decisions, estimate, on_host, 0, _fits(config, device, estimate, on_host), flops, time)
 
 
 def _streamed(config: RunConfig, device: Device, shape: ModelShape, accumulation: int) -> Prediction:
@@ -105,16 +106,16 @@ def _streamed_in_turn(config: RunConfig, device: Device, shape: ModelShape, accu
         check_layout(layout)
         if layout.keys_values is Place.host and shape.sliding_window:
             continue
-        estimate, host = memory.device(layout), memory.host(layout)
+        estimate, on_host = memory.device(layout), memory.host(layout)
         again = streamed.recomputed(facts, layout)
-        fits = _fits(config, device, estimate) and (device.kind == "cpu" or host <= streamed.host_usable(device))
+        fits = _fits(config, device, estimate, on_host)
         yield Prediction(
             Executor.streamed,
             layout,
             facts,
             decisions,
             estimate,
-            host,
+            on_host,
             memory.disk(layout),
             fits,
             step_flops(facts, again, accumulation),
@@ -122,5 +123,7 @@ def _streamed_in_turn(config: RunConfig, device: Device, shape: ModelShape, accu
         )
 
 
-def _fits(config: RunConfig, device: Device, estimate: Estimate) -> bool:
-    return estimate.total <= device.memory_usable_bytes * (1 - config.plan.headroom_fraction)
+def _fits(config: RunConfig, device: Device, estimate: Estimate, on_host: float) -> bool:
+    """Whether both memories hold it; a CPU has but one."""
+    there = device.kind == "cpu" or on_host <= streamed.host_usable(device)
+    return there and estimate.total <= device.memory_usable_bytes * (1 - config.plan.headroom_fraction)

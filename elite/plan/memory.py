@@ -22,7 +22,7 @@ from dataclasses import replace
 
 from elite.facts import Facts
 from elite.optimizations.contract import Decision, Estimate, Site
-from elite.optimizations.shapes import adapter_rank, mlp_values, mlp_width
+from elite.optimizations.shapes import adapter_rank, mlp_values, mlp_width, value_bytes
 
 FP32 = 4
 ADAM_STATE_BYTES = 8
@@ -99,6 +99,12 @@ def folded(facts: Facts, decisions: Iterable[Decision]) -> Estimate:
         if decision.active:
             estimate = decision.optimization.memory(estimate, facts)
     return estimate
+
+
+def host(facts: Facts, decisions: tuple[Decision, ...]) -> float:
+    """Pinned host memory of one rank under the whole executor. Bytes."""
+    value = value_bytes(folded(facts, decisions), facts)
+    return sum(decision.optimization.host_memory(value, facts) for decision in decisions if decision.active)
 
 
 def predict(facts: Facts, decisions: tuple[Decision, ...]) -> Estimate:

@@ -86,7 +86,7 @@ class Plan:
     layout: dict[str, Any] | None
     """The streamed executor's, by the fields of `Streaming`."""
     host_bytes: float
-    """Pinned host memory of one rank, under the streamed executor."""
+    """Pinned host memory of one rank."""
     host_usable_bytes: float
     disk_bytes: float
     """Boundaries on disk, of one rank."""

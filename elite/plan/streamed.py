@@ -17,8 +17,8 @@ from typing import Any
 from elite.config import ExecutorConfig
 from elite.facts import GIB, Device, Facts
 from elite.optimizations.contract import Decision, Estimate, Site
-from elite.optimizations.shapes import value_bytes
-from elite.plan.memory import FP32, folded
+from elite.optimizations.shapes import stream_value_bytes, value_bytes
+from elite.plan.memory import folded
 from elite.revolve import layer_forwards, slots_for
 from elite.streaming import ARGUMENT_BYTES, LOGIT_BYTES, VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
 
@@ -39,8 +39,7 @@ class StreamedMemory:
         self._facts = facts
         self._whole = folded(facts, decisions)
         self._width = value_bytes(self._whole, facts)
-        # Trained embeddings are fp32, and so is the residual stream that begins with them.
-        self._stream_width = FP32 if facts.adapter == "full" else self._width
+        self._stream_width = stream_value_bytes(self._width, facts)
         layers = facts.model.num_hidden_layers
         checkpointed = any(d.active and Site.LAYER_ACTIVATIONS in d.optimization.claims for d in decisions)
         self._one_layer = self._whole.saved_activations if checkpointed else self._whole.saved_activations / layers

@@ -118,10 +118,10 @@ def _memory(plan: Plan) -> Table:
         table.add_row("the driver shows", gib(plan.device_bytes), "with CUDA's context")
     table.add_row("usable", gib(plan.usable_bytes), "")
     table.add_row("of it kept free", gib(plan.headroom_bytes), "")
-    if plan.layout is not None and plan.device_kind == "cuda":
+    if plan.host_bytes and plan.device_kind == "cuda":
         table.add_row("host, pinned", gib(plan.host_bytes), f"of {gib(plan.host_usable_bytes)}")
-        if plan.disk_bytes:
-            table.add_row("disk", gib(plan.disk_bytes), "")
+    if plan.disk_bytes and plan.device_kind == "cuda":
+        table.add_row("disk", gib(plan.disk_bytes), "")
     return table
 
 

@@ -120,7 +120,8 @@ def step_time(
     clock = _Clock(facts, decisions, layout)
     # Sweeps forward between kept boundaries come before a layer's own backward, which computes the layer once more.
     sweeps = again[0] - 1 if layout else 0.0
-    forward, backward, pass_s = clock.forward(), clock.backward(), sum(clock.forward().values())
+    forward, backward = clock.forward(), clock.backward()
+    pass_s = sum(forward.values())
     swept, repeated = sweeps * pass_s, clock.repeated(again[0] - sweeps, again[1] - sweeps)
     head, copies = clock.head(), clock.copies(1 + sweeps)
     operations = launches.operations(facts, decisions, layout)

@@ -62,6 +62,16 @@ class Meter:
         return self.ranks.max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0 - self.baseline_rss_bytes)
 
 
+def pinned_bytes(own: float, device: torch.device) -> float:
+    """Page-locked host memory: the streamed executor's `own`, and the most that torch's allocator held; what it caches is locked too."""
+    if device.type != "cuda":
+        return own
+    torch.cuda.synchronize(device)
+    stats = torch.cuda.host_memory_stats()
+    # The second is its name in older versions.
+    return float(own + max(stats.get(f"{kind}_bytes.peak", 0) for kind in ("allocated", "reserved")))
+
+
 def error_percent(predicted: float, measured: float) -> float | None:
     """How far a prediction is off, in percent of what was measured; above 0 it promised too much. None where nothing was measured."""
     return (predicted / measured - 1) * 100 if measured else None

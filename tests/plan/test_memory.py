@@ -1,5 +1,6 @@
 """The memory formulas against what small real models really hold."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from elite import geometry
 from elite.attention import DOCUMENT_SDPA
+from elite.compose import from_overrides
 from elite.config import ModelConfig
 from elite.facts import Facts
 from elite.model import apply_stage
@@ -24,7 +26,9 @@ from elite.optimizations.fused_loss import FusedLoss
 from elite.optimizations.gradient_checkpointing import GradientCheckpointing
 from elite.optimizations.qlora import BLOCK, SCALE_BLOCK, QLoRA, dequantised_bytes, packed_bytes
 from elite.optimizations.tiled_mlp import TiledMLP
-from elite.plan.memory import folded, predict, unoptimized
+from elite.plan.batch import facts_of
+from elite.plan.memory import folded, host, predict, unoptimized
+from elite.report.measurement import MEASUREMENTS
 from tests.plan.helpers import STANDARD, device, phi2, switches
 from tests.plan.live_bytes import LiveBytes, SavedBytes
 
@@ -168,6 +172,21 @@ def test_predicted_peak_in_tiles(kind: str, width: int, half: bool, names: tuple
     peak = measured_peak(model, torch.randint(0, vocab, (1, context)), half, "fused_loss" in names)
     estimate = predict(facts, decisions)
     assert 0.85 <= peak / live_bytes(estimate) <= 1.15
+
+
+def test_pinned_memory_of_offload_is_what_runs_took() -> None:
+    """Whole runs of the calibration grid on a GPU: torch's allocator locks a power of two for each layer's input."""
+    content = json.loads((MEASUREMENTS / "calibration.json").read_text())
+    ran = [run for run in content["runs"] if run["outcome"] == "ran" and run["executor"] == "whole"]
+    seen = set()
+    for run in ran:
+        config = from_overrides(*run["overrides"]).config
+        facts = replace(facts_of(config, device("h100"), geometry.shape(config.model)), context=config.tier.context)
+        planned = host(facts, decide(config.optimizations, facts))
+        # The bench itself locks a few bytes.
+        assert planned == pytest.approx(run["measured"]["host_pinned_bytes"], abs=64)
+        seen.add(planned > 0)
+    assert seen == {True, False}
 
 
 def test_offloaded_inputs_leave_the_device() -> None:

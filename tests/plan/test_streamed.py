@@ -52,6 +52,22 @@ def test_rows_take_what_is_planned(keep: Keep, place: Place, tmp_path: Path) -> 
     assert on_disk == memory.disk(layout)
 
 
+@pytest.mark.parametrize("keep", [Keep.attention, Keep.layers], ids=lambda keep: keep.value)
+def test_rows_are_wide_where_embeddings_are_trained(keep: Keep) -> None:
+    layout = replace(BASE, keep=keep, keys_values=Place.device)
+    config = small("llama", 64)
+    found = replace(facts(config), adapter="full")
+    model = tiny("llama", **{name: getattr(config, name) for name in GEOMETRY})
+    attached = attach(model, layout, choice=lambda _shape: KERNELS["math"])
+    ids = torch.randint(0, config.vocab_size, (1, TOKENS))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    in_host = sum(r.storage.nbytes for r in attached.runner.allocator._rows.values() if r.place is Place.host)
+    attached.undo()
+    assert in_host == StreamedMemory(found, decide(switches("mixed_precision"), found)).host(layout)
+
+
 def test_lossy_boundaries_take_their_bits() -> None:
     found = facts(small("llama", 64))
     memory = StreamedMemory(found, decide(switches(), found))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elite.bench.assemble import Assembled, assembled, described, synchronise
+from elite.bench.assemble import Assembled, assembled, described
 from elite.bench.calibrate.host import DriverMemory, ResidentMemory, Sampled, free_host_memory
 from elite.bench.calibrate.sample import Drawn
 from elite.compose import from_overrides
@@ -23,6 +23,7 @@ from elite.executor.contract import Executor
 from elite.report.calibration import OUT_OF_MEMORY, RAN
 from elite.training.live_bytes import LiveBytes
 from elite.training.shortage import is_out_of_memory
+from elite.training.telemetry import pinned_bytes
 
 STEPS = 3
 """The first warms up."""
@@ -137,7 +138,8 @@ def measured(drawn: Drawn, machine: Machine, cache: str | None = None) -> dict[s
                     taken[f"{kind}_bytes"] = max(step[f"{kind}_peak_bytes"] for step in steps)
             if machine.driver is not None and driver is not None:
                 taken |= {"device_bytes": driver.peak, "device_method": machine.driver.method}
-            taken["host_pinned_bytes"] = pinned_bytes(made)
+            attached = made.executors.attached
+            taken["host_pinned_bytes"] = pinned_bytes(attached.runner.host_bytes() if attached else 0, machine.device)
             taken |= {"step_s": median(step["step_s"] for step in steps[1:])}
         row["measured"] = taken | {"host_rss_bytes": resident.growth, "host_rss_by_kernel": resident.by_kernel}
     return row
@@ -202,18 +204,6 @@ def predicted(made: Assembled) -> dict[str, Any]:
         "step_flops": plan.step_flops,
         "memory": plan.memory,
     }
-
-
-def pinned_bytes(made: Assembled) -> float:
-    """Page-locked host memory: the streamed executor's, and the most that torch's own allocator held."""
-    attached = made.executors.attached
-    own = attached.runner.host_bytes() if attached is not None else 0
-    if made.ranks.device.type != "cuda":
-        return float(own)
-    synchronise(made.ranks.device)
-    stats = torch.cuda.host_memory_stats()
-    # With what is cached: it is locked too. The second is its name in older versions.
-    return float(own + max(stats.get(f"{kind}_bytes.peak", 0) for kind in ("allocated", "reserved")))
 
 
 def reason(failure: BaseException) -> str:

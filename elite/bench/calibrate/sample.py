@@ -16,7 +16,7 @@ from elite.compose import from_overrides
 from elite.config import AdapterMethod, ModelConfig, RunConfig
 from elite.errors import ConfigError, EliteError
 from elite.facts import GIB, Device, ModelShape
-from elite.plan.executors import Prediction, choose_executor
+from elite.plan.executors import choose_executor
 
 SETS = {"fit": 1, "held_out": 2}
 """Seeds of the two grids: one to fit constants to, one to hold what was fitted against."""
@@ -253,16 +253,9 @@ def _fits(config: RunConfig, card: str) -> bool:
         return False
     # A cap beyond the card is no cap.
     possible = device.present and made.fits and made.executor is config.executor.name
-    return possible and _loads(config, device, shape) and _host_bytes(made) <= HOST_BYTES
+    return possible and _loads(config, device, shape) and made.host_bytes <= HOST_BYTES
 
 
 def _loads(config: RunConfig, device: Device, shape: ModelShape) -> bool:
     width = 4 if config.adapter.method is AdapterMethod.full or not config.optimizations.mixed_precision.enabled else 2
     return width * shape.total_params <= LOADING_SHARE * device.memory_usable_bytes
-
-
-def _host_bytes(made: Prediction) -> float:
-    """Pinned memory of rows, or of layers' inputs."""
-    offloaded = any(decision.active and decision.name == "checkpoint_offload" for decision in made.decisions)
-    model = made.facts.model
-    return made.host_bytes + (2 * model.num_hidden_layers * model.hidden_size * made.facts.micro_tokens if offloaded else 0)
