@@ -47,7 +47,7 @@ def test_auto_takes_all_gpus_and_their_free_memory() -> None:
     busy = replace(H100, free_bytes=10 * GIB)
     device = hardware.device(HardwareConfig(), lambda: [H100, busy])
     assert (device.name, device.count, device.present) == (H100.name, 2, True)
-    assert device.memory_usable_bytes == 10 * GIB - hardware.DETECTED_RESERVE_BYTES
+    assert device.memory_usable_bytes == 10 * GIB - hardware.context_bytes()
     assert device.matmul_flops_per_s == 989e12
 
 

@@ -2,12 +2,12 @@
 
 from elite.hardware.detect import Gpu, Inventory, host_memory, nvml_gpus, visible
 from elite.hardware.presets import is_preset, presets, rates
-from elite.hardware.resolve import DETECTED_RESERVE_BYTES, device, require_present
+from elite.hardware.resolve import context_bytes, device, require_present
 
 __all__ = [
-    "DETECTED_RESERVE_BYTES",
     "Gpu",
     "Inventory",
+    "context_bytes",
     "device",
     "host_memory",
     "is_preset",

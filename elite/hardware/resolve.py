@@ -7,11 +7,10 @@ from elite.config import Cap, HardwareConfig
 from elite.errors import ConfigError, PlanError
 from elite.facts import GIB, Device
 from elite.hardware import profiles
+from elite.hardware.calibration import calibration
 from elite.hardware.detect import Gpu, Inventory, cores, disk_free, host_memory, nvml_gpus
 from elite.hardware.presets import is_preset, presets, rates
 
-DETECTED_RESERVE_BYTES = int(0.6 * GIB)
-"""CUDA context and kernels of one process, kept off a detected GPU's free memory (assumption: 0.4–0.6 GiB are usual)."""
 CPU_FLOPS_PER_CORE_S = 50e9
 """fp32 matrix products on one core with AVX2 (assumption, not measured on this machine)."""
 CPU_MEMORY_BYTES_PER_S = 20e9
@@ -116,9 +115,14 @@ def _cpu_has_bf16() -> bool:
     return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
 
 
+def context_bytes() -> int:
+    """CUDA's context and libraries of one process, kept off a detected GPU's free memory."""
+    return int(calibration().context.bytes)
+
+
 def _detected(gpus: list[Gpu], wanted: int) -> Device:
     least = profiles.least(gpus)
-    usable = min(least.free_bytes, least.total_bytes) - DETECTED_RESERVE_BYTES
+    usable = min(least.free_bytes, least.total_bytes) - context_bytes()
     return _cuda(least.name, rates(least), least.compute_capability, wanted or len(gpus), least.total_bytes, max(0, usable), here=least)
 
 
@@ -127,7 +131,7 @@ def _preset(config: HardwareConfig, gpus: list[Gpu]) -> Device:
     total = int(config.memory_gib * GIB)
     usable = int((config.memory_gib - config.reserve_gib) * GIB)
     count = config.gpus or 1
-    if gpus and config.cap is not Cap.none and all(gpu.total_bytes - DETECTED_RESERVE_BYTES >= usable for gpu in gpus):
+    if gpus and config.cap is not Cap.none and all(gpu.total_bytes - context_bytes() >= usable for gpu in gpus):
         own = gpus[0]
         emulated = config.cap is Cap.emulate
         name = f"{own.name} {'as' if emulated else 'held to'} {config.name}"

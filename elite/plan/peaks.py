@@ -4,47 +4,14 @@
     device use   reserved + context
 
 Slack and rounding are the allocator's, in blocks of fixed sizes or, with `memory_pool`, in pages. The context is CUDA's, with kernels and
-what libraries take themselves. These constants and what they come from stand in `calibration.json`, which
-`python -m elite.bench.calibrate --fit FILE …` writes.
+what libraries take themselves. The constants stand in `elite/hardware/calibration.json`.
 """
 
-import json
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from pathlib import Path
+from dataclasses import dataclass
 
 from elite.facts import Device
+from elite.hardware.calibration import calibration
 from elite.optimizations.contract import Decision, Site
-
-FILE = Path(__file__).with_name("calibration.json")
-
-
-@dataclass(frozen=True)
-class Slack:
-    """What is reserved beyond what is allocated."""
-
-    share: float
-    """Of what is allocated."""
-    rounding_bytes: float
-    source: str
-    """Measurement, or assumption."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the driver counts beside torch's allocator."""
-
-    bytes: float
-    source: str
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Every constant of `calibration.json`."""
-
-    blocks: Slack
-    pages: Slack
-    context: Context
 
 
 @dataclass(frozen=True)
@@ -53,24 +20,6 @@ class Peaks:
 
     reserved_bytes: float
     device_bytes: float
-
-
-@lru_cache
-def calibration() -> Calibration:
-    """The constants as they stand."""
-    return read(FILE)
-
-
-def read(file: Path) -> Calibration:
-    """What `write` wrote."""
-    plain = json.loads(file.read_text())
-    return Calibration(Slack(**plain["blocks"]), Slack(**plain["pages"]), Context(**plain["context"]))
-
-
-def write(made: Calibration, file: Path = FILE) -> None:
-    """Keep constants for the plans to come."""
-    file.write_text(json.dumps(asdict(made), indent=1) + "\n")
-    calibration.cache_clear()
 
 
 def peaks(allocated_bytes: float, decisions: tuple[Decision, ...], device: Device) -> Peaks | None:

@@ -10,7 +10,7 @@ import pytest
 from elite.bench.calibrate.fit import fitted, points
 from elite.errors import DataError
 from elite.facts import GIB
-from elite.plan.peaks import Calibration, Context, Slack
+from elite.hardware.calibration import Calibration, Context, Slack
 from elite.report.measurement import MEASUREMENTS
 
 KNOWN = Calibration(Slack(0.5, 1.0, "assumption: x"), Slack(0.5, 2.0, "assumption: x"), Context(5.0, "assumption: x"))

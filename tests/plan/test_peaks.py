@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from elite.facts import GIB
+from elite.hardware.calibration import Calibration, Context, Slack, calibration, read, write
 from elite.optimizations import decide
 from elite.plan import facts_of, make_plan, peaks
-from elite.plan.peaks import Calibration, Context, Slack, calibration, read, write
 from tests.plan.helpers import CORPUS, STANDARD, device, phi2, run_config, switches
 from tests.plan.test_table import text
 

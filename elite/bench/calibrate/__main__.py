@@ -3,7 +3,7 @@
 FILE                measure a drawn grid into FILE; the same command goes on where it ended
 FILE --caps         run configurations under caps a little above or below their planned peaks
 --list              print a draw, and need no GPU for it; with FILE, write it there without measuring
---fit FILE …        set the constants of elite/plan/calibration.json by what these files measured
+--fit FILE …        set the constants of elite/hardware/calibration.json by what these files measured
 """
 
 import argparse
@@ -18,7 +18,7 @@ from elite.bench.calibrate.sample import SETS, SPACES, draw
 from elite.compose import show
 from elite.console import console, start_logging
 from elite.errors import ConfigError, EliteError
-from elite.plan.peaks import calibration, write
+from elite.hardware.calibration import calibration, write
 
 CAPPED = 20
 """Configurations under caps, unless told otherwise."""

@@ -1,4 +1,4 @@
-"""Constants of `elite/plan/calibration.json` from measurements: what is reserved beyond what is allocated, and what the driver counts.
+"""Constants of `elite/hardware/calibration.json` from measurements: what is reserved beyond what is allocated, and what the driver counts.
 
 Any file with runs, or one run, whose `steps` have `allocated_peak_bytes` and `reserved_peak_bytes` will do: a calibration grid, a probe,
 a comparison. A configuration counts with the highest allocated and the highest reserved peak of its steps.
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from elite.errors import DataError
+from elite.hardware.calibration import Calibration, Context, Slack
 from elite.optimizations.memory_pool import MemoryPool
-from elite.plan.peaks import Calibration, Context, Slack
 
 LEAST = 3
 """From fewer configurations nothing is fitted."""
