@@ -218,6 +218,7 @@ def _summary(run: Run, progress: Progress, meter: Meter, measured_peak_bytes: fl
         "best_step": progress.best_step,
         "predicted_peak_bytes": plan["total_bytes"],
         "measured_peak_bytes": measured_peak_bytes,
+        "predicted_reserved_bytes": plan["reserved_bytes"],
         "reserved_peak_bytes": meter.highest["gpu_reserved_bytes"],
         "predicted_host_pinned_bytes": plan["host_bytes"],
         "host_pinned_bytes": pinned_bytes,
@@ -226,6 +227,7 @@ def _summary(run: Run, progress: Progress, meter: Meter, measured_peak_bytes: fl
         "step_s": seconds,
         "errors_percent": {
             "peak": error_percent(plan["total_bytes"], measured_peak_bytes),
+            "reserved": error_percent(plan["reserved_bytes"] or 0.0, meter.highest["gpu_reserved_bytes"]),
             "host_pinned": error_percent(plan["host_bytes"], pinned_bytes),
             "step": error_percent(plan["step_s"], seconds),
         },
