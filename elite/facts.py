@@ -40,6 +40,8 @@ class ModelShape:
     """All parameters, a tied head counted once."""
     sliding_window: int | None = None
     """Keys that a query of a windowed layer sees; None if every layer sees all."""
+    rotary_dim: int = 0
+    """Values of a head that rotary embedding turns."""
     unstreamable: str = ""
     """Why the streamed executor cannot carry this model; empty if it can."""
 
@@ -150,6 +152,8 @@ class Facts:
     """`lora` or `full`."""
     executor: str = "whole"
     """`whole` or `streamed`."""
+    accumulation: int = 1
+    """Forward and backward passes of one optimizer step."""
 
     @property
     def micro_tokens(self) -> int:

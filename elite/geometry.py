@@ -105,6 +105,8 @@ def _shape(name: str, config_json: str) -> ModelShape:
     if not linears:
         raise ModelError(f"model_type={config.model_type} has no nn.Linear in its decoder layers", f"model.model_type={SUPPORTED}")
     heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     return ModelShape(
         name=name,
         model_type=config.model_type,
@@ -113,13 +115,14 @@ def _shape(name: str, config_json: str) -> ModelShape:
         intermediate_size=config.intermediate_size,
         num_attention_heads=heads,
         num_key_value_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        head_dim=head_dim,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         layer_linears=linears,
         layer_params=sum(p.numel() for p in first.parameters()),
         total_params=sum(p.numel() for p in model.parameters()),
         sliding_window=sliding_window(config),
+        rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)) if rope else 0,
         unstreamable=reason_against(model) or "",
     )
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from elite.facts import Facts
-from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
+from elite.optimizations.contract import Applied, Exactness, Optimization, Site, Stage, Step
 from elite.optimizations.targets import OptimizerBuild
 
 MIN_QUANTISED_ELEMENTS = 4096
@@ -32,8 +32,9 @@ class AdamW8bit(Optimization):
     def check(self, facts: Facts) -> str | None:
         return None
 
-    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
-        return replace(estimate, optimizer_state=estimate.optimizer_state * (2 + 8 / BLOCK) / 8)
+    def memory(self, step: Step, facts: Facts) -> Step:
+        state = step.standing.optimizer_state * (2 + 8 / BLOCK) / 8
+        return replace(step, standing=replace(step.standing, optimizer_state=state), optimizer_workspace=0.0)
 
     def apply(self, target: OptimizerBuild) -> Applied:
         import bitsandbytes

@@ -12,9 +12,8 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from elite.facts import Facts
-from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
+from elite.optimizations.contract import Applied, Exactness, Optimization, Site, Stage, Step
 from elite.optimizations.gradient_checkpointing import GradientCheckpointing
-from elite.optimizations.shapes import input_bytes, stream_value_bytes
 
 IN_FLIGHT = 2
 """Layers' inputs on the device at once: one in use or being stored, one arriving."""
@@ -34,17 +33,15 @@ class CheckpointOffload(Optimization):
     def check(self, facts: Facts) -> str | None:
         return None
 
-    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
-        checkpointed = GradientCheckpointing(self.config).memory(estimate, facts)
-        if facts.device.kind == "cpu":
-            # Host memory is the device.
-            return checkpointed
-        return replace(checkpointed, layer_inputs=min(IN_FLIGHT * input_bytes(estimate), checkpointed.layer_inputs))
+    def memory(self, step: Step, facts: Facts) -> Step:
+        checkpointed = GradientCheckpointing(self.config).memory(step, facts)
+        # On a CPU host memory is the device.
+        return checkpointed if facts.device.kind == "cpu" else replace(checkpointed, inputs_at_once=IN_FLIGHT)
 
-    def host_memory(self, value: float, facts: Facts) -> float:
+    def host_memory(self, step: Step, facts: Facts) -> float:
         if facts.device.kind == "cpu":
             return 0.0
-        row = int(stream_value_bytes(value, facts) * facts.model.hidden_size * facts.micro_tokens)
+        row = step.hidden * facts.model.hidden_size * facts.micro_tokens
         # torch's allocator of pinned memory rounds up to a power of two.
         return facts.model.num_hidden_layers * 2.0 ** (row - 1).bit_length()
 

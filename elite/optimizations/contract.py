@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from elite.facts import Facts
+from elite.optimizations.parts import FP32, PLAIN, LayerForm, Sizes
 
 
 class Stage(Enum):
@@ -60,28 +61,30 @@ STREAMED_SITES = frozenset({Site.ATTENTION, Site.MLP_FORWARD, Site.LAYER_ACTIVAT
 
 @dataclass(frozen=True)
 class Estimate:
-    """Peak device memory by component, in bytes. Starts with everything off; each active optimization maps it to a new one."""
+    """Device memory at one moment of a step, by component, in bytes."""
 
     linear_weights: float = 0.0
     """Weights of the decoder layers' linear maps."""
     other_weights: float = 0.0
     """Embedding, head, norms, biases."""
     trainable_copy: float = 0.0
-    """Adapters, which exist beside the weights (full fine-tuning trains the weights themselves)."""
+    """Adapters, which exist beside the weights (full fine-tuning trains the weights themselves), and copies in the compute dtype."""
     gradients: float = 0.0
     optimizer_state: float = 0.0
+    optimizer_workspace: float = 0.0
+    """What the optimizer needs during its step."""
     saved_activations: float = 0.0
-    """What all decoder layers keep from forward to backward; one layer's where layers are recomputed."""
+    """What decoder layers keep from forward to backward; one layer's where layers are recomputed."""
     layer_inputs: float = 0.0
     """Inputs of layers that are recomputed from them."""
     attention_scores: float = 0.0
-    """Attention matrices [heads, S, S] where the kernel forms them, all layers."""
+    """Attention matrices [heads, S, S] where the kernel forms them."""
     layer_workspace: float = 0.0
-    """Transient tensors of the one layer at work: two hidden states, or their gradients."""
+    """Gradients and transient tensors of the norm or attention at work."""
     mlp_workspace: float = 0.0
-    """Transient tensors as wide as the MLP, while a layer's backward runs; where that is tiled, the widest that remain."""
+    """The same of an MLP."""
     loss_workspace: float = 0.0
-    """Logits, their fp32 copy and their gradient."""
+    """The last hidden state, logits, what is made of them and their gradients."""
     keys_values: float = 0.0
     """Keys, values and their gradients of the layer at work, under the streamed executor."""
     attention_workspace: float = 0.0
@@ -89,6 +92,7 @@ class Estimate:
     staging: float = 0.0
     """Buffers of copies under way, under the streamed executor; on a CPU everything that waits in host memory."""
     batch: float = 0.0
+    """Token ids, positions, labels and the angles of the positions."""
     runtime: float = 0.0
     """Library workspaces (matrix products, attention)."""
 
@@ -100,6 +104,31 @@ class Estimate:
     def by_component(self) -> dict[str, float]:
         """Bytes by component name, in declaration order."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step is made of, as far as memory goes. Starts with everything off; each active optimization maps it to a new one."""
+
+    standing: Estimate
+    """What is there all the time: weights, gradients, the optimizer's state."""
+    value: int = FP32
+    """Bytes of a value of the compute dtype."""
+    hidden: int = FP32
+    """Bytes of a value of a hidden state."""
+    form: LayerForm = PLAIN
+    recomputed: bool = False
+    """Layers keep their input alone and are computed again."""
+    inputs_at_once: int | None = None
+    """Layers' inputs on the device at once; None is all of them."""
+    loss_tile: int | None = None
+    """Tokens whose logits exist at once, with their gradients formed in the same pass; None forms all logits."""
+    optimizer_workspace: float = 0.0
+    """Bytes that the optimizer needs during its step."""
+
+    def sizes(self, facts: Facts, tokens: int) -> Sizes:
+        """What the formulas of a layer's parts read, for so many tokens."""
+        return Sizes(facts, tokens, self.value, self.hidden)
 
 
 @dataclass(frozen=True)
@@ -143,11 +172,11 @@ class Optimization(ABC):
         """The reason why this cannot act on this model and machine, or None if it can."""
 
     @abstractmethod
-    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
-        """The estimate with this optimization active. Pure."""
+    def memory(self, step: Step, facts: Facts) -> Step:
+        """The step with this optimization active. Pure."""
 
-    def host_memory(self, value: float, facts: Facts) -> float:
-        """Pinned host memory that this takes, in bytes, for values of `value` bytes in the compute dtype. Pure."""
+    def host_memory(self, step: Step, facts: Facts) -> float:
+        """Pinned host memory that this takes under the whole executor, in bytes; `step` has everything active. Pure."""
         return 0.0
 
     @abstractmethod

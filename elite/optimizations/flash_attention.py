@@ -11,12 +11,16 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from elite.facts import Facts
-from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
+from elite.optimizations.contract import Applied, Exactness, Optimization, Site, Stage, Step
+from elite.optimizations.parts import FP32, NUMBER_BYTES, Part, Sizes
+
+NATIVE_GROUPS = (9, 0)
+"""Compute capability from which torch prefers cuDNN, whose backward needs no keys and values expanded to the query heads."""
 
 
-def log_sum_exp_bytes(facts: Facts) -> int:
-    """What all layers keep beside queries, keys, values and output: one fp32 number a query and head (Dao 2023, algorithm 1)."""
-    return 4 * facts.model.num_hidden_layers * facts.model.num_attention_heads * facts.micro_tokens
+def log_sum_exp_bytes(heads: int, tokens: int) -> int:
+    """What a layer keeps beside queries, keys, values and output: one fp32 number a query and head (Dao 2023, algorithm 1)."""
+    return NUMBER_BYTES * heads * tokens
 
 
 class FlashAttention(Optimization):
@@ -33,8 +37,8 @@ class FlashAttention(Optimization):
     def check(self, facts: Facts) -> str | None:
         return None
 
-    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
-        return replace(estimate, attention_scores=0.0, saved_activations=estimate.saved_activations + log_sum_exp_bytes(facts))
+    def memory(self, step: Step, facts: Facts) -> Step:
+        return replace(step, form=replace(step.form, attention=fused_attention))
 
     def apply(self, target: Any) -> Applied:
         from elite.attention import DOCUMENT_SDPA
@@ -47,3 +51,25 @@ class FlashAttention(Optimization):
             target.set_attn_implementation(before)
 
         return Applied(count, "decoder layers", undo)
+
+
+def fused_attention(s: Sizes, copied: bool) -> Part:
+    """Queries, keys, values, output and log-sum-exps; the backward sums dQ in fp32 on CUDA.
+
+    Args:
+        copied: the output map reads a copy of the output in another order, which then is its own to keep.
+    """
+    numbers = log_sum_exp_bytes(s.facts.model.num_attention_heads, s.tokens)
+    rows, out = s.value * (s.queries + 2 * s.keys) * s.tokens, s.value * s.queries * s.tokens
+    capability = s.facts.device.compute_capability
+    expands = s.on_cuda and s.keys < s.queries and capability is not None and capability < NATIVE_GROUPS
+    work = FP32 * s.queries * s.tokens + numbers if s.on_cuda else 0.0
+    return Part(
+        "attention",
+        saved=rows + out + numbers,
+        keeps_output=not copied,
+        forward=out if copied else 0.0,
+        arrives=out,
+        leaves=rows,
+        work=max(work, 2 * out) if expands else work,
+    )

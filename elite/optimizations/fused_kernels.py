@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from elite.facts import Facts
-from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, OptimizationConfig, Site, Stage
-from elite.optimizations.shapes import FORMULA_GELU, is_gated, mlp_width, value_bytes
+from elite.facts import FORMULA_GELU, Facts
+from elite.optimizations.contract import Applied, Exactness, Optimization, OptimizationConfig, Site, Stage, Step
+from elite.optimizations.parts import NUMBER_BYTES, Part, Sizes
+from elite.optimizations.shapes import is_gated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,16 +60,15 @@ class FusedKernels(Optimization):
     def check(self, facts: Facts) -> str | None:
         return None if facts.device.kind == "cuda" else "Triton kernels need a CUDA device"
 
-    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
-        values = 1 if is_gated(facts) else 3 if facts.model.model_type in FORMULA_GELU else 0
-        if not self.config.activations:
-            return estimate
-        spared = values * facts.model.num_hidden_layers * facts.micro_tokens * mlp_width(facts) * value_bytes(estimate, facts)
-        return replace(
-            estimate,
-            saved_activations=max(estimate.saved_activations - spared, 0.0),
-            mlp_workspace=estimate.mlp_workspace / 2,
-        )
+    def memory(self, step: Step, facts: Facts) -> Step:
+        form, on = step.form, self.config
+        if on.norms:
+            form = replace(form, norm=fused_norm)
+        if on.rotary:
+            form = replace(form, rotary=fused_rotary, turned_in_place=True)
+        if on.activations and (is_gated(facts) or facts.model.model_type in FORMULA_GELU):
+            form = replace(form, activation=fused_activation)
+        return replace(step, form=form)
 
     def apply(self, target: Any) -> Applied:
         replaced = dict[str, list[Any]]()
@@ -100,6 +100,25 @@ class FusedKernels(Optimization):
             yield "rotary embeddings", _found(modules, fused_attention)
         if self.config.residuals:
             yield "residual sums", _found(modules, lambda module: fused_layer(module, norms))
+
+
+def fused_norm(s: Sizes) -> Part:
+    """Keeps its input as it is, and a number or two a row."""
+    kept, out = s.hidden * s.d * s.tokens, s.value * s.d * s.tokens
+    numbers = (1 if is_gated(s.facts) else 2) * NUMBER_BYTES * s.tokens
+    return Part("norm", kept + numbers, whole_input=kept, forward=out, arrives=out, leaves=kept, hands=s.value)
+
+
+def fused_rotary(s: Sizes) -> Part:
+    """In place; gradients are turned back into new memory."""
+    turned = s.value * (s.queries + s.keys) * s.tokens
+    return Part("rotary", arrives=turned, leaves=turned)
+
+
+def fused_activation(s: Sizes) -> Part:
+    """Keeps what it reads; gradients are written over it."""
+    product = s.value * s.f * s.tokens
+    return Part("activation", (2 if is_gated(s.facts) else 1) * product, forward=product, arrives=product, hands=s.value, wide=True)
 
 
 def _found(modules: list[Any], make: "Callable[[Any], Callable[..., Any] | None]") -> "list[tuple[Any, Callable[..., Any]]]":

@@ -10,13 +10,14 @@ Memory: a copy of the adapters in the compute dtype, made once a step (peft's ar
 Source: Hu et al. 2021, arXiv:2106.09685; the fused form after Unsloth's and LoRAFusion's (Zhu et al. 2025, arXiv:2510.00206).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from elite.facts import Facts
-from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
-from elite.optimizations.shapes import adapter_rank, value_bytes
+from elite.facts import Facts, LinearShape
+from elite.optimizations.contract import Applied, Exactness, Optimization, Site, Stage, Step
+from elite.optimizations.parts import FP32, Part, Sizes
+from elite.optimizations.shapes import adapter_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,9 +44,10 @@ class FusedLoRA(Optimization):
             return "there are no adapters to fuse: adapter.method=lora"
         return None
 
-    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
-        values = facts.trainable_params + _zeros(facts)
-        return replace(estimate, trainable_copy=estimate.trainable_copy + values * value_bytes(estimate, facts))
+    def memory(self, step: Step, facts: Facts) -> Step:
+        copies = (facts.trainable_params + _zeros(facts)) * step.value
+        standing = replace(step.standing, trainable_copy=step.standing.trainable_copy + copies)
+        return replace(step, standing=standing, form=replace(step.form, maps=fused_maps))
 
     def apply(self, target: Any) -> Applied:
         from peft.tuners.lora import LoraLayer
@@ -67,6 +69,42 @@ class FusedLoRA(Optimization):
                     del module.output_unread
 
         return Applied(len(plain), f"of {len(adapted)} adapted linear maps", undo)
+
+
+def fused_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool) -> Part:
+    """Maps of one input; their products copy what stands beside the rank (elite/optimizations/functions/lora.py)."""
+    rank, into, tokens = adapter_rank(s.facts), maps[0].inputs, s.tokens
+    ranks, outputs = rank * len(maps), [m.outputs for m in maps]
+    if len(maps) > 1:
+        # Forward: the input beside its low-rank values, a weight beside the adapter's, made while the one before it is still there;
+        # backward: what is narrower than the input.
+        ahead = (into + ranks) * tokens + max(
+            (into + ranks) * outputs[-1], (into + ranks) * (outputs[-2] + outputs[-1]) - outputs[-1] * tokens
+        )
+        few = sum(out for out in outputs if out < into)
+        back = (few + ranks) * (tokens + into)
+    else:
+        ahead = _copied(into, tokens, outputs[0], rank)
+        back = _copied(outputs[0], tokens, into, rank)
+    returned = sum(outputs) * s.value * tokens
+    converted = (s.value if read != s.value else 0) * into * tokens
+    own = FP32 * rank * sum(into + out for out in outputs)
+    return Part(
+        "maps",
+        saved=(0 if kept else into * read * tokens) + ranks * s.value * tokens,
+        forward=returned + s.value * ahead + converted,
+        spared=s.value * ahead,
+        arrives=returned,
+        leaves=into * read * tokens,
+        keeps_input=True,
+        # The gradient in the compute dtype goes into one as wide as the input was; the copies are gone by then.
+        work=max(s.value * back - (read - s.value) * into * tokens, converted) + ranks * s.value * tokens + own,
+    )
+
+
+def _copied(inner: int, rows: int, columns: int, rank: int) -> int:
+    """Values that one product instead of two copies (`_sum_of_products`)."""
+    return (inner + rank) * (rows + columns) if inner * (rows + columns) < rows * columns else 0
 
 
 def _zeros(facts: Facts) -> int:

@@ -14,8 +14,7 @@ from typing import Any, ClassVar
 
 from elite.errors import PlanError
 from elite.facts import Facts
-from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, OptimizationConfig, Site, Stage
-from elite.optimizations.shapes import input_bytes, value_bytes
+from elite.optimizations.contract import Applied, Exactness, Optimization, OptimizationConfig, Site, Stage, Step
 
 RESCALED = ("cohere", "gemma2", "gemma3n", "gemma4", "granite", "nanochat", "recurrent_gemma", "vaultgemma")
 """Architectures, by the beginning of their `model_type`, that scale or cap logits after the head."""
@@ -44,16 +43,10 @@ class FusedLoss(Optimization):
             return f"{facts.model.model_type} scales or caps its logits after the head"
         return None
 
-    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
+    def memory(self, step: Step, facts: Facts) -> Step:
         from elite.losses import tile_tokens
 
-        model, width = facts.model, value_bytes(estimate, facts)
-        tile = min(self.config.tile or tile_tokens(model.vocab_size), facts.micro_tokens)
-        # The kernel works in place; plain torch in fp32, beside what came in another dtype.
-        logits = tile * model.vocab_size * (width if width == 4 or facts.device.kind == "cuda" else 4 + width)
-        # A trained head: its fp32 gradient waits for the backward, and a copy in the compute dtype multiplies.
-        head = model.vocab_size * model.hidden_size * (4 + (0 if width == 4 else width)) if facts.adapter == "full" else 0
-        return replace(estimate, loss_workspace=min(logits + input_bytes(estimate) + head, estimate.loss_workspace))
+        return replace(step, loss_tile=min(self.config.tile or tile_tokens(facts.model.vocab_size), facts.micro_tokens))
 
     def apply(self, target: Any) -> Applied:
         from elite.optimizations.functions.loss import head_is_all, summing

@@ -12,8 +12,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from elite.facts import Facts
-from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
-from elite.optimizations.shapes import input_bytes
+from elite.optimizations.contract import Applied, Exactness, Optimization, Site, Stage, Step
 
 
 class GradientCheckpointing(Optimization):
@@ -30,15 +29,8 @@ class GradientCheckpointing(Optimization):
     def check(self, facts: Facts) -> str | None:
         return None
 
-    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
-        layers = facts.model.num_hidden_layers
-        one_layer = estimate.saved_activations / layers
-        return replace(
-            estimate,
-            saved_activations=one_layer,
-            layer_inputs=layers * input_bytes(estimate),
-            attention_scores=estimate.attention_scores / layers,
-        )
+    def memory(self, step: Step, facts: Facts) -> Step:
+        return replace(step, recomputed=True)
 
     def apply(self, target: Any) -> Applied:
         from elite.optimizations.functions.recompute import Recomputed

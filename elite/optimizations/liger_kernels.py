@@ -14,8 +14,10 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from elite.facts import Facts
-from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
-from elite.optimizations.shapes import is_gated, mlp_width, value_bytes
+from elite.optimizations.contract import Applied, Exactness, Optimization, Site, Stage, Step
+from elite.optimizations.fused_kernels import fused_activation, fused_norm
+from elite.optimizations.parts import Part, Sizes
+from elite.optimizations.shapes import is_gated
 
 ROTARY = "apply_rotary_pos_emb"
 SUPPORTED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "smollm3", "granite"})
@@ -42,11 +44,10 @@ class LigerKernels(Optimization):
             return "liger-kernel is not installed: pip install liger-kernel"
         return None
 
-    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
+    def memory(self, step: Step, facts: Facts) -> Step:
         if not is_gated(facts):
-            return estimate
-        spared = facts.model.num_hidden_layers * facts.micro_tokens * mlp_width(facts) * value_bytes(estimate, facts)
-        return replace(estimate, saved_activations=max(estimate.saved_activations - spared, 0.0))
+            return step
+        return replace(step, form=replace(step.form, norm=liger_norm, activation=fused_activation))
 
     def apply(self, target: Any) -> Applied:
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
@@ -64,3 +65,9 @@ class LigerKernels(Optimization):
                 vars(module).update(attributes[module])
 
         return Applied(len(changed), "norms and MLPs", undo)
+
+
+def liger_norm(s: Sizes) -> Part:
+    """Gives the dtype of its input, and writes its gradient over the one that arrives."""
+    part = fused_norm(s)
+    return replace(part, forward=part.whole_input, arrives=part.whole_input, leaves=0.0, hands=s.hidden)

@@ -11,7 +11,7 @@ import os
 from typing import Any, ClassVar
 
 from elite.facts import Facts
-from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
+from elite.optimizations.contract import Applied, Exactness, Optimization, Site, Stage, Step
 
 VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 SETTING = "expandable_segments"
@@ -34,8 +34,8 @@ class MemoryPool(Optimization):
         given = next((name for name in VARIABLES if os.environ.get(name)), None)
         return None if given is None else f"{given} says already how memory is taken"
 
-    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
-        return estimate
+    def memory(self, step: Step, facts: Facts) -> Step:
+        return step
 
     def apply(self, target: Any) -> Applied:
         _set(True)

@@ -10,9 +10,13 @@ from dataclasses import replace
 from typing import ClassVar
 
 from elite.facts import Facts
-from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
-from elite.optimizations.shapes import formula_gelu_bytes
+from elite.optimizations.contract import Applied, Exactness, Optimization, Site, Stage, Step
+from elite.optimizations.parts import FP32
+from elite.optimizations.shapes import stream_value_bytes
 from elite.optimizations.targets import Runtime
+
+HALF = 2
+"""Bytes of a bf16 or fp16 value."""
 
 
 class MixedPrecision(Optimization):
@@ -31,25 +35,11 @@ class MixedPrecision(Optimization):
             return "this CPU has no bf16 instructions: bf16 would be slower than fp32"
         return None
 
-    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
-        full = facts.adapter == "full"
-        frozen = 1.0 if full else 0.5
-        # Norms work in fp32 and keep their input so: two a layer at most, two bytes more a value than the rest.
-        fp32_kept = 2 * 2 * facts.model.hidden_size
-        fp32_kept += formula_gelu_bytes(facts)
-        fp32_kept *= facts.model.num_hidden_layers * facts.micro_tokens
-        return replace(
-            estimate,
-            linear_weights=estimate.linear_weights * frozen,
-            other_weights=estimate.other_weights * frozen,
-            # Autocast keeps a two-byte copy of every trained weight from forward to backward.
-            trainable_copy=estimate.trainable_copy + (2 * facts.trainable_params if full else 0),
-            saved_activations=estimate.saved_activations * 0.5 + fp32_kept,
-            # Unfused attention takes its softmax in fp32 and keeps that beside the two-byte weights: six bytes instead of four.
-            attention_scores=estimate.attention_scores * 1.5,
-            layer_workspace=estimate.layer_workspace * 0.5,
-            mlp_workspace=estimate.mlp_workspace * 0.5,
-        )
+    def memory(self, step: Step, facts: Facts) -> Step:
+        standing = step.standing
+        share = 1.0 if facts.adapter == "full" else HALF / FP32
+        weights = replace(standing, linear_weights=standing.linear_weights * share, other_weights=standing.other_weights * share)
+        return replace(step, standing=weights, value=HALF, hidden=stream_value_bytes(HALF, facts))
 
     def apply(self, target: Runtime) -> Applied:
         before = target.compute_dtype

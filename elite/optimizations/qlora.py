@@ -11,8 +11,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from elite.facts import Facts
-from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, Site, Stage
-from elite.optimizations.shapes import value_bytes
+from elite.optimizations.contract import Applied, Exactness, Optimization, Site, Stage, Step
 
 BLOCK = 64
 """Weights that share a scale."""
@@ -51,9 +50,9 @@ class QLoRA(Optimization):
             return "quantised weights cannot be trained: adapter.method=lora"
         return None
 
-    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
-        dequantised = dequantised_bytes(facts, value_bytes(estimate, facts))
-        return replace(estimate, linear_weights=packed_bytes(facts.model.linear_params), runtime=estimate.runtime + dequantised)
+    def memory(self, step: Step, facts: Facts) -> Step:
+        packed, runtime = packed_bytes(facts.model.linear_params), step.standing.runtime + dequantised_bytes(facts, step.value)
+        return replace(step, standing=replace(step.standing, linear_weights=packed, runtime=runtime))
 
     def apply(self, target: Any) -> Applied:
         import bitsandbytes as bnb

@@ -1,9 +1,8 @@
-"""What several memory formulas read off a model's shape. f is the MLP's width; a *value* is one number of the compute dtype."""
+"""What several memory formulas read off a model's shape. f is the MLP's width."""
 
 from collections.abc import Iterable
 
-from elite.facts import FORMULA_GELU, Facts, LinearShape
-from elite.optimizations.contract import Estimate
+from elite.facts import Facts, LinearShape
 
 
 def split(linears: Iterable[LinearShape]) -> tuple[list[LinearShape], list[LinearShape]]:
@@ -27,16 +26,10 @@ def is_gated(facts: Facts) -> bool:
     return sum(linear.outputs for linear in mlp[:-1]) >= 2 * mlp_width(facts)
 
 
-def mlp_values(facts: Facts) -> int:
-    """Values a token that one layer's MLP keeps for its backward, between its input and its output map: (factors + 1) f."""
-    factors = 3 if is_gated(facts) else 4 if facts.model.model_type in FORMULA_GELU else 1
-    return (factors + 1) * mlp_width(facts)
-
-
-def formula_gelu_bytes(facts: Facts) -> int:
-    """Bytes a token and layer that mixed precision adds to a GELU written as a formula: CUDA's autocast takes its power to fp32, and
-    three of its four factors with it."""
-    return 3 * 2 * mlp_width(facts) if facts.device.kind == "cuda" and facts.model.model_type in FORMULA_GELU else 0
+def layer_maps(facts: Facts) -> tuple[list[LinearShape], LinearShape, list[LinearShape], LinearShape | None]:
+    """Projections of the attention and its output map; maps into the MLP and its output map, None for a layer without MLP."""
+    attention, mlp = split(facts.model.layer_linears)
+    return attention[:-1], attention[-1], mlp[:-1], mlp[-1] if mlp else None
 
 
 def adapter_rank(facts: Facts) -> int:
@@ -44,17 +37,7 @@ def adapter_rank(facts: Facts) -> int:
     return facts.trainable_params // facts.model.lora_params(1) if facts.adapter == "lora" else 0
 
 
-def input_bytes(estimate: Estimate) -> float:
-    """One layer's input [tokens, hidden] in the compute dtype: `layer_workspace` holds two of them."""
-    return estimate.layer_workspace / 2
-
-
-def stream_value_bytes(value: float, facts: Facts) -> float:
+def stream_value_bytes(value: int, facts: Facts) -> int:
     """Bytes of a value of the residual stream, for values of `value` bytes in the compute dtype: it begins with the embeddings, and those
     are fp32 where they are trained."""
     return max(value, 4) if facts.adapter == "full" else value
-
-
-def value_bytes(estimate: Estimate, facts: Facts) -> float:
-    """Bytes of a value."""
-    return input_bytes(estimate) / (facts.model.hidden_size * facts.micro_tokens)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from elite.facts import Facts
-from elite.optimizations.contract import Applied, Estimate, Exactness, Optimization, OptimizationConfig, Site, Stage
-from elite.optimizations.shapes import adapter_rank, formula_gelu_bytes, is_gated, mlp_values, mlp_width, split, value_bytes
+from elite.optimizations.contract import Applied, Exactness, Optimization, OptimizationConfig, Site, Stage, Step
+from elite.optimizations.shapes import split
 
 AUTO_TILE = 32_768
 
@@ -48,22 +48,8 @@ class TiledMLP(Optimization):
             return f"a micro-batch of {facts.micro_tokens:,} tokens is one tile of {self.tile:,}"
         return None
 
-    def memory(self, estimate: Estimate, facts: Facts) -> Estimate:
-        _, mlp = split(facts.model.layer_linears)
-        width = value_bytes(estimate, facts)
-        inner = width * (mlp_values(facts) + len(mlp) * adapter_rank(facts)) + (formula_gelu_bytes(facts) if width < 4 else 0)
-        kept = facts.model.num_hidden_layers * facts.micro_tokens * inner
-        tile = min(self.tile, facts.micro_tokens)
-        # A tile's own activations and gradients; what the tiles read is the one input that the layer keeps anyway.
-        at_work = tile * (inner + 2 * width * mlp_width(facts))
-        # Without the MLP's, the widest transients under mixed precision are an RMS norm's: three hidden states in fp32. Gated MLPs
-        # come with RMS norms, which are chains of operations; a LayerNorm is one.
-        norm = 3 * 4 * facts.model.hidden_size * facts.micro_tokens if width < 4 and is_gated(facts) else 0
-        return replace(
-            estimate,
-            saved_activations=max(estimate.saved_activations - kept, 0.0),
-            mlp_workspace=min(max(at_work, norm), kept + estimate.mlp_workspace),
-        )
+    def memory(self, step: Step, facts: Facts) -> Step:
+        return replace(step, form=replace(step.form, mlp_tile=min(self.tile, facts.micro_tokens)))
 
     def apply(self, target: Any) -> Applied:
         from elite.optimizations.functions.tiles import tiled

@@ -34,6 +34,7 @@ def facts_of(config: RunConfig, device: Device, shape: ModelShape, executor: str
         trainable_params=shape.lora_params(config.adapter.rank) if lora else shape.total_params,
         adapter=config.adapter.method.value,
         executor=executor,
+        accumulation=max(1, sequences_of_a_rank(config, device) // config.training.sequences),
     )
 
 

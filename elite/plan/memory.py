@@ -1,40 +1,33 @@
 """Peak device memory of one training step, by component, in bytes.
 
-Symbols: T tokens in one forward pass, S tokens in one sequence, L decoder layers, d hidden size, f MLP width, H query heads,
-K key/value heads, D head dimension, V vocabulary, r adapter rank. One *value* is 4 bytes here (fp32); mixed precision halves it.
+A layer is a row of parts (elite/optimizations/parts.py). While one of them goes back, alive are what the parts before it have left, the
+gradients that arrive and leave, what it needs meanwhile, and gradients that wait for parts further down. A step's moments are
 
-What autograd keeps of one decoder layer, in values a token (checked against saved tensors in tests/plan/test_memory.py):
+    forward     the last layer's parts, beside what the layers before it keep
+    loss        logits and their gradients, beside what all layers keep
+    backward    of the last layer, when most is kept, and of the first, when most gradients of weights exist; if layers are
+                recomputed, that comes first
+    update      weights, gradients, the optimizer's state and what it needs meanwhile
 
-    norms           each norm keeps its input                                     d a norm (two; one in parallel blocks such as Phi's)
-    linear maps     a frozen map keeps nothing, but its adapter A keeps its input: each *distinct* input once, that is
-                    the attention norm's output d, the attention's output HD, the MLP norm's output d (shared with the
-                    attention's in parallel blocks), the MLP's product f
-    adapters        A's output, B's input                                         r a map
-    attention       query HD, key and value KD each, and the kernel's own output HD beside the contiguous copy that the
-                    output map reads (packed documents and Phi's layout need that copy)
-    gated MLP       activation's input, its output, the other factor               3f
-    plain MLP       activation's input; GELU written as a formula (Phi) keeps four factors instead of one
-    unfused scores  softmax output HS, and key and value expanded to the query heads, 2(H − K)D more
+and the peak is the moment that holds most: its components sum to it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from elite.facts import Facts
-from elite.optimizations.contract import Decision, Estimate, Site
-from elite.optimizations.shapes import adapter_rank, mlp_values, mlp_width, value_bytes
+from elite.optimizations.contract import Decision, Estimate, Step
+from elite.optimizations.parts import FP32, Part, Sizes
+from elite.optimizations.shapes import adapter_rank, layer_maps
 
-FP32 = 4
 ADAM_STATE_BYTES = 8
 """Two fp32 moments a trained parameter."""
 LOSS_BYTES = 12
-"""A logit at the peak of the loss, in fp32 and bf16 alike: three fp32 values, or two and two bf16 ones (tests/plan/test_memory.py)."""
+"""A logit when the loss goes back: its log-probability, the gradient of that and its own, in fp32 also where logits are bf16."""
 BATCH_BYTES = 24
 """Token ids, positions and labels, int64 each."""
 CUDA_WORKSPACE_BYTES = 64 * 1024**2
 """cuBLAS and cuBLASLt workspaces, taken from the same allocator (assumption: 8 MiB before Hopper, 32 MiB and more since)."""
-UNFUSED_TRANSIENTS = 3
-"""Matrices [H, S, S] alive at once while the backward of one unfused attention runs: gradient of weights, of scores, a copy."""
 
 PARALLEL_BLOCKS = frozenset({"phi", "cohere", "cohere2"})
 """Architectures whose attention and MLP read the same norm."""
@@ -48,79 +41,256 @@ NOT_MODELLED = (
 )
 
 
-def layer_values(facts: Facts) -> int:
-    """Values a token that one decoder layer keeps for its backward, with fused attention (see the module's docstring)."""
+def unoptimized(facts: Facts) -> Step:
+    """Everything off: fp32 weights, scores formed, every activation kept."""
     model = facts.model
-    hidden, heads = model.hidden_size, model.num_attention_heads * model.head_dim
-    keys = model.num_key_value_heads * model.head_dim
-    norms = 1 if model.model_type in PARALLEL_BLOCKS else 2
-    # Each norm keeps its input; its output is the distinct input of the maps behind it.
-    values = norms * 2 * hidden
-    values += 2 * heads + heads + 2 * keys
-    values += mlp_values(facts)
-    if facts.adapter == "lora":
-        values += len(model.layer_linears) * adapter_rank(facts)
-    else:
-        # The weight of an RMS norm is trained and keeps the normalised input.
-        values += norms * hidden
-    return values
-
-
-def unoptimized(facts: Facts) -> Estimate:
-    """Everything off: fp32 weights, scores formed, every activation kept. Bytes."""
-    model, tokens = facts.model, facts.micro_tokens
-    layers, hidden = model.num_hidden_layers, model.hidden_size
-    scores = facts.micro_batch * model.num_attention_heads * facts.context**2
-    expanded = 2 * (model.num_attention_heads - model.num_key_value_heads) * model.head_dim * tokens
     # DDP keeps a second copy of the gradients in its buckets.
     gradients = FP32 * facts.trainable_params * (2 if facts.device.count > 1 else 1)
-    return Estimate(
+    standing = Estimate(
         linear_weights=FP32 * model.linear_params,
         other_weights=FP32 * (model.total_params - model.linear_params),
         trainable_copy=FP32 * facts.trainable_params if facts.adapter == "lora" else 0,
         gradients=gradients,
         optimizer_state=ADAM_STATE_BYTES * facts.trainable_params,
-        saved_activations=FP32 * layers * layer_values(facts) * tokens,
-        attention_scores=FP32 * layers * (scores + expanded),
-        # The layer at work reads one hidden state and writes another.
-        layer_workspace=FP32 * 2 * hidden * tokens,
-        # Two gradients as wide as the MLP.
-        mlp_workspace=FP32 * 2 * mlp_width(facts) * tokens,
-        loss_workspace=LOSS_BYTES * tokens * model.vocab_size,
-        batch=BATCH_BYTES * tokens,
+        batch=BATCH_BYTES * facts.micro_tokens,
         runtime=CUDA_WORKSPACE_BYTES if facts.device.kind == "cuda" else 0,
     )
+    # AdamW on CUDA takes the square roots of all second moments at once; on a CPU one tensor's after another's.
+    together = facts.trainable_params if facts.device.kind == "cuda" else _one_by_one(facts)
+    return Step(standing, optimizer_workspace=FP32 * together)
 
 
-def folded(facts: Facts, decisions: Iterable[Decision]) -> Estimate:
-    """`unoptimized` with the effect of every active optimization, in their order: every component at its own highest. Bytes."""
-    estimate = unoptimized(facts)
+def folded(facts: Facts, decisions: Iterable[Decision]) -> Step:
+    """`unoptimized` with the effect of every active optimization, in their order."""
+    step = unoptimized(facts)
     for decision in decisions:
         if decision.active:
-            estimate = decision.optimization.memory(estimate, facts)
-    return estimate
+            step = decision.optimization.memory(step, facts)
+    return step
 
 
 def host(facts: Facts, decisions: tuple[Decision, ...]) -> float:
     """Pinned host memory of one rank under the whole executor. Bytes."""
-    value = value_bytes(folded(facts, decisions), facts)
-    return sum(decision.optimization.host_memory(value, facts) for decision in decisions if decision.active)
+    step = folded(facts, decisions)
+    return sum(decision.optimization.host_memory(step, facts) for decision in decisions if decision.active)
 
 
-def predict(facts: Facts, decisions: tuple[Decision, ...]) -> Estimate:
-    """Memory at the step's peak, so that the components sum to it. Bytes.
+def predict(facts: Facts, decisions: Iterable[Decision]) -> Estimate:
+    """Memory at the step's peak, so that the components sum to it. Bytes."""
+    return max(moments(folded(facts, decisions), facts), key=lambda moment: moment.total)
 
-    Components that never meet don't add up: the logits are gone before a layer's backward starts, and a layer is recomputed only
-    after that. The peak is the larger of the two moments; what the smaller one alone would hold is left out
-    (`loss_workspace` is 0 where a layer's backward is the peak).
+
+def moments(step: Step, facts: Facts) -> Iterator[Estimate]:
+    """Memory at every moment that may be the peak, in the order of a step."""
+    layers, parts = facts.model.num_hidden_layers, layer_parts(step, facts, facts.micro_tokens)
+    model, width = facts.model, step.hidden * facts.model.hidden_size
+    standing = _plus(step.standing, batch=2 * model.rotary_dim * step.hidden * facts.micro_tokens)
+    made = _first_made(facts)
+    before = _plus(standing, gradients=-made)
+    # Autocast's copies of weights stay through the forward; those that a backward reads are among what parts save.
+    copies = layers * sum(part.weights for part in parts) if step.recomputed else 0.0
+    yield from _forward(_plus(before, _kept(step, facts, parts, layers, True)), step, parts, copies)
+    yield from _loss(step, facts, _plus(before, _kept(step, facts, parts, layers, False)), copies)
+    for layer in (layers, 1):
+        above = FP32 * (_outer_params(facts) + (layers - layer) * model.layer_params)
+        held = _plus(before, _kept(step, facts, parts, layer, True), gradients=min(above, made))
+        if layer == 1 and facts.adapter == "lora":
+            # No gradient passes the first norm where the embedding is frozen.
+            parts = (replace(parts[0], saved=0.0, whole_input=0.0), *parts[1:])
+        if step.recomputed:
+            again = [*parts[:-1], replace(parts[-1], forward=parts[-1].forward - parts[-1].spared)]
+            yield from _passing(_plus(held, layer_workspace=width * facts.micro_tokens), again, forward=True)
+        yield from _passing(held, parts, forward=False, makes=made > 0)
+    if made:
+        # The embedding's gradient is dense, and waits for nothing but itself, unless the head's is to be added to it.
+        yield _plus(standing, layer_workspace=width * facts.micro_tokens + (FP32 * _embedding(facts) if _tied(facts) else 0.0))
+    yield replace(standing, optimizer_workspace=step.optimizer_workspace)
+
+
+def _forward(held: Estimate, step: Step, parts: tuple[Part, ...], copies: float) -> Iterator[Estimate]:
+    """Moments of the last layer's forward, beside what the layers before it keep and all layers' copies of weights."""
+    if not step.recomputed:
+        yield from _passing(held, parts, forward=True)
+        return
+    for index, part in enumerate(parts):
+        # Where nothing stays for a backward, a part meets its input and no more, and those copies that have been made.
+        made = copies - sum(later.weights for later in parts[index + 1 :])
+        yield from _passing(_plus(held, trainable_copy=made), [replace(part, saved=part.saved - part.weights)], forward=True)
+
+
+def _first_made(facts: Facts) -> float:
+    """Gradients that exist only once the backward has made them: of all weights, in the only pass of a step. Adapters' count throughout."""
+    return FP32 * facts.trainable_params if facts.adapter == "full" and facts.accumulation == 1 else 0.0
+
+
+def _embedding(facts: Facts) -> int:
+    return facts.model.vocab_size * facts.model.hidden_size
+
+
+def _outer_params(facts: Facts) -> int:
+    """Parameters above the layers: the final norm's, and the head's also where it is the embedding."""
+    model = facts.model
+    outer = model.total_params - model.num_hidden_layers * model.layer_params
+    return outer if _tied(facts) else outer - _embedding(facts)
+
+
+def _tied(facts: Facts) -> bool:
+    model = facts.model
+    return model.total_params - model.num_hidden_layers * model.layer_params < 2 * _embedding(facts)
+
+
+def _one_by_one(facts: Facts) -> int:
+    """Values at once while a CPU's AdamW goes over the tensors: two of one, and the quotient's of the one before."""
+    linears = facts.model.layer_linears
+    if facts.adapter == "lora":
+        return 3 * adapter_rank(facts) * max(max(linear.inputs, linear.outputs) for linear in linears)
+    largest = max(linear.inputs * linear.outputs for linear in linears)
+    return max(3 * largest, 2 * _embedding(facts) + (0 if _tied(facts) else largest))
+
+
+def _kept(step: Step, facts: Facts, parts: tuple[Part, ...], layers: int, at_work: bool) -> Estimate:
+    """What so many layers keep; the last of them at work shows its parts itself."""
+    if step.recomputed:
+        there = layers if step.inputs_at_once is None else min(layers, step.inputs_at_once)
+        return Estimate(layer_inputs=there * step.hidden * facts.model.hidden_size * facts.micro_tokens)
+    whole, scores = layers - (1 if at_work else 0), sum(part.scores for part in parts)
+    # No gradient passes the first norm where the embedding is frozen.
+    first = parts[0].saved if whole and facts.adapter == "lora" else 0.0
+    return Estimate(saved_activations=whole * (sum(part.saved for part in parts) - scores) - first, attention_scores=whole * scores)
+
+
+def _passing(held: Estimate, parts: Sequence[Part], forward: bool, makes: bool = False) -> Iterator[Estimate]:
+    """Moments at which each part in turn is at work, beside what is held.
+
+    Args:
+        makes: gradients of weights come into being.
     """
-    estimate = folded(facts, decisions)
-    recomputed = any(d.active and Site.LAYER_ACTIVATIONS in d.optimization.claims for d in decisions)
-    unfused = not any(d.active and Site.ATTENTION in d.optimization.claims for d in decisions)
-    scores = UNFUSED_TRANSIENTS * FP32 * facts.micro_batch * facts.model.num_attention_heads * facts.context**2 if unfused else 0
-    at_backward = replace(estimate, layer_workspace=estimate.layer_workspace + scores, loss_workspace=0.0)
-    at_loss = replace(estimate, mlp_workspace=0.0)
-    if recomputed:
-        # Between forward and backward only the layers' inputs exist.
-        at_loss = replace(at_loss, saved_activations=0.0, attention_scores=0.0)
-    return max(at_loss, at_backward, key=lambda moment: moment.total)
+    for index, part in enumerate(parts):
+        before = parts[: index + 1]
+        saved, scores = sum(p.saved for p in before), sum(p.scores for p in before)
+        at_work = part.forward if forward else part.backward
+        yield _plus(
+            held,
+            saved_activations=saved - scores - (parts[0].whole_input if held.layer_inputs else 0.0),
+            attention_scores=scores,
+            gradients=sum(p.gradients for p in parts[index + 1 :]) if makes else 0.0,
+            layer_workspace=0.0 if part.wide else at_work,
+            mlp_workspace=at_work if part.wide else 0.0,
+        )
+
+
+def _loss(step: Step, facts: Facts, held: Estimate, copies: float) -> Iterator[Estimate]:
+    """Moments of the final norm, the head and the loss, beside what the layers keep.
+
+    Args:
+        copies: of weights, which autocast holds until the forward is over; a fused loss is part of it.
+    """
+    s, vocab, full = step.sizes(facts, facts.micro_tokens), facts.model.vocab_size, facts.adapter == "full"
+    norm = step.form.norm(s)
+    hidden, kept = norm.hands * s.d * s.tokens, _plus(held, saved_activations=norm.saved)
+    head = _embedding(facts) if full else 0
+    # A trained head multiplies in a copy, where it is not in the compute dtype.
+    copy = s.value * head if s.half else 0
+    made = FP32 * head if _first_made(facts) else 0.0
+    if step.loss_tile is None:
+        read = s.value * s.d * s.tokens if full else 0
+        yield _plus(kept, loss_workspace=LOSS_BYTES * s.tokens * vocab + copy + read)
+        yield _plus(kept, gradients=made, loss_workspace=s.value * (s.tokens * vocab + head) + copy + 2 * read)
+    else:
+        # The kernel works in place; plain torch in fp32, beside what came in another dtype.
+        logits = s.value if not s.half or s.on_cuda else FP32 + s.value
+        rows = (s.value + (s.value if norm.hands != s.value else 0)) * s.d
+        tile = min(step.loss_tile, s.tokens) * (logits * vocab + rows)
+        yield _plus(kept, loss_workspace=2 * hidden + tile + FP32 * head + copy, trainable_copy=copies)
+        yield _plus(kept, loss_workspace=2 * hidden + 2 * FP32 * head)
+    yield from _passing(_plus(held, gradients=made), [norm], forward=False)
+
+
+def layer_moments(step: Step, facts: Facts, tokens: int) -> list[tuple[Part, Estimate]]:
+    """What one layer holds while each of its parts goes back, for so many tokens."""
+    parts = layer_parts(step, facts, tokens)
+    return list(zip(parts, _passing(Estimate(), parts, forward=False), strict=True))
+
+
+def layer_parts(step: Step, facts: Facts, tokens: int) -> tuple[Part, ...]:
+    """The parts of one layer in the order of its forward, for so many tokens."""
+    s, form, model = step.sizes(facts, tokens), step.form, facts.model
+    projections, out_map, into_mlp, _ = layer_maps(facts)
+    norm, parallel = form.norm(s), model.model_type in PARALLEL_BLOCKS
+    maps = form.maps(s, projections, norm.hands, False)
+    attention = form.attention(s, form.packed or (not form.turned_in_place and 0 < model.rotary_dim < model.head_dim))
+    first = [
+        norm,
+        maps,
+        replace(form.rotary(s), waits=s.value * s.keys * tokens),
+        attention,
+        form.maps(s, [out_map], s.value, attention.keeps_output),
+    ]
+    stream, normed, made = (width * s.d * tokens for width in (s.hidden, norm.hands, s.value))
+    # A tensor that nobody saves is there until the layer's forward is over: the stream where the norm converts it, likewise the norm's.
+    stream_ahead = 0.0 if norm.whole_input else stream
+    normed_ahead = normed if parallel and not maps.keeps_input else 0.0
+    mlp = _mlp(step, facts, tokens, norm.hands, parallel and maps.keeps_input) if into_mlp else []
+    if mlp:
+        first = [_beside(part, stream, normed_ahead + (0.0 if step.recomputed else stream_ahead)) for part in first]
+    if parallel:
+        first = [first[0], *(_beside(part, normed, 0.0) for part in first[1:])]
+        mlp = [_beside(part, stream, normed_ahead + made) for part in mlp]
+    else:
+        again = replace(norm, whole_input=0.0)
+        mlp = [_beside(part, stream, stream_ahead) for part in ([again] if mlp else []) + mlp]
+        first[-1] = _meets_stream(first[-1], s)
+    if mlp:
+        mlp[-1] = _meets_stream(mlp[-1], s)
+    return (*first, *mlp)
+
+
+def _beside(part: Part, waiting: float, ahead: float) -> Part:
+    """A part beside gradients that wait and, in the forward, tensors that are still there."""
+    return replace(part, waits=part.waits + waiting, forward=part.forward + ahead)
+
+
+def _meets_stream(part: Part, s: Sizes) -> Part:
+    """A part whose output is added to the stream: the gradient of a sum is one tensor for both its terms, unless they differ in dtype."""
+    return replace(part, waits=part.waits - s.hidden * s.d * s.tokens) if s.hidden == s.value else part
+
+
+def _mlp(step: Step, facts: Facts, tokens: int, read: float, kept: bool) -> list[Part]:
+    """The MLP's parts; in tiles, one part."""
+    s, form, tile = step.sizes(facts, tokens), step.form, step.form.mlp_tile
+    _, _, into, out = layer_maps(facts)
+    assert out is not None
+    if tile is None or tile >= tokens:
+        activation = form.activation(s)
+        row = [form.maps(s, into, read, kept), activation, form.maps(s, [out], activation.hands, False)]
+        return [replace(part, wide=True) for part in row]
+    inner = _mlp(replace(step, form=replace(form, mlp_tile=None)), facts, tile, read, True)
+    normed, made = read * s.d * tokens, s.value * out.outputs * tokens
+    # The first forward of a tile leaves nothing.
+    ahead = max(_highest([part], forward=True) for part in inner)
+    highest = max(_highest(inner, forward=True), _highest(inner, forward=False))
+    # The tiles' outputs, or the gradients of their inputs, are put together at the end.
+    return [
+        Part(
+            "tiled MLP",
+            saved=0.0 if kept else normed,
+            forward=made + max(ahead, made),
+            arrives=made,
+            leaves=normed,
+            work=max(highest, normed),
+            wide=True,
+        )
+    ]
+
+
+def _highest(parts: Sequence[Part], forward: bool) -> float:
+    """Bytes at the highest moment of a row of parts."""
+    return max(moment.total for moment in _passing(Estimate(), parts, forward))
+
+
+def _plus(one: Estimate, other: Estimate | None = None, **more: float) -> Estimate:
+    """Sums by component."""
+    sums = one.by_component()
+    for name, value in [*(other.by_component() if other else {}).items(), *more.items()]:
+        sums[name] += value
+    return Estimate(**sums)

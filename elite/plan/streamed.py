@@ -2,12 +2,15 @@
 
 Symbols as in `memory.py`; n tokens of a chunk, b keys of a block, v bytes of a value. On the device, beside weights and what is trained:
 
-    saved activations   what autograd keeps of one layer, for n tokens
-    workspaces          of one layer, for n tokens: hidden states and their gradients, gradients as wide as the MLP
     keys and values     S·2KD(v + 4): K and V in the compute dtype, dK and dV in fp32 (in the host: two blocks in, two out)
-    attention           b·2HDv: a kernel's gradients of a block, expanded to all heads; b·2KD·4: their sums; n·2HD·4: dQ
     staging             two buffers for each kind of row in each direction
-    loss                one tile of logits and the gradient of a chunk
+
+and the larger of
+
+    a layer             for n tokens, when its backward holds most: what autograd keeps, gradients and scratch of the part at work, the
+                        layer's input and output, fp32 sums of gradients; if that part is the attention, b·2HDv, a kernel's gradients
+                        of a block, expanded to all heads, b·2KD·4, their sums, and n·2HD·4, dQ
+    the loss            one tile of logits and the gradient of a chunk
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,9 +19,10 @@ from typing import Any
 
 from elite.config import ExecutorConfig
 from elite.facts import GIB, Device, Facts
-from elite.optimizations.contract import Decision, Estimate, Site
-from elite.optimizations.shapes import stream_value_bytes, value_bytes
-from elite.plan.memory import folded
+from elite.optimizations.contract import Decision, Estimate
+from elite.optimizations.flash_attention import fused_attention
+from elite.optimizations.parts import FP32, Part, Sizes
+from elite.plan.memory import folded, layer_moments
 from elite.revolve import layer_forwards, slots_for
 from elite.streaming import ARGUMENT_BYTES, LOGIT_BYTES, VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
 
@@ -26,8 +30,8 @@ CHUNKS = ((32768, 16384, 8192, 4096), (2048, 1024))
 """Longest first: longer chunks run faster. Rather than go below the first few, keys and values leave the device."""
 BLOCKS = (65536, 16384)
 """Longer ones cost memory and spare additions."""
-HIDDEN_COPIES = 6
-"""Hidden states [n, d] at once while a layer's backward runs: its input, its output, their gradients, a sum and its terms."""
+HIDDEN_COPIES = 3
+"""Hidden states [n, d] at once besides what a layer's parts hold: its input, its output and the gradient of the one before."""
 HOST_RESERVE_BYTES = 4 * GIB
 """Host memory left for libraries, the tokenised corpus and the system."""
 
@@ -37,37 +41,54 @@ class StreamedMemory:
 
     def __init__(self, facts: Facts, decisions: tuple[Decision, ...]) -> None:
         self._facts = facts
-        self._whole = folded(facts, decisions)
-        self._width = value_bytes(self._whole, facts)
-        self._stream_width = stream_value_bytes(self._width, facts)
-        layers = facts.model.num_hidden_layers
-        checkpointed = any(d.active and Site.LAYER_ACTIVATIONS in d.optimization.claims for d in decisions)
-        self._one_layer = self._whole.saved_activations if checkpointed else self._whole.saved_activations / layers
+        step = folded(facts, decisions)
+        self._step = replace(step, form=replace(step.form, attention=_attention_in_blocks))
+        self._whole, self._width = step.standing, step.value
+        # fp32 where embeddings are trained, and so the residual stream that begins with them.
+        self._stream_width = step.hidden
 
     def device(self, layout: Streaming) -> Estimate:
         """Device memory at the peak, by component."""
         facts, whole, width = self._facts, self._whole, self._width
         model, tokens = facts.model, facts.micro_tokens
         chunk, block = min(layout.chunk, tokens), min(layout.block, facts.context)
-        share = chunk / tokens
-        heads, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+        keys = model.num_key_value_heads * model.head_dim
         streamed = layout.weights is WeightPlace.streamed
         at_hand = facts.context if layout.keys_values is Place.device else 4 * block
         arguments = min(ARGUMENT_BYTES, 2 * width * model.head_dim * tokens)
         rows_here = facts.device.kind == "cpu" or layout.boundaries is Place.device
+        work = self._at_work(chunk, block)
         return replace(
-            whole,
+            work,
             linear_weights=2 * whole.linear_weights / model.num_hidden_layers if streamed else whole.linear_weights,
-            saved_activations=self._one_layer * share,
-            layer_inputs=0.0,
-            attention_scores=0.0,
-            layer_workspace=HIDDEN_COPIES * self._stream_width * model.hidden_size * chunk + arguments,
-            mlp_workspace=whole.mlp_workspace * share,
+            other_weights=whole.other_weights,
+            trainable_copy=whole.trainable_copy,
+            gradients=whole.gradients,
+            optimizer_state=whole.optimizer_state,
+            layer_workspace=work.layer_workspace + arguments,
             keys_values=0.0 if facts.context <= chunk else at_hand * 2 * keys * (width + 4),
-            attention_workspace=block * 2 * (heads * width + keys * 4) + chunk * 2 * heads * 4,
             staging=self.host(layout) if rows_here else 2 * chunk * self._moved_row(layout),
-            loss_workspace=min(LOGIT_BYTES, 4 * tokens * model.vocab_size),
+            batch=whole.batch,
+            runtime=whole.runtime,
         )
+
+    def _at_work(self, chunk: int, block: int) -> Estimate:
+        """What comes and goes, when it is most: while a part of a layer goes back, or at the loss."""
+        facts, model = self._facts, self._facts.model
+        heads, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+        blocks = block * 2 * (heads * self._width + keys * 4) + chunk * 2 * heads * 4
+        hidden = self._stream_width * model.hidden_size * chunk
+        found = [Estimate(loss_workspace=min(LOGIT_BYTES, 4 * facts.micro_tokens * model.vocab_size) + 2 * hidden)]
+        for part, moment in layer_moments(self._step, facts, chunk):
+            sums = FP32 * facts.trainable_params / model.num_hidden_layers
+            found.append(
+                replace(
+                    moment,
+                    layer_workspace=moment.layer_workspace + HIDDEN_COPIES * hidden + sums,
+                    attention_workspace=blocks if part.name == "attention" else 0.0,
+                )
+            )
+        return max(found, key=lambda moment: moment.total)
 
     def host(self, layout: Streaming) -> float:
         """Pinned host memory of one rank; device memory of rows for `boundaries=device`."""
@@ -105,6 +126,11 @@ class StreamedMemory:
         model = self._facts.model
         row = 2 * self._width * model.num_key_value_heads * model.head_dim
         return row if layout.keeps_keys(row, self._stream_width * model.hidden_size) else 0.0
+
+
+def _attention_in_blocks(s: Sizes, copied: bool) -> Part:
+    """As a fused kernel's, whose work is one block's and stands in `attention_workspace`."""
+    return replace(fused_attention(s, copied), work=0.0)
 
 
 def recomputed(facts: Facts, layout: Streaming) -> tuple[float, float]:

@@ -26,22 +26,28 @@ class LiveBytes(TorchDispatchMode):
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         """Storages that existed before."""
-        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
+        for tensor in tensors:
+            self._count(tensor, 0)
+
+    def _count(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known:
+            self._known.add(key)
+            self.current += size
+            weakref.finalize(storage, self._free, key, size)
 
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.current -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # What is read but was made by no operation here existed before.
+        self.ignore(tensor for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor))
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in self._known:
-                    self._known.add(key)
-                    self.current += size
-                    weakref.finalize(storage, self._free, key, size)
+                self._count(tensor, tensor.untyped_storage().nbytes())
         self.peak = max(self.peak, self.current)
         if self._limit is not None and self.current > self._limit:
             raise torch.OutOfMemoryError(f"{self.current:,} bytes of tensors at once, more than the {self._limit:,.0f} allowed")

@@ -16,8 +16,7 @@ from elite.executor.whole import WholeExecutor
 from elite.facts import Device, Facts, LinearShape, ModelShape
 from elite.model import apply_stage
 from elite.optimizations import ALL, OptimizationsConfig, decide
-from elite.optimizations.contract import Decision, Estimate, Exactness, Optimization, OptimizationConfig, Stage
-from elite.optimizations.shapes import value_bytes
+from elite.optimizations.contract import Decision, Estimate, Exactness, Optimization, OptimizationConfig, Stage, Step
 from elite.optimizations.targets import BatchLayout, OptimizerBuild, Runtime
 from elite.training.step import accumulate, make_scaler
 from tests.models import tiny
@@ -187,10 +186,12 @@ def test_an_inactive_one_says_why() -> None:
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
 def test_nothing_grows_but_copies_of_what_is_trained(kind: type[Optimization]) -> None:
-    everything = Estimate(**dict.fromkeys(Estimate().by_component(), 1000000000.0))
+    everything = Step(Estimate(**dict.fromkeys(Estimate().by_component(), 1000000000.0)), optimizer_workspace=1000.0)
     made = kind(on(kind)).memory(everything, FACTS)
-    assert replace(made, trainable_copy=0.0).total <= replace(everything, trainable_copy=0.0).total
-    assert made.trainable_copy <= everything.trainable_copy + 2 * FACTS.trainable_params * value_bytes(everything, FACTS)
+    assert replace(made.standing, trainable_copy=0.0).total <= replace(everything.standing, trainable_copy=0.0).total
+    assert made.standing.trainable_copy <= everything.standing.trainable_copy + 2 * FACTS.trainable_params * everything.value
+    assert made.optimizer_workspace <= everything.optimizer_workspace
+    assert made.value <= everything.value and made.hidden <= everything.hidden
 
 
 def test_all_off_is_none() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elite import geometry
-from elite.optimizations.contract import Applied, Estimate
+from elite.optimizations.contract import Applied, Estimate, Step
 from elite.optimizations.functions import lora
 from elite.optimizations.fused_lora import FusedLoRA
 from elite.optimizations.gradient_checkpointing import GradientCheckpointing
@@ -206,8 +206,7 @@ def test_copies_are_made_once_a_step_and_cost_what_the_plan_says(monkeypatch: py
     facts = facts_of(run_config(), device("h100"), shape)
     facts = replace(facts, trainable_params=shape.lora_params(8))
     optimization = FusedLoRA(FusedLoRA.Config(enabled=True))
-    before = Estimate(layer_workspace=2 * 2 * shape.hidden_size * facts.micro_tokens)
-    assert optimization.memory(before, facts).trainable_copy == copied
+    assert optimization.memory(Step(Estimate(), value=2), facts).standing.trainable_copy == copied
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

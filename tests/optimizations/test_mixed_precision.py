@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import torch
 
-from elite.optimizations.contract import Estimate, OptimizationConfig
+from elite.facts import LinearShape
+from elite.optimizations.contract import Estimate, OptimizationConfig, Step
 from elite.optimizations.mixed_precision import MixedPrecision
 from tests.optimizations.test_all import FACTS, SHAPE
 
 VALUES = 4096
+PLAIN_MLP = (LinearShape("self_attn.q_proj", 32, 32), LinearShape("mlp.fc1", 32, 64), LinearShape("mlp.fc2", 64, 32))
 
 
 def kept_bytes(function: Callable[[torch.Tensor], torch.Tensor]) -> int:
@@ -36,10 +38,9 @@ def gelu_new(power: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def test_gelu_under_cuda_autocast_keeps_six_bytes_more_a_value() -> None:
     extra = (kept_bytes(gelu_new(torch.float32)) - kept_bytes(gelu_new(torch.bfloat16))) / VALUES
-    shape = replace(SHAPE, model_type="phi")
-    cpu = replace(FACTS, model=shape)
+    cpu = replace(FACTS, model=replace(SHAPE, model_type="phi", layer_linears=PLAIN_MLP))
     cuda = replace(cpu, device=replace(cpu.device, kind="cuda"))
-    part = MixedPrecision(OptimizationConfig(enabled=True))
-    counted = part.memory(Estimate(), cuda).saved_activations - part.memory(Estimate(), cpu).saved_activations
-    assert counted == extra * shape.num_hidden_layers * shape.intermediate_size * cuda.micro_tokens
+    step = MixedPrecision(OptimizationConfig(enabled=True)).memory(Step(Estimate()), cpu)
+    on_cpu, on_cuda = (step.form.activation(step.sizes(facts, 1)).saved for facts in (cpu, cuda))
+    assert on_cuda - on_cpu == extra * SHAPE.intermediate_size
     assert extra == 6

@@ -12,6 +12,7 @@ from elite.config import Executor, ExecutorConfig
 from elite.errors import PlanError
 from elite.executor.streamed.attach import attach
 from elite.executor.streamed.kernels import KERNELS
+from elite.executor.streamed.math_kernel import Math
 from elite.facts import GIB, Facts
 from elite.optimizations import decide
 from elite.plan import make_plan
@@ -21,7 +22,8 @@ from elite.revolve import layer_forwards, slots_for
 from elite.streaming import VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
 from tests.models import tiny
 from tests.plan.helpers import CORPUS, STANDARD, device, phi2, run_config, switches
-from tests.plan.test_memory import small
+from tests.plan.live_bytes import LiveBytes
+from tests.plan.steps import Case, as_on_cuda, built, decisions_of, facts_of, small, tensors
 
 TOKENS = 256
 GEOMETRY = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -66,6 +68,34 @@ def test_rows_are_wide_where_embeddings_are_trained(keep: Keep) -> None:
     in_host = sum(r.storage.nbytes for r in attached.runner.allocator._rows.values() if r.place is Place.host)
     attached.undo()
     assert in_host == StreamedMemory(found, decide(switches("mixed_precision"), found)).host(layout)
+
+
+@pytest.mark.parametrize("mlp", [3, 0.5])
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_a_chunk_holds_what_is_planned(kind: str, mlp: float) -> None:
+    """A layer's backward over a chunk, rows and batch aside; the attention's own block may be larger in a library's kernel."""
+    case = Case(kind, ("mixed_precision", "fused_lora"), cuda=True, mlp=mlp, tokens=512, vocab=64)
+    found = replace(facts_of(case), executor="streamed")
+    decisions, layout = decisions_of(case, found), Streaming(chunk=128, block=128, boundaries=Place.device)
+    model = built(case, decisions)
+    attached = attach(model, layout, choice=lambda _shape: Math(tile_elements=2**11))
+    ids = torch.randint(0, case.vocab, (1, case.tokens))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(input_ids=ids, labels=ids).loss
+        out.backward()
+
+    with as_on_cuda():
+        step()
+        live = LiveBytes()
+        live.ignore([ids, *tensors(model), *(p.grad for p in model.parameters() if p.grad is not None)])
+        with live:
+            step()
+    attached.undo()
+    work = StreamedMemory(found, decisions).device(layout)
+    planned = work.saved_activations + work.layer_workspace + work.mlp_workspace + work.attention_workspace
+    assert planned == pytest.approx(live.peak, rel=0.05)
 
 
 def test_lossy_boundaries_take_their_bits() -> None:

@@ -100,9 +100,11 @@ def _sequential(layer: Any, norm: Norm, operations: Operations) -> Forward:
     """h += attention(norm(h)); h += MLP(norm(h)): the first sum and the second norm are one."""
 
     def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+        # Nothing here holds on to what the attention gave while the MLP is at work.
         normed, hidden_states = operations.norm(
-            attended, *norm.tensors, norm.eps, norm.center, hidden_states, dtype=read_dtype(hidden_states)
+            layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)[0],
+            *(*norm.tensors, norm.eps, norm.center, hidden_states),
+            dtype=read_dtype(hidden_states),
         )
         out: Tensor = hidden_states + layer.mlp(normed)
         return out
