@@ -97,6 +97,9 @@ def moments(step: Step, facts: Facts) -> Iterator[Estimate]:
         if layer == 1 and facts.adapter == "lora":
             # No gradient passes the first norm where the embedding is frozen.
             parts = (replace(parts[0], saved=0.0, whole_input=0.0), *parts[1:])
+            if step.inputs_at_once is not None:
+                # Nor does anybody hold what came back, once it has been read.
+                held = replace(held, layer_inputs=0.0)
         if step.recomputed:
             again = [*parts[:-1], replace(parts[-1], forward=parts[-1].forward - parts[-1].spared)]
             yield from _passing(_plus(held, layer_workspace=width * facts.micro_tokens), again, forward=True)
@@ -269,7 +272,8 @@ def _mlp(step: Step, facts: Facts, tokens: int, read: float, kept: bool) -> list
     # The first forward of a tile leaves nothing.
     ahead = max(_highest([part], forward=True) for part in inner)
     highest = max(_highest(inner, forward=True), _highest(inner, forward=False))
-    # The tiles' outputs, or the gradients of their inputs, are put together at the end.
+    # The last tile goes back first. The tiles' outputs, or the gradients of their inputs, are put together at the end.
+    pieces = read * s.d * (tokens - tile)
     return [
         Part(
             "tiled MLP",
@@ -277,7 +281,7 @@ def _mlp(step: Step, facts: Facts, tokens: int, read: float, kept: bool) -> list
             forward=made + max(ahead, made),
             arrives=made,
             leaves=normed,
-            work=max(highest, normed),
+            work=max(highest + pieces - normed, normed),
             wide=True,
         )
     ]

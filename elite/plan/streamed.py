@@ -9,7 +9,8 @@ and the larger of
 
     a layer             for n tokens, when its backward holds most: what autograd keeps, gradients and scratch of the part at work, the
                         layer's input and output, fp32 sums of gradients; if that part is the attention, b·2HDv, a kernel's gradients
-                        of a block, expanded to all heads, b·2KD·4, their sums, and n·2HD·4, dQ
+                        of a block, expanded to all heads, and n·2HD·4, dQ; b·2KDv, their sums over the heads that share keys, if any
+                        do; b·2KD·4, where these leave for the host
     the loss            one tile of logits and the gradient of a chunk
 """
 
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from elite.chunks import longest_chunk
 from elite.config import ExecutorConfig
 from elite.facts import GIB, Device, Facts
 from elite.optimizations.contract import Decision, Estimate
@@ -51,13 +53,14 @@ class StreamedMemory:
         """Device memory at the peak, by component."""
         facts, whole, width = self._facts, self._whole, self._width
         model, tokens = facts.model, facts.micro_tokens
-        chunk, block = min(layout.chunk, tokens), min(layout.block, facts.context)
+        chunk, before = longest_chunk(facts.context, facts.micro_batch, layout.chunk)
+        block = min(layout.block, facts.context)
         keys = model.num_key_value_heads * model.head_dim
         streamed = layout.weights is WeightPlace.streamed
         at_hand = facts.context if layout.keys_values is Place.device else 4 * block
         arguments = min(ARGUMENT_BYTES, 2 * width * model.head_dim * tokens)
         rows_here = facts.device.kind == "cpu" or layout.boundaries is Place.device
-        work = self._at_work(chunk, block)
+        work = self._at_work(chunk, min(layout.block, before), layout)
         return replace(
             work,
             linear_weights=2 * whole.linear_weights / model.num_hidden_layers if streamed else whole.linear_weights,
@@ -72,11 +75,15 @@ class StreamedMemory:
             runtime=whole.runtime,
         )
 
-    def _at_work(self, chunk: int, block: int) -> Estimate:
+    def _at_work(self, chunk: int, block: int, layout: Streaming) -> Estimate:
         """What comes and goes, when it is most: while a part of a layer goes back, or at the loss."""
         facts, model = self._facts, self._facts.model
         heads, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-        blocks = block * 2 * (heads * self._width + keys * 4) + chunk * 2 * heads * 4
+        shared = keys < heads
+        # A chunk's own square first, then what comes before it, block by block.
+        own = chunk * heads * (4 + (2 * self._width if shared else 0))
+        key = 2 * (heads + (keys if shared else 0)) * self._width + (8 * keys if layout.keys_values is Place.host else 0)
+        blocks = max(own, block * key + chunk * 2 * heads * 4 if block else 0)
         hidden = self._stream_width * model.hidden_size * chunk
         found = [Estimate(loss_workspace=min(LOGIT_BYTES, 4 * facts.micro_tokens * model.vocab_size) + 2 * hidden)]
         for part, moment in layer_moments(self._step, facts, chunk):

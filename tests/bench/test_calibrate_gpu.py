@@ -41,7 +41,8 @@ def test_every_peak_and_nothing_left(machine: Machine, cache: Path) -> None:
         assert 0 < taken["allocated_bytes"] <= taken["reserved_bytes"] < taken["device_bytes"]
         assert taken["device_method"] in ("process", "total") and len(row["steps"]) == STEPS
         assert row["allocated_before_bytes"] < 2**20
-        assert (taken["host_pinned_bytes"] > 0) == (name in (1, 2))
+        # A few bytes are the bench's own.
+        assert (taken["host_pinned_bytes"] > 64) == (name in (1, 2))
         parts = [value for step in row["steps"] for value in step["allocated_by_part"].values()]
         assert max(parts) == taken["allocated_bytes"]
 

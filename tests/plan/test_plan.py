@@ -74,7 +74,7 @@ def apply(config: RunConfig, fix: str) -> RunConfig:
         (4096, (*STANDARD, "fused_loss"), 1, 7, "optimizations.qlora.enabled=true"),
         (4096, ("mixed_precision", "flash_attention"), 1, 14, "optimizations.gradient_checkpointing.enabled=true"),
         (65536, (*STANDARD, "qlora", "adamw_8bit", "fused_loss", "tiled_mlp"), 1, 10, "executor=auto"),
-        (16384, (*STANDARD, "qlora", "adamw_8bit"), 1, 2, "a smaller model, or "),
+        (16384, (*STANDARD, "qlora", "adamw_8bit"), 1, 1, "a smaller model, or "),
         (65536, (), 1, 22.5, "optimizations."),
     ],
 )

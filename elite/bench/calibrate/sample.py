@@ -83,8 +83,8 @@ GPU = Space(
     chunks=(4096, 8192, 16384),
     step_s=2.0,
     longest_step_s=10.0,
-    # Without it no more than a few thousand tokens would fit.
-    switches={"flash_attention": True},
+    # Without flash attention no more than a few thousand tokens would fit; rows of random tokens have no documents to pack.
+    switches={"flash_attention": True, "sequence_packing": False},
 )
 PAGED = replace(
     GPU, name="paged", hardware=(ANY_CARD,), contexts=(2048, 65_536), longest_step_s=2.0, switches=GPU.switches | {"memory_pool": True}
@@ -109,7 +109,7 @@ CPU = Space(
         "model.vocab_size=512",
     ),
     # So tiny adapters are below what the 8-bit optimizer quantises.
-    switches={"flash_attention": True, "mixed_precision": False, "adamw_8bit": False},
+    switches=GPU.switches | {"mixed_precision": False, "adamw_8bit": False},
 )
 """Tiny models, for machines without a GPU."""
 SPACES = {space.name: space for space in (GPU, PAGED, CPU)}

@@ -2,12 +2,12 @@
 
     attach.py        the public function                functions.py   what autograd sees
     runner.py        carries out sweeps                 sweeps.py      their order
-    chunks.py        how tokens are cut                 store.py       rows that outlive a chunk
-    attention.py     a chunk's exact attention          kernels.py     library kernels, chosen by choose.py
-    keys_values.py   K, V and their gradients           stem.py        the model's own calls around its layers
-    rows.py          memory at a place                  encoding.py    boundaries in fewer bits
-    transfers.py     copies between places              weights.py     frozen weights, one layer ahead
-    unread.py        what a recomputation leaves out    probe.py       a step measured by its ends
+    attention.py     a chunk's exact attention          store.py       rows that outlive a chunk
+    keys_values.py   K, V and their gradients           kernels.py     library kernels, chosen by choose.py
+    rows.py          memory at a place                  stem.py        the model's own calls around its layers
+    transfers.py     copies between places              encoding.py    boundaries in fewer bits
+    unread.py        what a recomputation leaves out    weights.py     frozen weights, one layer ahead
+    probe.py         a step measured by its ends
 
-Which boundaries are kept is `elite/revolve.py`'s arithmetic, which the planner shares.
+How tokens are cut (`elite/chunks.py`) and which boundaries are kept (`elite/revolve.py`) is arithmetic that the planner shares.
 """

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from elite.chunks import cut
 from elite.data.batches import IGNORE
 from elite.errors import ModelError
 from elite.executor.streamed import choose
-from elite.executor.streamed.chunks import cut
 from elite.executor.streamed.functions import loss_sum
 from elite.executor.streamed.runner import KernelChoice, Runner, Step
 from elite.streamable import reason_against, sliding_window

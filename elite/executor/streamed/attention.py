@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from elite.chunks import Chunk
 from elite.errors import ModelError
-from elite.executor.streamed.chunks import Chunk
 from elite.executor.streamed.kernels import AttentionShape, Kernel, group_sum, merge
 from elite.executor.streamed.keys_values import Block, KeyValues, Sink
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elite.executor.streamed.chunks import Chunk
+from elite.chunks import Chunk
 from elite.executor.streamed.math_kernel import group_sum
 from elite.executor.streamed.rows import Allocator, Rows
 from elite.executor.streamed.transfers import Transfers

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from elite.chunks import Chunk, cut
 from elite.executor.streamed.attention import Phase
-from elite.executor.streamed.chunks import Chunk, cut
 from elite.executor.streamed.runner import GradientSum, Runner, Step
 from elite.executor.streamed.sweeps import Sweep, backward_sweeps, forward_sweep
 from elite.revolve import layer_forwards

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from elite.chunks import Chunk, Group
 from elite.data.batches import IGNORE
 from elite.errors import ModelError
 from elite.executor.streamed.attention import KeysKnown, Phase, Work
-from elite.executor.streamed.chunks import Chunk, Group
 from elite.executor.streamed.kernels import AttentionShape, Kernel
 from elite.executor.streamed.keys_values import KeyValues
 from elite.executor.streamed.math_kernel import MATH

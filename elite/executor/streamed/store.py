@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from elite.chunks import Chunk
 from elite.executor.streamed.attention import Work
-from elite.executor.streamed.chunks import Chunk
 from elite.executor.streamed.encoding import ENCODINGS, Encoding
 from elite.executor.streamed.rows import Allocator, Rows
 from elite.executor.streamed.transfers import Transfers

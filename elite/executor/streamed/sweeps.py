@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from elite.chunks import Chunk, Group
 from elite.executor.streamed.attention import Phase
-from elite.executor.streamed.chunks import Chunk, Group
 from elite.executor.streamed.store import Boundary, Store
 from elite.revolve import best_split
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elite.executor.streamed.chunks import Chunk
+from elite.chunks import Chunk
 from elite.executor.streamed.rows import Rows, pinned
 from elite.streaming import Place
 

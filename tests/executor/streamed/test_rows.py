@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from elite.executor.streamed.chunks import Chunk
+from elite.chunks import Chunk
 from elite.executor.streamed.keys_values import KeyValues
 from elite.executor.streamed.rows import Allocator, Rows
 from elite.streaming import Place

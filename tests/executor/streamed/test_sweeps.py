@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from elite.chunks import Chunk, cut
 from elite.executor.streamed.attention import Phase
-from elite.executor.streamed.chunks import Chunk, cut
 from elite.executor.streamed.rows import Allocator
 from elite.executor.streamed.store import Boundary, Store
 from elite.executor.streamed.sweeps import Sweep, backward_sweeps, forward_sweep

@@ -6,6 +6,7 @@ ones are collected whole, so that a chunk lies inside one document or holds whol
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 ALIGNMENT = 128
 """Pieces of a long document have a multiple of this many tokens, as attention kernels tile them; only the last may differ."""
@@ -77,3 +78,12 @@ def _pieces(length: int, size: int) -> list[int]:
     even = -(-length // count)
     piece = min(size, -(-even // ALIGNMENT) * ALIGNMENT)
     return [min(piece, length - start) for start in range(0, length, piece)]
+
+
+@cache
+def longest_chunk(length: int, documents: int, size: int) -> tuple[int, int]:
+    """Tokens of the longest chunk over so many documents of one length, and of a document before its last chunk."""
+    if length <= size:
+        return min(documents, size // length) * length, 0
+    pieces = _pieces(length, size)
+    return pieces[0], length - pieces[-1]

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elite.executor.streamed.chunks import ALIGNMENT, Chunk, cut
+from elite.chunks import ALIGNMENT, Chunk, cut, longest_chunk
 
 LENGTHS = st.lists(st.integers(1, 2000), min_size=1, max_size=12)
 SIZES = st.integers(1, 700)
@@ -65,3 +65,9 @@ def test_an_example() -> None:
         (Chunk(1, 7, 15, 0, (8,), 9, True), Chunk(2, 15, 16, 8, (1,), 9, True)),
         (Chunk(3, 16, 18, 0, (2,), 2, False),),
     )
+
+
+@given(st.integers(1, 3000), st.integers(1, 5), SIZES)
+def test_the_longest_chunk_is_known_beforehand(length: int, documents: int, size: int) -> None:
+    chunks = [chunk for group in cut([length] * documents, size) for chunk in group]
+    assert longest_chunk(length, documents, size) == (max(chunk.length for chunk in chunks), max(chunk.offset for chunk in chunks))
