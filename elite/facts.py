@@ -50,6 +50,16 @@ class ModelShape:
         """Weights of all decoder layers' linear maps: what LoRA attaches to and NF4 packs."""
         return self.num_hidden_layers * sum(linear.inputs * linear.outputs for linear in self.layer_linears)
 
+    @property
+    def embedding_params(self) -> int:
+        """Weights of the embedding, and as many of the head."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return self.total_params - self.num_hidden_layers * self.layer_params < 2 * self.embedding_params
+
     def lora_params(self, rank: int) -> int:
         """Trainable parameters of rank-`rank` adapters on every linear map of every decoder layer (Hu et al. 2021: r(in + out) each)."""
         return self.num_hidden_layers * sum(rank * (linear.inputs + linear.outputs) for linear in self.layer_linears)

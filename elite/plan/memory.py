@@ -106,7 +106,9 @@ def moments(step: Step, facts: Facts) -> Iterator[Estimate]:
         yield from _passing(held, parts, forward=False, makes=made > 0)
     if made:
         # The embedding's gradient is dense, and waits for nothing but itself, unless the head's is to be added to it.
-        yield _plus(standing, layer_workspace=width * facts.micro_tokens + (FP32 * _embedding(facts) if _tied(facts) else 0.0))
+        yield _plus(
+            standing, layer_workspace=width * facts.micro_tokens + (FP32 * facts.model.embedding_params if facts.model.tied else 0.0)
+        )
     yield replace(standing, optimizer_workspace=step.optimizer_workspace)
 
 
@@ -126,20 +128,11 @@ def _first_made(facts: Facts) -> float:
     return FP32 * facts.trainable_params if facts.adapter == "full" and facts.accumulation == 1 else 0.0
 
 
-def _embedding(facts: Facts) -> int:
-    return facts.model.vocab_size * facts.model.hidden_size
-
-
 def _outer_params(facts: Facts) -> int:
     """Parameters above the layers: the final norm's, and the head's also where it is the embedding."""
     model = facts.model
     outer = model.total_params - model.num_hidden_layers * model.layer_params
-    return outer if _tied(facts) else outer - _embedding(facts)
-
-
-def _tied(facts: Facts) -> bool:
-    model = facts.model
-    return model.total_params - model.num_hidden_layers * model.layer_params < 2 * _embedding(facts)
+    return outer if model.tied else outer - model.embedding_params
 
 
 def _one_by_one(facts: Facts) -> int:
@@ -148,7 +141,7 @@ def _one_by_one(facts: Facts) -> int:
     if facts.adapter == "lora":
         return 3 * adapter_rank(facts) * max(max(linear.inputs, linear.outputs) for linear in linears)
     largest = max(linear.inputs * linear.outputs for linear in linears)
-    return max(3 * largest, 2 * _embedding(facts) + (0 if _tied(facts) else largest))
+    return max(3 * largest, 2 * facts.model.embedding_params + (0 if facts.model.tied else largest))
 
 
 def _kept(step: Step, facts: Facts, parts: tuple[Part, ...], layers: int, at_work: bool) -> Estimate:
@@ -191,7 +184,7 @@ def _loss(step: Step, facts: Facts, held: Estimate, copies: float) -> Iterator[E
     s, vocab, full = step.sizes(facts, facts.micro_tokens), facts.model.vocab_size, facts.adapter == "full"
     norm = step.form.norm(s)
     hidden, kept = norm.hands * s.d * s.tokens, _plus(held, saved_activations=norm.saved)
-    head = _embedding(facts) if full else 0
+    head = facts.model.embedding_params if full else 0
     # A trained head multiplies in a copy, where it is not in the compute dtype.
     copy = s.value * head if s.half else 0
     made = FP32 * head if _first_made(facts) else 0.0

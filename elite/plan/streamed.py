@@ -5,17 +5,20 @@ Symbols as in `memory.py`; n tokens of a chunk, b keys of a block, v bytes of a 
     keys and values     S·2KD(v + 4): K and V in the compute dtype, dK and dV in fp32 (in the host: two blocks in, two out)
     staging             two buffers for each kind of row in each direction
 
-and the larger of
+and the largest of
 
     a layer             for n tokens, when its backward holds most: what autograd keeps, gradients and scratch of the part at work, the
                         layer's input and output, fp32 sums of gradients; if that part is the attention, b·2HDv, a kernel's gradients
                         of a block, expanded to all heads, and n·2HD·4, dQ; b·2KDv, their sums over the heads that share keys, if any
                         do; b·2KD·4, where these leave for the host
-    the loss            one tile of logits and the gradient of a chunk
+    the loss            one tile of logits and the gradient of a chunk; a trained head's gradient, three times
+    the embedding       where it is trained, its gradient of a chunk beside the sum
+    the update          what the optimizer needs meanwhile
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from elite.chunks import longest_chunk
@@ -48,6 +51,8 @@ class StreamedMemory:
         self._whole, self._width = step.standing, step.value
         # fp32 where embeddings are trained, and so the residual stream that begins with them.
         self._stream_width = step.hidden
+        # A plan asks for thousands of layouts that differ elsewhere.
+        self._peak = cache(self._highest)
 
     def device(self, layout: Streaming) -> Estimate:
         """Device memory at the peak, by component."""
@@ -60,13 +65,12 @@ class StreamedMemory:
         at_hand = facts.context if layout.keys_values is Place.device else 4 * block
         arguments = min(ARGUMENT_BYTES, 2 * width * model.head_dim * tokens)
         rows_here = facts.device.kind == "cpu" or layout.boundaries is Place.device
-        work = self._at_work(chunk, min(layout.block, before), layout)
+        work = self._peak(chunk, min(layout.block, before), layout.keys_values is Place.host)
         return replace(
             work,
             linear_weights=2 * whole.linear_weights / model.num_hidden_layers if streamed else whole.linear_weights,
             other_weights=whole.other_weights,
             trainable_copy=whole.trainable_copy,
-            gradients=whole.gradients,
             optimizer_state=whole.optimizer_state,
             layer_workspace=work.layer_workspace + arguments,
             keys_values=0.0 if facts.context <= chunk else at_hand * 2 * keys * (width + 4),
@@ -75,27 +79,47 @@ class StreamedMemory:
             runtime=whole.runtime,
         )
 
-    def _at_work(self, chunk: int, block: int, layout: Streaming) -> Estimate:
-        """What comes and goes, when it is most: while a part of a layer goes back, or at the loss."""
-        facts, model = self._facts, self._facts.model
+    def _highest(self, chunk: int, block: int, keys_leave: bool) -> Estimate:
+        return max(self._moments(chunk, block, keys_leave), key=lambda moment: moment.total)
+
+    def _moments(self, chunk: int, block: int, keys_leave: bool) -> Iterator[Estimate]:
+        """What comes and goes, at every moment that may be the peak: loss, backward of a layer's parts, of the embedding, update."""
+        facts, model, step = self._facts, self._facts.model, self._step
+        full, every = facts.adapter == "full", self._whole.gradients
+        # Of all weights, in the only pass of a step, gradients exist once the backward has made them.
+        once = full and facts.accumulation == 1
+        hidden, embedding = self._stream_width * model.hidden_size * chunk, FP32 * model.embedding_params
+        head = 0.0
+        if full:
+            # The sum over chunks, a chunk's own and a tile's part of it; the weight in the compute dtype.
+            head = 3 * embedding + (self._width * model.embedding_params if self._width < FP32 else 0)
+        tile = min(LOGIT_BYTES, 4 * facts.micro_tokens * model.vocab_size)
+        yield Estimate(loss_workspace=tile + 2 * hidden + head, gradients=every - (FP32 * facts.trainable_params if once else 0))
+        sums = 0.0 if once else FP32 * (model.layer_params if full else facts.trainable_params / model.num_hidden_layers)
+        gradients = every - (embedding if once and not model.tied else 0)
+        blocks = self._blocks(chunk, block, keys_leave)
+        for part, moment in layer_moments(step, facts, chunk):
+            yield replace(
+                moment,
+                gradients=gradients,
+                layer_workspace=moment.layer_workspace + HIDDEN_COPIES * hidden + sums,
+                attention_workspace=blocks if part.name == "attention" else 0.0,
+            )
+        if full:
+            # A chunk's gradient is dense; so is the sum, which becomes the gradient itself if there is none yet.
+            dense = embedding * (1 if once and not model.tied else 2)
+            yield Estimate(gradients=every, layer_workspace=dense + 2 * hidden)
+        yield Estimate(gradients=every, optimizer_workspace=step.optimizer_workspace)
+
+    def _blocks(self, chunk: int, block: int, keys_leave: bool) -> float:
+        """What the attention's backward takes besides what it hands out."""
+        model = self._facts.model
         heads, keys = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
         shared = keys < heads
         # A chunk's own square first, then what comes before it, block by block.
         own = chunk * heads * (4 + (2 * self._width if shared else 0))
-        key = 2 * (heads + (keys if shared else 0)) * self._width + (8 * keys if layout.keys_values is Place.host else 0)
-        blocks = max(own, block * key + chunk * 2 * heads * 4 if block else 0)
-        hidden = self._stream_width * model.hidden_size * chunk
-        found = [Estimate(loss_workspace=min(LOGIT_BYTES, 4 * facts.micro_tokens * model.vocab_size) + 2 * hidden)]
-        for part, moment in layer_moments(self._step, facts, chunk):
-            sums = FP32 * facts.trainable_params / model.num_hidden_layers
-            found.append(
-                replace(
-                    moment,
-                    layer_workspace=moment.layer_workspace + HIDDEN_COPIES * hidden + sums,
-                    attention_workspace=blocks if part.name == "attention" else 0.0,
-                )
-            )
-        return max(found, key=lambda moment: moment.total)
+        key = 2 * (heads + (keys if shared else 0)) * self._width + (8 * keys if keys_leave else 0)
+        return max(own, block * key + chunk * 2 * heads * 4 if block else 0)
 
     def host(self, layout: Streaming) -> float:
         """Pinned host memory of one rank; device memory of rows for `boundaries=device`."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from elite.config import CONF_DIR
-from elite.report import agreement, calibration, calibration_plot, fused, kernels, kernels_plot, plot, streamed, times
+from elite.report import agreement, calibration, calibration_plot, claims, fused, kernels, kernels_plot, plot, streamed, times
 from elite.report.markdown import NONE, gibibytes, grid, missing
 from elite.report.measurement import MEASUREMENTS
 
@@ -104,6 +104,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "calibration_plot": calibration_figure,
     "calibration": calibration.summary,
     "calibration_rows": calibration.every,
+    "claims": claims.table,
 }
 
 

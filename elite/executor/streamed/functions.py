@@ -65,7 +65,9 @@ class _Head(torch.autograd.Function):
         if step.upstream is not None:
             raise RuntimeError("a streamed pass has one backward: gradients take the place of what a second one would need")
         step.upstream = upstream
-        return torch.zeros_like(upstream), None, None, *(None if g is None else g * upstream for g in ctx.gradients)
+        # Handed on, not kept: the head's is as large as the head.
+        gradients, ctx.gradients = ctx.gradients, None
+        return torch.zeros_like(upstream), None, None, *(None if g is None else g.mul_(upstream) for g in gradients)
 
 
 def _current(ctx: Any) -> tuple[Runner, Step]:
