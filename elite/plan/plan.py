@@ -14,7 +14,7 @@ from elite.plan.fix import smallest_change
 from elite.plan.generation import generation_tokens
 from elite.plan.memory import NOT_MODELLED
 from elite.plan.micro_batch import Settled, settled
-from elite.plan.peaks import peaks
+from elite.plan.peaks import may_be_held_up, peaks
 from elite.plan.rates import rates_of
 from elite.plan.streamed import host_usable
 from elite.plan.time import model_flops_per_token
@@ -265,6 +265,8 @@ def _warnings(config: RunConfig, made: Prediction, corpus: Corpus, batch: BatchG
         found.append(
             f"adapter.dropout={config.adapter.dropout} keeps a copy and a mask of every linear map's input: memory leaves them out"
         )
+    if made.fits and may_be_held_up(made.estimate.total, made.decisions, facts.device):
+        found.append("freed memory may lie in blocks too small to use, and the run end short of it: optimizations.memory_pool.enabled=true")
     if not facts.device.present:
         found.append(f"{facts.device.name} is not in this machine: this is a plan for it, with its data sheet's rates")
     elif made.disk_bytes > facts.device.disk_free_bytes > 0:
