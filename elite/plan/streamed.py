@@ -93,8 +93,9 @@ class StreamedMemory:
         if full:
             # The sum over chunks, a chunk's own and a tile's part of it; the weight in the compute dtype.
             head = 3 * embedding + (self._width * model.embedding_params if self._width < FP32 else 0)
-        tile = min(LOGIT_BYTES, 4 * facts.micro_tokens * model.vocab_size)
-        yield Estimate(loss_workspace=tile + 2 * hidden + head, gradients=every - (FP32 * facts.trainable_params if once else 0))
+        tile = min(LOGIT_BYTES, FP32 * chunk * model.vocab_size)
+        before = every - (FP32 * facts.trainable_params if once else 0)
+        yield Estimate(loss_workspace=tile + (4 if full else 2) * hidden + head, gradients=before)
         sums = 0.0 if once else FP32 * (model.layer_params if full else facts.trainable_params / model.num_hidden_layers)
         gradients = every - (embedding if once and not model.tied else 0)
         blocks = self._blocks(chunk, block, keys_leave)
