@@ -2,20 +2,20 @@
 
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from elite import geometry, hardware
-from elite.config import AUTO, Cap, RunConfig
+from elite.config import AUTO, Cap, Executor, RunConfig
 from elite.distributed.ranks import Ranks
-from elite.facts import Device, Facts
+from elite.facts import Corpus, Device, Facts
 from elite.model import apply_stage
 from elite.optimizations import decide
 from elite.optimizations.contract import Applied, Decision, Stage
 from elite.optimizations.targets import BatchLayout, Runtime
-from elite.plan import facts_of
+from elite.plan import Plan, facts_of, make_plan
 from elite.plan.batch import with_micro_batch
 from elite.runfolder import RunFolder
 from elite.schema import from_yaml
@@ -53,12 +53,13 @@ def prepared(folder: RunFolder, ranks: Ranks) -> Run:
     """What the folder describes, with this process made ready for it."""
     config, plan = from_yaml(folder.config), json.loads(folder.plan.read_text())
     # Found once: a run that continues deals its batches as before.
-    searches = config.training.micro_batch == AUTO and plan["layout"] is None and not folder.micro_batch.is_file()
+    searches = config.training.micro_batch == AUTO and plan.get("layout") is None and not folder.micro_batch.is_file()
     config = with_micro_batch(config, plan["micro_batch"])
     device = hardware.device(config.hardware)
     if device.kind == "cuda":
         # As it was before this process took its own part of the device.
         device = replace(device, memory_usable_bytes=plan["usable_bytes"])
+    plan = completed(plan, config, device)
     facts = facts_of(config, device, geometry.shape(config.model), plan["executor"])
     decisions = decide(config.optimizations, facts)
     prepare_process(config, ranks, device)
@@ -67,6 +68,15 @@ def prepared(folder: RunFolder, ranks: Ranks) -> Run:
     dtype, of_dtype = compute_dtype(decisions, device)
     applied |= of_dtype
     return Run(config, plan, searches, device, facts, decisions, dtype, batches.packed, applied, folder, ranks)
+
+
+def completed(plan: dict[str, Any], config: RunConfig, device: Device) -> dict[str, Any]:
+    """A plan that an older version wrote, with what that did not say yet planned now; what a run was begun with stays."""
+    if all(field.name in plan for field in fields(Plan)):
+        return plan
+    # The first version had the whole executor alone.
+    begun = replace(config, executor=replace(config.executor, name=Executor(plan.get("executor", Executor.whole.value))))
+    return make_plan(begun, device, geometry.shape(config.model), Corpus(**plan["corpus"])).to_dict() | plan
 
 
 def compute_dtype(decisions: tuple[Decision, ...], device: Device) -> tuple[torch.dtype, dict[str, Applied]]:

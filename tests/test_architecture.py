@@ -12,7 +12,7 @@ from elite import config
 ROOT = config.CONF_DIR.parent
 # Each layer may import the layers before it, and its own.
 LAYERS = (
-    {"errors", "facts", "console", "streaming", "revolve", "scaling", "kernels"},
+    {"errors", "facts", "console", "streaming", "chunks", "revolve", "scaling", "kernels"},
     {"optimizations", "losses"},
     {"config"},
     {"schema", "compose", "hardware", "geometry", "pretrained", "attention", "streamable"},
