@@ -12,6 +12,7 @@ from typing import Any
 from elite import geometry, hardware
 from elite.bench.assemble import write
 from elite.compose import TIER_OPTIONS, from_overrides, options
+from elite.config import HardwareConfig
 from elite.console import console, start_logging
 from elite.facts import NO_CORPUS
 from elite.plan import Plan, make_plan
@@ -35,7 +36,8 @@ def main() -> None:
     tiers = [_row(MODEL, card, tier) for card in cards for tier in TIER_OPTIONS[1:]]
     seconds = time.perf_counter() - began
     claims = [_row(model, card, tier) | {"claim": claim} for claim, card, tier in CLAIMS for model in options("model")]
-    write(file, {"environment": environment(), "seconds": seconds, "tiers": tiers, "claims": claims})
+    here = hardware.device(HardwareConfig(name="cpu")).name
+    write(file, {"environment": environment(), "device": here, "seconds": seconds, "tiers": tiers, "claims": claims})
     for row in claims:
         console.print(_said(row), markup=False)
     console.print(f"{len(tiers)} plans of {MODEL} in {seconds:.0f} s")

@@ -53,6 +53,8 @@ def write(name: str, sources: list[Path], target: Path = MEASUREMENTS) -> Path:
     else:
         content = _without_places({"runs": [collect(RunFolder(folder)) for folder in sources]})
     target.mkdir(parents=True, exist_ok=True)
+    # A measurement that is kept under another name.
+    content.pop("name", None)
     path = target / f"{name}.json"
     path.write_text(json.dumps({"name": name} | content, indent=1) + "\n")
     return path
