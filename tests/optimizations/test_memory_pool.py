@@ -55,5 +55,4 @@ def test_little_is_reserved_beyond_what_is_allocated() -> None:
         assert applied.undo is not None
         torch.cuda.empty_cache()
         applied.undo()
-    # Pages that were mapped for one tensor serve the next, but a few stay in its way.
-    assert before > 1024 * MIB and within < before / 2
+    assert before > 1024 * MIB and within < 64 * MIB
