@@ -42,6 +42,8 @@ class ModelShape:
     """Keys that a query of a windowed layer sees; None if every layer sees all."""
     rotary_dim: int = 0
     """Values of a head that rotary embedding turns."""
+    residual_dropout: bool = False
+    """What attention and MLP add to the residual stream passes a dropout first (Phi-2 trains with one)."""
     unstreamable: str = ""
     """Why the streamed executor cannot carry this model; empty if it can."""
 

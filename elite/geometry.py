@@ -122,6 +122,7 @@ def _shape(name: str, config_json: str) -> ModelShape:
         layer_params=sum(p.numel() for p in first.parameters()),
         total_params=sum(p.numel() for p in model.parameters()),
         sliding_window=sliding_window(config),
+        residual_dropout=any(getattr(config, name, 0.0) > 0 for name in ("resid_pdrop", "residual_dropout")),
         rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)) if rope else 0,
         unstreamable=reason_against(model) or "",
     )

@@ -68,6 +68,8 @@ class FusedKernels(Optimization):
             form = replace(form, rotary=fused_rotary, turned_in_place=True)
         if on.activations and (is_gated(facts) or facts.model.model_type in FORMULA_GELU):
             form = replace(form, activation=fused_activation)
+        if on.residuals:
+            form = replace(form, keeps_masks=False)
         return replace(step, form=form)
 
     def apply(self, target: Any) -> Applied:

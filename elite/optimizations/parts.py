@@ -126,6 +126,8 @@ class LayerForm:
     """Documents are attended one by one, and what they give is put together."""
     turned_in_place: bool = False
     """Queries and keys lie as the projections left them, also where a part of each head is turned."""
+    keeps_masks: bool = True
+    """A dropout before the residual stream keeps what it dropped, a byte a value."""
 
 
 def plain_norm(s: Sizes) -> Part:

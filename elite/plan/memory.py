@@ -37,7 +37,6 @@ NOT_MODELLED = (
     "loading: weights pass through host memory before they are converted",
     "host memory beyond a CPU run's tensors: libraries and the allocator's slack, which outweigh the tensors of a small run",
     "evaluation, which keeps no activations",
-    "masks of a model's own dropout (Phi-2 trains with it)",
 )
 
 
@@ -238,6 +237,9 @@ def layer_parts(step: Step, facts: Facts, tokens: int) -> tuple[Part, ...]:
         first[-1] = _meets_stream(first[-1], s)
     if mlp:
         mlp[-1] = _meets_stream(mlp[-1], s)
+    if model.residual_dropout and form.keeps_masks:
+        first[-1] = _dropped(first[-1], s)
+        mlp[-1:] = [_dropped(part, s) for part in mlp[-1:]]
     return (*first, *mlp)
 
 
@@ -249,6 +251,13 @@ def _beside(part: Part, waiting: float, ahead: float) -> Part:
 def _meets_stream(part: Part, s: Sizes) -> Part:
     """A part whose output is added to the stream: the gradient of a sum is one tensor for both its terms, unless they differ in dtype."""
     return replace(part, waits=part.waits - s.hidden * s.d * s.tokens) if s.hidden == s.value else part
+
+
+def _dropped(part: Part, s: Sizes) -> Part:
+    """A part whose output passes a dropout before it is added: a mask stays, and the gradient that arrives is a tensor of its own."""
+    unit = s.d * s.tokens
+    shared = s.hidden * unit if s.hidden == s.value else 0.0
+    return replace(part, saved=part.saved + unit, forward=part.forward + s.value * unit, waits=part.waits + shared)
 
 
 def _mlp(step: Step, facts: Facts, tokens: int, read: float, kept: bool) -> list[Part]:
@@ -267,6 +276,9 @@ def _mlp(step: Step, facts: Facts, tokens: int, read: float, kept: bool) -> list
     highest = max(_highest(inner, forward=True), _highest(inner, forward=False))
     # The last tile goes back first. The tiles' outputs, or the gradients of their inputs, are put together at the end.
     pieces = read * s.d * (tokens - tile)
+    # So do the gradients of trained weights, which sum over tiles in the compute dtype.
+    made_weights = sum(part.gradients for part in inner)
+    pieces += made_weights / FP32 * s.value
     return [
         Part(
             "tiled MLP",
@@ -275,6 +287,7 @@ def _mlp(step: Step, facts: Facts, tokens: int, read: float, kept: bool) -> list
             arrives=made,
             leaves=normed,
             work=max(highest + pieces - normed, normed),
+            gradients=made_weights,
             wide=True,
         )
     ]

@@ -46,11 +46,13 @@ class Case:
     tokens: int = 512
     rank: int = 8
     vocab: int = 32
+    dropout: float = 0.0
+    """Of what joins the residual stream."""
 
     def __str__(self) -> str:
         adapter = "full" if self.full else f"r{self.rank}"
         sizes = f"{self.tokens}x{self.width}x{self.mlp}x{self.vocab}"
-        return "-".join([self.kind, adapter, sizes, *self.on, *(["cuda"] if self.cuda else [])])
+        return "-".join([self.kind, adapter, sizes, *self.on, *(["cuda"] if self.cuda else []), *(["dropout"] if self.dropout else [])])
 
     @property
     def documents(self) -> tuple[int, ...]:
@@ -63,7 +65,7 @@ class Case:
         return "mixed_precision" in self.on
 
 
-def small(kind: str, width: int, vocab: int = 128, mlp: float = 3) -> ModelConfig:
+def small(kind: str, width: int, vocab: int = 128, mlp: float = 3, dropout: float = 0.0) -> ModelConfig:
     """A model of `width`, four heads; two key/value heads where the architecture has fewer of them."""
     rope = {"rope_type": "default", "rope_theta": 1e4} | ({"partial_rotary_factor": 0.5} if kind == "phi" else {})
     return ModelConfig(
@@ -77,6 +79,7 @@ def small(kind: str, width: int, vocab: int = 128, mlp: float = 3) -> ModelConfi
         vocab_size=vocab,
         max_position_embeddings=1024,
         rope_parameters=rope,
+        extra={"resid_pdrop": dropout} if dropout else {},
     )
 
 
@@ -94,7 +97,7 @@ def adapted(core: Any, rank: int, half: bool) -> Any:
 
 
 def facts_of(case: Case) -> Facts:
-    shape = geometry.shape(small(case.kind, case.width, case.vocab, case.mlp))
+    shape = geometry.shape(small(case.kind, case.width, case.vocab, case.mlp, case.dropout))
     machine = replace(device("h100" if case.cuda else "cpu"), supports_bf16=True)
     trained = shape.total_params if case.full else shape.lora_params(case.rank)
     return Facts(shape, machine, case.tokens, 1, trained, "full" if case.full else "lora")
@@ -109,7 +112,7 @@ def decisions_of(case: Case, facts: Facts) -> tuple[Decision, ...]:
 def built(case: Case, decisions: tuple[Decision, ...]) -> Any:
     """The model, with its optimizations applied."""
     torch.manual_seed(0)
-    config = geometry.hf_config(small(case.kind, case.width, case.vocab, case.mlp))
+    config = geometry.hf_config(small(case.kind, case.width, case.vocab, case.mlp, case.dropout))
     core: Any = AutoModelForCausalLM.from_config(config, attn_implementation=DOCUMENT_EAGER)
     core.config.use_cache = False
     apply_stage(Stage.model, decisions, core)

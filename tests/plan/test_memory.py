@@ -52,6 +52,11 @@ PLAIN = [
     Case("llama", (*FLASH, "gradient_checkpointing", "fused_loss"), mlp=0.5),
     Case("llama", (*CHECKPOINTED, "fused_lora", "tiled_mlp"), cuda=True),
     Case("phi", (*CHECKPOINTED, "tiled_mlp"), cuda=True),
+    Case("phi", (*CHECKPOINTED, "fused_lora"), cuda=True, dropout=0.1),
+    Case("phi", (*CHECKPOINTED, "fused_lora"), cuda=True, mlp=0.5, dropout=0.1),
+    Case("phi", (*CHECKPOINTED, "tiled_mlp"), cuda=True, dropout=0.1),
+    Case("phi", (*CHECKPOINTED, "tiled_mlp"), cuda=True, full=True, dropout=0.1),
+    Case("phi", HALF, cuda=True, dropout=0.1),
     # All weights: gradients grow while activations go.
     *(Case(kind, (*FLASH, "gradient_checkpointing"), full=True) for kind in ("llama", "phi")),
     Case("llama", CHECKPOINTED, cuda=True, full=True),
