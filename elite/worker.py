@@ -40,6 +40,9 @@ from elite.training.step import make_scaler
 from elite.training.telemetry import Meter, error_percent, pinned_bytes
 from elite.training.validation import Validator, complete
 
+SCRATCH_BYTES = 2**20
+"""Less pinned host memory than this is what libraries hold for themselves, and not worth a line."""
+
 
 def train(folder: RunFolder, ranks: Ranks) -> None:
     """Train the run in `folder` from its beginning or its last checkpoint, and write its results.
@@ -241,7 +244,7 @@ def _show(summary: dict[str, Any], folder: RunFolder) -> None:
     worth = [losses["val_loss_alone"] - losses["val_loss"] for losses in (first, last)]
     reserved = f", {gib(summary['reserved_peak_bytes'])} reserved" if summary["reserved_peak_bytes"] else ""
     pinned = ""
-    if summary["host_pinned_bytes"]:
+    if max(summary["host_pinned_bytes"], summary["predicted_host_pinned_bytes"]) >= SCRATCH_BYTES:
         planned = gib(summary["predicted_host_pinned_bytes"])
         pinned = f", of it pinned {gib(summary['host_pinned_bytes'])}, {planned} planned{_off(errors['host_pinned'])}"
     console.print(

@@ -29,7 +29,7 @@ from elite.optimizations.flash_attention import fused_attention
 from elite.optimizations.parts import FP32, Part, Sizes
 from elite.plan.memory import folded, layer_moments
 from elite.revolve import layer_forwards, slots_for
-from elite.streaming import ARGUMENT_BYTES, LOGIT_BYTES, VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
+from elite.streaming import ARGUMENT_BYTES, VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace, logit_bytes
 
 CHUNKS = ((32768, 16384, 8192, 4096), (2048, 1024))
 """Longest first: longer chunks run faster. Rather than go below the first few, keys and values leave the device."""
@@ -93,7 +93,7 @@ class StreamedMemory:
         if full:
             # The sum over chunks, a chunk's own and a tile's part of it; the weight in the compute dtype.
             head = 3 * embedding + (self._width * model.embedding_params if self._width < FP32 else 0)
-        tile = min(LOGIT_BYTES, FP32 * chunk * model.vocab_size)
+        tile = min(logit_bytes(full), FP32 * chunk * model.vocab_size)
         before = every - (FP32 * facts.trainable_params if once else 0)
         yield Estimate(loss_workspace=tile + (4 if full else 2) * hidden + head, gradients=before)
         sums = 0.0 if once else FP32 * (model.layer_params if full else facts.trainable_params / model.num_hidden_layers)

@@ -16,15 +16,16 @@ The constants, and where each was measured, stand in `rates.py`, `traffic.py` an
 """
 
 from dataclasses import dataclass, fields
+from math import ceil
 
 from elite.facts import Facts
 from elite.optimizations.contract import Decision, Site
 from elite.optimizations.shapes import split
 from elite.plan import launches, traffic
 from elite.plan.copies import Copies, offloaded, streamed
-from elite.plan.memory import PARALLEL_BLOCKS
+from elite.plan.memory import PARALLEL_BLOCKS, folded
 from elite.plan.rates import attention_of, rates_of
-from elite.streaming import Streaming
+from elite.streaming import Streaming, logit_bytes
 
 ATTENTION_BACKWARD = 2.5
 """Five matrix products against the forward's two (Dao 2023): scores are recomputed."""
@@ -134,7 +135,7 @@ def step_time(
     parts = {name: forward[name] + backward[name] for name in forward}
     parts |= {"head_and_loss": head, "computed_again": swept + repeated}
     parts |= {"exposed_copies": ahead[0] + behind[0], "waiting_for_host": ahead[1] + behind[1]}
-    update = traffic.OPTIMIZER * facts.trainable_params / clock.rates.memory_bytes_per_s
+    update = traffic.optimizer(decisions) * facts.trainable_params / clock.rates.memory_bytes_per_s
     return StepTime(**{name: accumulation * seconds for name, seconds in parts.items()}, optimizer=update)
 
 
@@ -187,7 +188,18 @@ class _Clock:
     def head(self) -> float:
         """Head and loss, forward and backward."""
         products = self._products(_head(self._facts) * (1 + _frozen_backward(self._facts)))
-        return products + self._moved(traffic.loss(self._facts, self._decisions))
+        gradient = self._loss_tiles() * traffic.HEAD_GRADIENT * self._facts.model.embedding_params / self.rates.memory_bytes_per_s
+        return products + gradient + self._moved(traffic.loss(self._facts, self._decisions))
+
+    def _loss_tiles(self) -> int:
+        """Tiles of tokens that add to a trained head's gradient."""
+        facts, tokens = self._facts, self._facts.micro_tokens
+        if facts.adapter == "lora":
+            return 0
+        if self._layout is not None:
+            chunk = min(self._layout.chunk, facts.context)
+            return ceil(tokens / chunk) * ceil(4 * facts.model.vocab_size * chunk / logit_bytes(head_trained=True))
+        return ceil(tokens / (folded(facts, self._decisions).loss_tile or tokens))
 
     def copies(self, sweeps: float) -> Copies:
         """Between device and host; nothing on a CPU, which is both."""

@@ -55,6 +55,10 @@ DEQUANTISED = 66.0
 """A four-bit weight, each time a pass needs it (first_gpu.json: preset `extreme` less `standard`)."""
 OPTIMIZER = 40.0
 """A trained parameter: gradient, weight and two moments in fp32, and the norm of all gradients."""
+OPTIMIZER_8BIT = 100.0
+"""The same with moments in 8 bits, whose kernel computes more than it moves (calibration.json, no. 35: what its step takes besides)."""
+HEAD_GRADIENT = 8.0
+"""A trained head's weight, each time a tile of tokens adds to its fp32 gradient."""
 FP32_WIDTH = 2.0
 """fp32 over two-byte values."""
 
@@ -93,6 +97,11 @@ def loss(facts: Facts, decisions: tuple[Decision, ...]) -> float:
 def dequantised(facts: Facts, decisions: tuple[Decision, ...]) -> float:
     """One pass of all layers over quantised weights, whatever the tokens."""
     return DEQUANTISED * facts.model.linear_params if active(decisions, Site.BASE_WEIGHTS) else 0.0
+
+
+def optimizer(decisions: tuple[Decision, ...]) -> float:
+    """The update, a trained parameter."""
+    return OPTIMIZER_8BIT if active(decisions, Site.OPTIMIZER_STATE) else OPTIMIZER
 
 
 def _width(decisions: tuple[Decision, ...]) -> float:

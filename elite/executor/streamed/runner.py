@@ -30,7 +30,7 @@ from elite.executor.streamed.weights import ResidentWeights, StreamedWeights
 from elite.losses import linear_cross_entropy, tile_tokens
 from elite.optimizations.functions.hooks import hooks_aside
 from elite.optimizations.functions.unread import UnreadOutputs
-from elite.streaming import LOGIT_BYTES, Streaming, WeightPlace
+from elite.streaming import Streaming, WeightPlace, logit_bytes
 
 FEW = 16
 """Tokens on which a layer's gradients are tried out."""
@@ -257,7 +257,7 @@ class Runner:
             *(normed, self._head.weight, self._head.bias, labels),
             ignore_index=IGNORE,
             label_smoothing=step.label_smoothing,
-            tile=tile_tokens(len(self._head.weight), LOGIT_BYTES),
+            tile=tile_tokens(len(self._head.weight), logit_bytes(self._head.weight.requires_grad)),
         )
 
     def run(self, step: Step, sweeps: Sequence[Sweep], after: Sweep | None, totals: dict[int, GradientSum]) -> None:
