@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from elite.config import Executor, RunConfig
+from elite.config import AdapterMethod, Executor, RunConfig
 from elite.errors import PlanError
 from elite.facts import Device, Facts, ModelShape
 from elite.optimizations import decide
@@ -13,7 +13,7 @@ from elite.plan import streamed
 from elite.plan.batch import facts_of
 from elite.plan.memory import host, predict
 from elite.plan.time import StepTime, recomputed, step_flops, step_time
-from elite.streaming import Place, Streaming, check_layout
+from elite.streaming import Place, Streaming, WeightPlace, check_layout
 
 STREAMED_GAIN = 1.05
 """A streamed step must be predicted this much faster before it is preferred to a whole one that fits."""
@@ -51,6 +51,9 @@ def choose_executor(config: RunConfig, device: Device, shape: ModelShape, accumu
     wanted = config.executor.name
     if shape.unstreamable and wanted is Executor.streamed:
         raise PlanError(f"{shape.name} cannot be streamed: {shape.unstreamable}", "executor=whole")
+    if config.adapter.method is AdapterMethod.full and config.executor.weights is WeightPlace.streamed and wanted is not Executor.whole:
+        trained = "executor.weights=streamed with adapter.method=full: weights that are trained stay on the device"
+        raise PlanError(trained, "executor.weights=resident")
     whole = _whole(config, device, shape, accumulation)
     if wanted is Executor.whole or shape.unstreamable or (wanted is Executor.auto and whole.fits and device.kind == "cpu"):
         return whole
@@ -105,6 +108,8 @@ def _streamed_in_turn(config: RunConfig, device: Device, shape: ModelShape, accu
     for layout in streamed.layouts(config.executor, facts.context, folder):
         check_layout(layout)
         if layout.keys_values is Place.host and shape.sliding_window:
+            continue
+        if facts.adapter == "full" and layout.weights is WeightPlace.streamed:
             continue
         estimate, on_host = memory.device(layout), memory.host(layout)
         again = streamed.recomputed(facts, layout)

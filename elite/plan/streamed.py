@@ -93,7 +93,10 @@ class StreamedMemory:
         if full:
             # The sum over chunks, a chunk's own and a tile's part of it; the weight in the compute dtype.
             head = 3 * embedding + (self._width * model.embedding_params if self._width < FP32 else 0)
-        tile = min(logit_bytes(full), FP32 * chunk * model.vocab_size)
+        # The kernel works in place, in the compute dtype; tiles are cut by what fp32 would take.
+        half, cuda = self._width < FP32, facts.device.kind == "cuda"
+        logits = self._width if cuda or not half else FP32 + self._width
+        tile = min(logit_bytes(full) / FP32, chunk * model.vocab_size) * logits
         before = every - (FP32 * facts.trainable_params if once else 0)
         yield Estimate(loss_workspace=tile + (4 if full else 2) * hidden + head, gradients=before)
         sums = 0.0 if once else FP32 * (model.layer_params if full else facts.trainable_params / model.num_hidden_layers)

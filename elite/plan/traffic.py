@@ -56,7 +56,7 @@ DEQUANTISED = 66.0
 OPTIMIZER = 40.0
 """A trained parameter: gradient, weight and two moments in fp32, and the norm of all gradients."""
 OPTIMIZER_8BIT = 100.0
-"""The same with moments in 8 bits, whose kernel computes more than it moves (calibration.json, no. 35: what its step takes besides)."""
+"""The same with moments in 8 bits, whose kernel computes more than it moves (calibration_first.json, no. 35)."""
 HEAD_GRADIENT = 8.0
 """A trained head's weight, each time a tile of tokens adds to its fp32 gradient."""
 FP32_WIDTH = 2.0

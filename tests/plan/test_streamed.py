@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from elite import geometry, hardware
-from elite.config import Executor, ExecutorConfig
+from elite.config import AdapterMethod, Executor, ExecutorConfig
 from elite.errors import PlanError
 from elite.executor.streamed.attach import attach
 from elite.executor.streamed.kernels import KERNELS
@@ -207,3 +207,13 @@ def test_contradictions_are_refused_by_the_plan(asked: dict[str, Any]) -> None:
     contradictory = replace(config, executor=replace(config.executor, **asked))
     with pytest.raises(PlanError, match="executor."):
         make_plan(contradictory, device("rtx3090"), phi2(), CORPUS)
+
+
+def test_weights_that_are_trained_stay_on_the_device() -> None:
+    config = run_config(1 << 16, executor=Executor.streamed)
+    config = replace(config, adapter=replace(config.adapter, method=AdapterMethod.full))
+    layout = choose_executor(config, device("rtx3060"), phi2(), 1).layout
+    assert layout is not None and layout.weights is WeightPlace.resident
+    asked = replace(config, executor=replace(config.executor, weights=WeightPlace.streamed))
+    with pytest.raises(PlanError, match="trained stay on the device"):
+        choose_executor(asked, device("rtx3060"), phi2(), 1)

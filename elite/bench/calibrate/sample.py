@@ -218,7 +218,9 @@ def _chosen(generator: random.Random, space: Space, size: _Size) -> tuple[str, .
     if not whole:
         options = {"keep": ("attention", "layers", "sqrt"), "weights": ("resident", "streamed"), "chunk": space.chunks}
         words += [f"executor.{name}={generator.choice(values)}" for name, values in options.items() if generator.random() < 0.5]
-    return tuple(words)
+    # Weights that are trained stay on the device.
+    refused = {"executor.weights=streamed"} if "adapter.method=full" in words else set()
+    return tuple(word for word in words if word not in refused)
 
 
 def _log_uniform(generator: random.Random, low: float, high: float) -> float:
