@@ -23,7 +23,7 @@ from elite.training.batch_finder import Found, find
 from elite.training.loop import Trainer
 from elite.training.preflight import Preflight, preflight
 from elite.training.shortage import Actual, MemoryShortage, actual, breakdown, largest, smaller, to_dict
-from elite.training.trial import Subject, attempt, one_pass
+from elite.training.trial import Subject, attempt, one_pass, rehearse
 
 
 def micro_batch_found(run: Run, loaded: LoadedModel) -> Run:
@@ -105,6 +105,15 @@ def checked(run: Run, loaded: LoadedModel, trainer: Trainer, attached: Attached 
             f"preflight: planned {gib(found.planned_bytes)}, measured {gib(found.measured_bytes)}{reserved}, "
             f"step about {duration(found.step_s)}, planned {duration(found.planned_step_s)}"
         )
+
+
+def warm(run: Run, loaded: LoadedModel, executor: Executor) -> float:
+    """Carry a pass of the run's shape through, so that what the first use of a kernel takes is spent; its seconds.
+
+    Args:
+        executor: around the bare model, as validation's is.
+    """
+    return rehearse(_subject(run, loaded, executor, 0.0), run.plan["micro_batch"])
 
 
 def shortage(run: Run, found: Actual, step: int, when: str = "") -> MemoryShortage:

@@ -7,7 +7,7 @@ from typing import Any
 
 from elite.config import RunConfig
 from elite.facts import Corpus, Device, Facts, ModelShape
-from elite.optimizations.contract import Decision, Estimate
+from elite.optimizations.contract import Decision, Estimate, Site
 from elite.plan.batch import BatchGeometry, batch_geometry
 from elite.plan.executors import Prediction, choose_executor
 from elite.plan.fix import smallest_change
@@ -193,7 +193,7 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
         **_times(made, corpus, batch, _steps(config, corpus, batch)),
         rope_factor=factor,
         positions=positions,
-        checkpoint_bytes=_checkpoint_bytes(facts, estimate),
+        checkpoint_bytes=_checkpoint_bytes(facts, estimate, made.decisions),
         warnings=_warnings(config, made, corpus, batch, factor),
         not_modelled=NOT_MODELLED,
     )
@@ -232,8 +232,11 @@ def _mfu(facts: Facts, step_s: float, batch: BatchGeometry) -> float:
     return done / step_s / facts.device.matmul_flops_per_s
 
 
-def _checkpoint_bytes(facts: Facts, estimate: Estimate) -> float:
-    return 4 * facts.trainable_params + estimate.optimizer_state
+def _checkpoint_bytes(facts: Facts, estimate: Estimate, decisions: tuple[Decision, ...]) -> float:
+    """The trained weights, the optimizer's state, and averages of the weights."""
+    claims = [decision.optimization.claims for decision in decisions if decision.active]
+    averages = sum(bool(sites & {Site.EVALUATED_WEIGHTS, Site.SLOW_WEIGHTS}) for sites in claims)
+    return 4 * facts.trainable_params * (1 + averages) + estimate.optimizer_state
 
 
 def _positions(config: RunConfig, shape: ModelShape) -> tuple[float, str]:
