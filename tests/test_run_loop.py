@@ -54,3 +54,19 @@ def test_a_run_that_ends_early_says_so(trained: Trained, capsys: pytest.CaptureF
     assert folder.finished and found["steps"] == 2 and found["planned_steps"] == 6 and found["ended_by"] == "early_stopping"
     assert found["best_checkpoint"] and found["best_checkpoint"] in capsys.readouterr().out.replace("\n", "")
     assert [line["step"] for line in metrics_file.read(folder.metrics) if "loss" in line] == [1, 2]
+
+
+def test_an_average_is_in_plan_preflight_and_checkpoint(trained: Trained) -> None:
+    plans, found = list[dict[str, Any]](), list[dict[str, Any]]()
+    for name, parts in (("without", ()), ("with", ("ema", "lookahead"))):
+        folder = trained(*TINY, *on(*parts), "training.preflight=true", f"output.root={name}")
+        plans.append(json.loads(folder.plan.read_text()))
+        found.append(json.loads(folder.preflight.read_text()))
+        saved = checkpoint.require_latest(folder.checkpoints) / "state.safetensors"
+        found[-1]["saved"] = saved.stat().st_size
+    copies = 2 * 4 * plans[0]["trainable_params"]
+    assert plans[1]["total_bytes"] - plans[0]["total_bytes"] == copies
+    assert plans[1]["checkpoint_bytes"] - plans[0]["checkpoint_bytes"] == copies
+    assert found[1]["measured_bytes"] - found[0]["measured_bytes"] == copies
+    # Names and counters come on top.
+    assert found[1]["saved"] - found[0]["saved"] == pytest.approx(copies, rel=0.2)

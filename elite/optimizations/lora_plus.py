@@ -27,7 +27,7 @@ class LoRAPlus(Optimization):
         """Learning rate of B over that of A; the paper's experiments favour 2⁴."""
 
         def __post_init__(self) -> None:
-            require("lora_plus.ratio", self.ratio, 1 <= self.ratio < float("inf"), "must be finite and at least 1")
+            require("lora_plus.ratio", self.ratio, 1 < self.ratio < float("inf"), "must be finite and above 1")
 
     name = "lora_plus"
     title = "LoRA+ (faster B)"

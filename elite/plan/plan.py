@@ -7,12 +7,12 @@ from typing import Any
 
 from elite.config import RunConfig
 from elite.facts import Corpus, Device, Facts, ModelShape
-from elite.optimizations.contract import Decision, Estimate, Site
+from elite.optimizations.contract import Decision, Estimate
 from elite.plan.batch import BatchGeometry, batch_geometry
 from elite.plan.executors import Prediction, choose_executor
 from elite.plan.fix import smallest_change
 from elite.plan.generation import generation_tokens
-from elite.plan.memory import NOT_MODELLED
+from elite.plan.memory import NOT_MODELLED, averages
 from elite.plan.micro_batch import Settled, settled
 from elite.plan.peaks import may_be_held_up, peaks
 from elite.plan.rates import rates_of
@@ -234,9 +234,7 @@ def _mfu(facts: Facts, step_s: float, batch: BatchGeometry) -> float:
 
 def _checkpoint_bytes(facts: Facts, estimate: Estimate, decisions: tuple[Decision, ...]) -> float:
     """The trained weights, the optimizer's state, and averages of the weights."""
-    claims = [decision.optimization.claims for decision in decisions if decision.active]
-    averages = sum(bool(sites & {Site.EVALUATED_WEIGHTS, Site.SLOW_WEIGHTS}) for sites in claims)
-    return 4 * facts.trainable_params * (1 + averages) + estimate.optimizer_state
+    return 4 * facts.trainable_params * (1 + averages(decisions)) + estimate.optimizer_state
 
 
 def _positions(config: RunConfig, shape: ModelShape) -> tuple[float, str]:

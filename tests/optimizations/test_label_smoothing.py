@@ -14,6 +14,7 @@ from elite.optimizations.fused_loss import FusedLoss
 from elite.optimizations.label_smoothing import LabelSmoothing
 from elite.optimizations.targets import LoopBuild
 from elite.streaming import Streaming
+from elite.training.live_bytes import LiveBytes
 from tests.models import tiny
 from tests.test_attention import row
 
@@ -60,3 +61,17 @@ def test_it_is_torchs_smoothing_whichever_loss_computes_it(way: str, kind: str, 
     with torch.no_grad():
         plain = F.cross_entropy(logits.flatten(0, 1), BATCH.labels.flatten(), ignore_index=IGNORE, reduction="sum")
         assert validation.loss_sum(BATCH).item() == pytest.approx(plain.item(), rel=1e-5), "validation keeps the plain loss"
+
+
+def test_it_takes_no_memory_besides() -> None:
+    peaks = []
+    for epsilon in (0.0, 0.2):
+        model, batch = tiny("llama", vocab_size=2003), row(300, 200)
+        executor = WholeExecutor(model, torch.float32)
+        executor.label_smoothing = epsilon
+        live = LiveBytes()
+        live.ignore([*model.parameters(), *model.buffers()])
+        with live:
+            executor.loss_sum(batch).backward()
+        peaks.append(live.peak)
+    assert peaks[1] == pytest.approx(peaks[0], rel=0.01)

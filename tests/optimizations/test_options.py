@@ -17,7 +17,7 @@ BAD = (
     ("swa.anneal=0", "must be at least 1"),
     ("lookahead.k=0", "must be at least 1"),
     ("lookahead.alpha=1.5", "must lie in (0, 1]"),
-    ("lora_plus.ratio=0.5", "must be finite and at least 1"),
+    ("lora_plus.ratio=1.0", "must be finite and above 1"),
     ("label_smoothing.epsilon=0.0", "must lie in (0, 1)"),
     ("gradient_noise.eta=inf", "must be positive and finite"),
     ("gradient_noise.gamma=-1.0", "must not be negative, and finite"),
@@ -39,5 +39,5 @@ def test_values_out_of_range_are_refused(option: str, rule: str) -> None:
 
 def test_more_patience_than_validations_is_refused() -> None:
     decision = (Decision(EarlyStopping(EarlyStopping.Config(enabled=True, patience=4)), True, True, ""),)
-    with pytest.raises(PlanError, match="0 validations|of 4 validations may end the run, patience 4"):
+    with pytest.raises(PlanError, match="of 4 validations may end the run, patience 4"):
         apply_stage(Stage.loop, decision, loop_build(adapted("llama"), None, 20, 4))

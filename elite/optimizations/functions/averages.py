@@ -142,12 +142,8 @@ class RunningMean(Average):
         super().load_state(state)
         if state["annealing"] is not None:
             assert self._rate is not None
-            rates = [group["lr"] for group in self._optimizer.param_groups]
             self._annealing = self._begin(self._rate)
             self._annealing.load_state_dict(state["annealing"])
-            # Making it is a step to it.
-            for group, before in zip(self._optimizer.param_groups, rates, strict=True):
-                group["lr"] = before
 
     def counts(self) -> dict[str, float]:
         return {"averaged": self.members}
