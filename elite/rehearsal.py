@@ -16,6 +16,7 @@ from elite.facts import Corpus
 from elite.model import LoadedModel
 from elite.plan import make_plan
 from elite.plan.batch import sequences_of_a_rank
+from elite.plan.memory import averages
 from elite.plan.micro_batch import dealt
 from elite.plan.words import duration, gib
 from elite.prepared import Run
@@ -23,7 +24,7 @@ from elite.training.batch_finder import Found, find
 from elite.training.loop import Trainer
 from elite.training.preflight import Preflight, preflight
 from elite.training.shortage import Actual, MemoryShortage, actual, breakdown, largest, smaller, to_dict
-from elite.training.trial import Subject, attempt, one_pass
+from elite.training.trial import Subject, attempt, one_pass, rehearse
 
 
 def micro_batch_found(run: Run, loaded: LoadedModel) -> Run:
@@ -35,8 +36,8 @@ def micro_batch_found(run: Run, loaded: LoadedModel) -> Run:
     if not run.searches:
         return run
     most = sequences_of_a_rank(run.config, run.device)
-    # DDP, which comes later, keeps a second copy of the gradients.
-    copies = sum(p.nbytes for p in loaded.trainable) if run.ranks.world > 1 else 0
+    # DDP, which comes later, keeps a second copy of the gradients; so do averages, one each of the weights.
+    copies = sum(p.nbytes for p in loaded.trainable) * ((1 if run.ranks.world > 1 else 0) + averages(run.decisions))
     subject = _subject(run, loaded, whole(loaded, run.dtype), run.plan["memory"]["optimizer_state"] + copies)
 
     def probe(sequences: int) -> Any:
@@ -83,6 +84,9 @@ def checked(run: Run, loaded: LoadedModel, trainer: Trainer, attached: Attached 
     there = sum(v.nbytes for one in trainer.optimizer.state.values() for v in one.values() if isinstance(v, torch.Tensor))
     # Validation's executor has the bare model.
     held = max(0.0, run.plan["memory"]["optimizer_state"] - there)
+    if ranks.device.type != "cuda":
+        # Where nobody counts what is allocated, averages are known by name alone.
+        held += sum(p.nbytes for p in loaded.trainable) * averages(run.decisions)
     mine = preflight(_subject(run, loaded, trainer.validator.executor, held), attached, run.plan)
     found = Preflight(
         planned_bytes=mine.planned_bytes,
@@ -105,6 +109,15 @@ def checked(run: Run, loaded: LoadedModel, trainer: Trainer, attached: Attached 
             f"preflight: planned {gib(found.planned_bytes)}, measured {gib(found.measured_bytes)}{reserved}, "
             f"step about {duration(found.step_s)}, planned {duration(found.planned_step_s)}"
         )
+
+
+def warm(run: Run, loaded: LoadedModel, executor: Executor) -> float:
+    """Carry a pass of the run's shape through, so that what the first use of a kernel takes is spent; its seconds.
+
+    Args:
+        executor: around the bare model, as validation's is.
+    """
+    return rehearse(_subject(run, loaded, executor, 0.0), run.plan["micro_batch"])
 
 
 def shortage(run: Run, found: Actual, step: int, when: str = "") -> MemoryShortage:

@@ -26,7 +26,9 @@ from elite.distributed.ranks import Ranks, joined
 from elite.errors import DataError, EliteError
 from elite.executor.build import build, streams_weights
 from elite.executor.streamed.attach import Attached
-from elite.model import LoadedModel, load, save_trained
+from elite.model import LoadedModel, apply_stage, load, save_trained
+from elite.optimizations.contract import Stage
+from elite.optimizations.targets import LoopBuild
 from elite.plan import model_flops_per_token
 from elite.plan.words import duration, gib
 from elite.prepared import Run, prepared
@@ -37,7 +39,7 @@ from elite.training.optimizer import build_optimizer
 from elite.training.schedules import schedule
 from elite.training.shortage import actual, is_out_of_memory
 from elite.training.step import make_scaler
-from elite.training.telemetry import Meter, error_percent, pinned_bytes
+from elite.training.telemetry import Meter, error_percent, paged_bytes, pinned_bytes
 from elite.training.validation import Validator, complete
 
 SCRATCH_BYTES = 2**20
@@ -103,14 +105,16 @@ def _carried_out(parts: _Parts) -> None:
     try:
         with settled():
             progress = trainer.fit()
-        completion.write("after")
+        with trainer.evaluating():
+            completion.write("after")
+            if ranks.is_main:
+                save_trained(loaded, folder.final)
         measured = meter.measured_peak_bytes()
         if ranks.is_main:
-            save_trained(loaded, folder.final)
             applied = run.applied | loaded.applied | trainer.applied
             acts = {name: f"{act.count} {act.detail}" for name, act in applied.items()}
-            pinned = pinned_bytes(attached.runner.host_bytes() if attached else 0, ranks.device)
-            summary = _summary(run, progress, meter, measured, pinned) | {"applied": acts}
+            pinned = pinned_bytes(attached.runner.host_bytes() if attached else 0, ranks.device) + paged_bytes(trainer.optimizer)
+            summary = _summary(run, progress, meter, measured, pinned) | {"applied": acts} | _of_hooks(trainer)
     finally:
         for observer in trainer.observers:
             observer.end(summary)
@@ -134,7 +138,20 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
     """The trainer, and the streamed model if it is one."""
     config, tier, ranks, steps = run.config, run.config.tier, run.ranks, run.plan["steps"]
     executors = build(loaded, run.layout, run.dtype, run.device, ranks, Path(config.output.cache).expanduser())
-    optimizer, applied = build_optimizer(loaded.trainable, run.plan["learning_rate"], config.training, run.decisions)
+    optimizer, applied = build_optimizer(loaded.trainable, run.plan["learning_rate"], config.training, run.decisions, loaded.model)
+    scheduler = schedule(optimizer, config.schedule, steps)
+    around = LoopBuild(
+        executor=executors.training,
+        optimizer=optimizer,
+        parameters=loaded.trainable,
+        steps=steps,
+        validations=len({*range(config.training.val_every, steps, config.training.val_every), steps}),
+        seed=config.seed,
+        device=ranks.device,
+        # Under DDP a rank that fails would leave the others waiting.
+        rehearse=lambda: rehearsal.warm(run, loaded, executors.validation),
+    )
+    applied |= apply_stage(Stage.loop, run.decisions, around)
     with_context, alone = (
         validation_batches(store, tier.context, tier.target_length, config.data.val_sequences, config.seed, with_context=flag)
         for flag in (True, False)
@@ -146,7 +163,7 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
         loaded=loaded,
         executor=executors.training,
         optimizer=optimizer,
-        scheduler=schedule(optimizer, config.schedule, steps),
+        scheduler=scheduler,
         scaler=make_scaler(ranks.device, run.dtype),
         stream=TrainStream(store, config.data, tier.context, config.training.sequences, config.seed, run.packed, ranks.rank, ranks.world),
         validator=Validator(executors.validation, with_context, alone, ranks),
@@ -154,6 +171,7 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
         ranks=ranks,
         checkpoints=run.folder.checkpoints,
         applied=applied,
+        hooks=around.hooks,
     )
     return trainer, executors.attached
 
@@ -239,6 +257,20 @@ def _summary(run: Run, progress: Progress, meter: Meter, measured_peak_bytes: fl
     }
 
 
+def _of_hooks(trainer: Trainer) -> dict[str, Any]:
+    """What acted around the steps, which weights `final/` holds, and why the run ended before its last step if it did."""
+    progress = trainer.progress
+    best = trainer.checkpoints / f"step_{progress.best_step:06d}"
+    exports = [hook.exports() for hook in trainer.hooks if hook.exports()]
+    return {
+        "acted": {hook.name: hook.counts() for hook in trainer.hooks},
+        "final_weights": exports[-1] if exports else "the trained weights",
+        "ended_by": progress.ended_by,
+        "planned_steps": trainer.steps,
+        "best_checkpoint": str(best) if best.is_dir() else None,
+    }
+
+
 def _show(summary: dict[str, Any], folder: RunFolder) -> None:
     first, last, errors = summary["val_first"], summary["val_last"], summary["errors_percent"]
     worth = [losses["val_loss_alone"] - losses["val_loss"] for losses in (first, last)]
@@ -254,8 +286,27 @@ def _show(summary: dict[str, Any], folder: RunFolder) -> None:
         f"peak memory  {gib(summary['measured_peak_bytes'])} measured, {gib(summary['predicted_peak_bytes'])} planned"
         f"{_off(errors['peak'])}{reserved}; host {gib(summary['host_rss_peak_bytes'])}{pinned}\n"
         f"step time    {duration(summary['step_s'])} measured, {duration(summary['predicted_step_s'])} planned{_off(errors['step'])}\n"
-        f"results in {folder.path}",
+        f"{_ending(summary)}results in {folder.path}",
     )
+
+
+def _ending(summary: dict[str, Any]) -> str:
+    """What is not as usual: an early end, other weights than the trained ones."""
+    lines = []
+    if summary["ended_by"]:
+        kept = summary["best_checkpoint"] or "none: no validation was better than the one before the first step"
+        lines.append(
+            f"ended early  by {summary['ended_by']} after {summary['steps']} of {summary['planned_steps']} steps: "
+            f"{_counted(summary['acted'][summary['ended_by']])}; best checkpoint: {kept}"
+        )
+    lines += [f"{name}  {_counted(counts)}" for name, counts in summary["acted"].items() if name != summary["ended_by"] and counts]
+    if summary["final_weights"] != "the trained weights":
+        lines.append(f"final/ holds {summary['final_weights']}; checkpoints hold the trained ones")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _counted(counts: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:{',' if isinstance(value, int) else '.4g'}}" for name, value in counts.items())
 
 
 def _off(percent: float | None) -> str:

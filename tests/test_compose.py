@@ -9,6 +9,7 @@ from elite import compose, config, geometry, hardware, schema
 from elite.errors import ConfigError, EliteError
 from elite.facts import Corpus
 from elite.optimizations import ALL
+from elite.optimizations.contract import Stage
 from elite.plan import make_plan, render
 
 CORPUS = Corpus("a repository", 900, 100, 90_000_000, 10_000_000, 300_000_000, "exact", {"binary": 3})
@@ -60,8 +61,8 @@ def test_presets_hold_what_they_say() -> None:
         made = compose.from_overrides(f"optimizations={preset}").config.optimizations
         return {kind.name for kind in ALL if getattr(made, kind.name).enabled}
 
-    # Each takes the place of another; one needs a package of its own.
-    beside = {"checkpoint_offload", "liger_kernels"}
+    # Two take the place of another, one of them needs a package of its own; the others change how a run learns.
+    beside = {"checkpoint_offload", "liger_kernels"} | {kind.name for kind in ALL if kind.stage is Stage.loop} | {"lora_plus"}
     assert active("none") == set() < active("standard") < active("extreme") == {kind.name for kind in ALL} - beside
 
 

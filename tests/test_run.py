@@ -148,7 +148,9 @@ def test_a_multirun_gives_each_job_a_process_folder_and_tracker(program: Program
 
 def test_two_ranks_train_like_one(program: Program, tmp_path: Path, repository: Path, cache: Path) -> None:
     found = ["training.micro_batch=auto", "training.global_batch_tokens=1024", "training.preflight=true"]
-    request = ["debug=tiny", "training.completion_tokens=0", "training.max_steps=3", *found]
+    # Noise must be the same on all ranks, or their weights part.
+    around = ["optimizations.ema.enabled=true", "optimizations.gradient_noise.enabled=true", "optimizations.gradient_noise.eta=1e-6"]
+    request = ["debug=tiny", "training.completion_tokens=0", "training.max_steps=3", *found, *around]
     alone = program(*request, "output.root=alone")
     assert alone.returncode == 0, alone.stderr
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", "--master-port=29731"]

@@ -88,7 +88,7 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
         executors = build(loaded, layout, dtype, device, ranks, Path(config.output.cache).expanduser())
         if executors.attached is not None:
             undone.callback(executors.attached.undo)
-        optimizer, _ = build_optimizer(loaded.trainable, plan.learning_rate, config.training, decisions)
+        optimizer, _ = build_optimizer(loaded.trainable, plan.learning_rate, config.training, decisions, loaded.model)
         made = Assembled(config, plan, dtype, loaded, executors, optimizer, ranks)
         with settled():
             yield made

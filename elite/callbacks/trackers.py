@@ -26,6 +26,9 @@ FIELDS = {
     "gpu_peak_bytes": "mem/gpu_peak_gib",
     "gpu_reserved_bytes": "mem/gpu_reserved_gib",
     "host_rss_bytes": "mem/host_rss_gib",
+    "defragmentation_allocated_bytes": "mem/defragmentation_allocated_gib",
+    "defragmentation_before_bytes": "mem/defragmentation_before_gib",
+    "defragmentation_after_bytes": "mem/defragmentation_after_gib",
 }
 
 

@@ -22,6 +22,8 @@ class WholeExecutor:
         self.model = model
         self.compute_dtype = compute_dtype
         self.fused_loss = fused_loss
+        self.label_smoothing = 0.0
+        """ε of the loss; validation's executor keeps 0 (optimizations.label_smoothing)."""
 
     def loss_sum(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
         """Sum of the token losses in nats, fp32 scalar.
@@ -33,7 +35,7 @@ class WholeExecutor:
         labels = batch.labels if keep is None else batch.labels[:, keep]
         extra: dict[str, Any] = {} if keep is None else {"logits_to_keep": keep}
         if self.fused_loss:
-            extra["labels_to_sum"] = labels
+            extra |= {"labels_to_sum": labels, "label_smoothing": self.label_smoothing}
         with torch.autocast(batch.input_ids.device.type, dtype=self.compute_dtype, enabled=self.compute_dtype != torch.float32):
             out = self.model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, documents=batch.documents, use_cache=False, **extra
@@ -41,4 +43,5 @@ class WholeExecutor:
         if self.fused_loss:
             loss: Tensor = out
             return loss
-        return F.cross_entropy(out.logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+        logits = out.logits.float().flatten(0, 1)
+        return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=self.label_smoothing)

@@ -5,18 +5,29 @@ from dataclasses import dataclass, field
 from elite.errors import PlanError
 from elite.facts import Facts
 from elite.optimizations.adamw_8bit import AdamW8bit
+from elite.optimizations.adaptive_gradient_clipping import AdaptiveGradientClipping
 from elite.optimizations.checkpoint_offload import CheckpointOffload
 from elite.optimizations.contract import STREAMED_SITES, Decision, Optimization, OptimizationConfig, Site
+from elite.optimizations.defragmentation import Defragmentation
+from elite.optimizations.early_stopping import EarlyStopping
+from elite.optimizations.ema import EMA
 from elite.optimizations.flash_attention import FlashAttention
 from elite.optimizations.fused_kernels import FusedKernels
 from elite.optimizations.fused_lora import FusedLoRA
 from elite.optimizations.fused_loss import FusedLoss
+from elite.optimizations.gradient_centralization import GradientCentralization
 from elite.optimizations.gradient_checkpointing import GradientCheckpointing
+from elite.optimizations.gradient_noise import GradientNoise
+from elite.optimizations.kernel_warmup import KernelWarmup
+from elite.optimizations.label_smoothing import LabelSmoothing
 from elite.optimizations.liger_kernels import LigerKernels
+from elite.optimizations.lookahead import Lookahead
+from elite.optimizations.lora_plus import LoRAPlus
 from elite.optimizations.memory_pool import MemoryPool
 from elite.optimizations.mixed_precision import MixedPrecision
 from elite.optimizations.qlora import QLoRA
 from elite.optimizations.sequence_packing import SequencePacking
+from elite.optimizations.swa import SWA
 from elite.optimizations.tiled_mlp import TiledMLP
 
 ALL: tuple[type[Optimization], ...] = (
@@ -32,7 +43,18 @@ ALL: tuple[type[Optimization], ...] = (
     GradientCheckpointing,  # wraps whole layers, adapters included
     CheckpointOffload,  # the same place, when inputs wait in host memory
     FusedLoss,  # replaces the whole model's forward, so after every part of it; its proof runs the model as it then is
-    AdamW8bit,  # needs the trainable parameters, so last
+    LoRAPlus,  # divides what is trained into groups, whichever optimizer takes them
+    AdamW8bit,  # the optimizer, of the groups as they then are
+    KernelWarmup,  # before the first step, with everything of the model in place
+    LabelSmoothing,  # what a step's loss is
+    GradientCentralization,  # gradients as they come
+    AdaptiveGradientClipping,  # of what will be used of them
+    GradientNoise,  # on top, so that no unit's clipping takes it away
+    Lookahead,  # settles a step's weights before anything averages them
+    EMA,  # averages of settled weights
+    SWA,  # the same place
+    EarlyStopping,  # judges what the averages' validation says
+    Defragmentation,  # when all of a step is done
 )
 
 
@@ -53,7 +75,18 @@ class OptimizationsConfig:
     gradient_checkpointing: OptimizationConfig = field(default_factory=GradientCheckpointing.Config)
     checkpoint_offload: OptimizationConfig = field(default_factory=CheckpointOffload.Config)
     fused_loss: OptimizationConfig = field(default_factory=FusedLoss.Config)
+    lora_plus: OptimizationConfig = field(default_factory=LoRAPlus.Config)
     adamw_8bit: OptimizationConfig = field(default_factory=AdamW8bit.Config)
+    kernel_warmup: OptimizationConfig = field(default_factory=KernelWarmup.Config)
+    label_smoothing: OptimizationConfig = field(default_factory=LabelSmoothing.Config)
+    gradient_centralization: OptimizationConfig = field(default_factory=GradientCentralization.Config)
+    adaptive_gradient_clipping: OptimizationConfig = field(default_factory=AdaptiveGradientClipping.Config)
+    gradient_noise: OptimizationConfig = field(default_factory=GradientNoise.Config)
+    lookahead: OptimizationConfig = field(default_factory=Lookahead.Config)
+    ema: OptimizationConfig = field(default_factory=EMA.Config)
+    swa: OptimizationConfig = field(default_factory=SWA.Config)
+    early_stopping: OptimizationConfig = field(default_factory=EarlyStopping.Config)
+    defragmentation: OptimizationConfig = field(default_factory=Defragmentation.Config)
 
 
 def decide(config: OptimizationsConfig, facts: Facts) -> tuple[Decision, ...]:

@@ -5,7 +5,7 @@ An optimization is one file: its docstring (What, How, Memory, Source), a frozen
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -26,6 +26,8 @@ class Stage(Enum):
     """The model with its adapters."""
     optimizer = "optimizer"
     """An `OptimizerBuild`, before the optimizer exists."""
+    loop = "loop"
+    """A `LoopBuild`, before the first step."""
 
 
 class Exactness(Enum):
@@ -53,6 +55,16 @@ class Site(Enum):
     LAYER_ACTIVATIONS = "what a layer keeps for its backward"
     LOSS = "head and loss"
     OPTIMIZER_STATE = "storage of optimizer state"
+    PARAMETER_GROUPS = "learning rates of the parameters"
+    FIRST_PASS = "what runs before the first step"
+    LOSS_TARGETS = "what the loss asks for"
+    GRADIENT_MEAN = "mean of a unit's gradient"
+    UNIT_GRADIENT_NORM = "length of a unit's gradient"
+    GRADIENT_NOISE = "noise on gradients"
+    SLOW_WEIGHTS = "weights that steps depart from and return to"
+    EVALUATED_WEIGHTS = "weights that are validated and exported"
+    LAST_STEP = "when the run ends"
+    ALLOCATOR_CACHE = "what the allocator keeps between steps"
 
 
 STREAMED_SITES = frozenset({Site.ATTENTION, Site.MLP_FORWARD, Site.LAYER_ACTIVATIONS, Site.LOSS})
@@ -68,7 +80,7 @@ class Estimate:
     other_weights: float = 0.0
     """Embedding, head, norms, biases."""
     trainable_copy: float = 0.0
-    """Adapters, which exist beside the weights (full fine-tuning trains the weights themselves), and copies in the compute dtype."""
+    """Adapters, which exist beside the weights (full fine-tuning trains the weights themselves), copies in the compute dtype, averages."""
     gradients: float = 0.0
     optimizer_state: float = 0.0
     optimizer_workspace: float = 0.0
@@ -129,6 +141,11 @@ class Step:
     def sizes(self, facts: Facts, tokens: int) -> Sizes:
         """What the formulas of a layer's parts read, for so many tokens."""
         return Sizes(facts, tokens, self.value, self.hidden)
+
+    def beside_trained(self, facts: Facts) -> "Step":
+        """With everything that is trained there once more, in fp32: an average of it, or what it returns to."""
+        copies = self.standing.trainable_copy + FP32 * facts.trainable_params
+        return replace(self, standing=replace(self.standing, trainable_copy=copies))
 
 
 @dataclass(frozen=True)

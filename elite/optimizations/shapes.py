@@ -41,3 +41,23 @@ def stream_value_bytes(value: int, facts: Facts) -> int:
     """Bytes of a value of the residual stream, for values of `value` bytes in the compute dtype: it begins with the embeddings, and those
     are fp32 where they are trained."""
     return max(value, 4) if facts.adapter == "full" else value
+
+
+def largest_trained(facts: Facts) -> int:
+    """Values of the largest tensor that is trained."""
+    linears = facts.model.layer_linears
+    if facts.adapter == "lora":
+        return adapter_rank(facts) * max(max(linear.inputs, linear.outputs) for linear in linears)
+    return max(facts.model.embedding_params, *(linear.inputs * linear.outputs for linear in linears))
+
+
+def trained_in_tensors_of(facts: Facts, least: int) -> int:
+    """Trained values in tensors of so many elements at least; in full fine-tuning linear maps, embedding and head."""
+    model, linears = facts.model, facts.model.layer_linears
+    if facts.adapter == "lora":
+        rank = adapter_rank(facts)
+        sizes = [rank * width for linear in linears for width in (linear.inputs, linear.outputs)]
+    else:
+        sizes = [linear.inputs * linear.outputs for linear in linears]
+    outer = model.embedding_params * (1 if model.tied else 2) if facts.adapter == "full" and model.embedding_params >= least else 0
+    return model.num_hidden_layers * sum(size for size in sizes if size >= least) + outer

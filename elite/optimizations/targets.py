@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from elite.optimizations.hooks import Hook
+
 
 @dataclass
 class BatchLayout:
@@ -32,3 +34,32 @@ class OptimizerBuild:
     """`lr`, `betas`, `eps`, `weight_decay`."""
     factory: Callable[..., Any] | None = None
     """Called with groups and arguments; None is torch's AdamW."""
+    model: Any = None
+    """What is trained, for those who ask a parameter's name."""
+
+
+@dataclass
+class LoopBuild:
+    """Stage `loop`: what a run's steps are made of, and what acts around them."""
+
+    executor: Any
+    """Carries out training passes; validation has another. Its `label_smoothing` is 0.0."""
+    optimizer: Any
+    """With the schedule's initial rates."""
+    parameters: list[Any]
+    """All that is trained."""
+    steps: int
+    """Of the whole run."""
+    validations: int
+    """After the one before the first step."""
+    seed: int
+    device: Any
+    """Where it trains."""
+    rehearse: Callable[[], float]
+    """Carries a pass over random tokens of the run's shape through, leaves no trace, and returns its seconds."""
+    hooks: list[Hook] = field(default_factory=list)
+
+    def add(self, hook: Hook) -> Callable[[], None]:
+        """Append a hook; what is returned removes it."""
+        self.hooks.append(hook)
+        return lambda: self.hooks.remove(hook)

@@ -105,13 +105,14 @@ def _streamed_in_turn(config: RunConfig, device: Device, shape: ModelShape, accu
     decisions = decide(config.optimizations, facts)
     folder = str(Path(config.executor.folder or config.output.cache).expanduser())
     memory = streamed.StreamedMemory(facts, decisions)
+    of_switches = host(facts, decisions)
     for layout in streamed.layouts(config.executor, facts.context, folder):
         check_layout(layout)
         if layout.keys_values is Place.host and shape.sliding_window:
             continue
         if facts.adapter == "full" and layout.weights is WeightPlace.streamed:
             continue
-        estimate, on_host = memory.device(layout), memory.host(layout)
+        estimate, on_host = memory.device(layout), memory.host(layout) + of_switches
         again = streamed.recomputed(facts, layout)
         fits = _fits(config, device, estimate, on_host)
         yield Prediction(

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from elite.facts import Facts
-from elite.optimizations.contract import Decision, Estimate, Step
+from elite.optimizations.contract import Decision, Estimate, Site, Step
 from elite.optimizations.parts import FP32, Part, Sizes
 from elite.optimizations.shapes import adapter_rank, layer_maps
 
@@ -72,6 +72,12 @@ def host(facts: Facts, decisions: tuple[Decision, ...]) -> float:
     """Pinned host memory of one rank under the whole executor. Bytes."""
     step = folded(facts, decisions)
     return sum(decision.optimization.host_memory(step, facts) for decision in decisions if decision.active)
+
+
+def averages(decisions: Iterable[Decision]) -> int:
+    """How often all that is trained stands there once more: an average of it, or what it returns to."""
+    claims = [decision.optimization.claims for decision in decisions if decision.active]
+    return sum(bool(sites & {Site.EVALUATED_WEIGHTS, Site.SLOW_WEIGHTS}) for sites in claims)
 
 
 def predict(facts: Facts, decisions: Iterable[Decision]) -> Estimate:

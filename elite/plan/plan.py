@@ -12,7 +12,7 @@ from elite.plan.batch import BatchGeometry, batch_geometry
 from elite.plan.executors import Prediction, choose_executor
 from elite.plan.fix import smallest_change
 from elite.plan.generation import generation_tokens
-from elite.plan.memory import NOT_MODELLED
+from elite.plan.memory import NOT_MODELLED, averages
 from elite.plan.micro_batch import Settled, settled
 from elite.plan.peaks import may_be_held_up, peaks
 from elite.plan.rates import rates_of
@@ -193,7 +193,7 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
         **_times(made, corpus, batch, _steps(config, corpus, batch)),
         rope_factor=factor,
         positions=positions,
-        checkpoint_bytes=_checkpoint_bytes(facts, estimate),
+        checkpoint_bytes=_checkpoint_bytes(facts, estimate, made.decisions),
         warnings=_warnings(config, made, corpus, batch, factor),
         not_modelled=NOT_MODELLED,
     )
@@ -232,8 +232,9 @@ def _mfu(facts: Facts, step_s: float, batch: BatchGeometry) -> float:
     return done / step_s / facts.device.matmul_flops_per_s
 
 
-def _checkpoint_bytes(facts: Facts, estimate: Estimate) -> float:
-    return 4 * facts.trainable_params + estimate.optimizer_state
+def _checkpoint_bytes(facts: Facts, estimate: Estimate, decisions: tuple[Decision, ...]) -> float:
+    """The trained weights, the optimizer's state, and averages of the weights."""
+    return 4 * facts.trainable_params * (1 + averages(decisions)) + estimate.optimizer_state
 
 
 def _positions(config: RunConfig, shape: ModelShape) -> tuple[float, str]:

@@ -2,7 +2,8 @@
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from elite.distributed.ranks import Ranks
 from elite.executor.contract import Executor
 from elite.model import LoadedModel, load_trained, save_trained
 from elite.optimizations.contract import Applied
+from elite.optimizations.hooks import Hook
 from elite.training.step import optimizer_step
 from elite.training.telemetry import Meter
 from elite.training.validation import Validator
@@ -47,6 +49,8 @@ class Progress:
     last_val: dict[str, float] = field(default_factory=dict)
     best_val_loss: float = float("inf")
     best_step: int = 0
+    ended_by: str = ""
+    """The hook that asked for the end before the last step."""
 
 
 class Interrupted(Exception):
@@ -71,7 +75,9 @@ class Trainer:
     ranks: Ranks
     checkpoints: Path
     applied: dict[str, Applied]
-    """What the optimizer's optimizations touched."""
+    """What the optimizer's and the loop's optimizations touched."""
+    hooks: Sequence[Hook] = ()
+    """What acts around steps, in this order."""
     observers: Sequence[Observer] = ()
     progress: Progress = field(default_factory=Progress)
     _stop: bool = False
@@ -82,23 +88,37 @@ class Trainer:
         Raises:
             Interrupted: a signal came; the step at work was finished and saved.
         """
+        for hook in self.hooks:
+            hook.begin()
         handlers = {number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             if self.progress.step == 0:
                 self._validate()
-            while self.progress.step < self.steps:
+            while not self._done:
                 self._step()
-                done = self.progress.step == self.steps
-                improved = (done or self.progress.step % self.config.val_every == 0) and self._validate()
+                validates = self.progress.step == self.steps or self.progress.step % self.config.val_every == 0
+                improved = validates and self._validate()
                 stop = self.ranks.max(float(self._stop)) > 0
-                if done or stop or improved or self.progress.step % self.config.checkpoint_every == 0:
+                if self._done or stop or improved or self.progress.step % self.config.checkpoint_every == 0:
                     self._save()
-                if stop and not done:
+                if stop and not self._done:
                     raise Interrupted
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return self.progress
+
+    @property
+    def _done(self) -> bool:
+        return self.progress.step == self.steps or bool(self.progress.ended_by)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Within, the model has the weights that are validated and exported."""
+        with ExitStack() as stack:
+            for hook in self.hooks:
+                stack.enter_context(hook.evaluating())
+            yield
 
     def _request_stop(self, number: int, frame: object) -> None:
         if self._stop:
@@ -108,24 +128,34 @@ class Trainer:
     def _step(self) -> None:
         began = time.perf_counter()
         window = self.stream.next_window(self.accumulation)
-        rate = float(self.scheduler.get_last_lr()[0])
-        parameters = self.loaded.trainable
-        result = optimizer_step(self.executor, self.optimizer, self.scaler, window, parameters, self.config.max_grad_norm, self.ranks)
-        if self.scheduler.last_epoch < self.steps - 1:
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        state, parameters, norm = self.progress, self.loaded.trainable, self.config.max_grad_norm
+        number = state.step + 1
+
+        def of_hooks() -> None:
+            for hook in self.hooks:
+                hook.gradients(parameters, number)
+
+        result = optimizer_step(self.executor, self.optimizer, self.scaler, window, parameters, norm, self.ranks, of_hooks)
+        if self.scheduler.last_epoch < self.steps - 1 and not any(hook.sets_rate(number) for hook in self.hooks):
             self.scheduler.step()
-        state = self.progress
-        state.step += 1
+        for hook in self.hooks:
+            hook.stepped(number)
+        state.step = number
         state.tokens += result.tokens
         state.last_loss = result.loss
         state.first_loss = result.loss if state.first_loss is None else state.first_loss
         record = {"step": state.step, "tokens": state.tokens, "loss": result.loss, "grad_norm": result.grad_norm, "lr": rate}
+        for hook in self.hooks:
+            record |= hook.metrics()
         record |= self.meter.read(result.tokens, time.perf_counter() - began)
         for observer in self.observers:
             observer.step(record)
 
     def _validate(self) -> bool:
         """Validate; whether the loss is the best so far (the first, before any step, only sets the mark)."""
-        losses = self.validator()
+        with self.evaluating():
+            losses = self.validator()
         memory = self.meter.memory()
         state = self.progress
         state.first_val = state.first_val or losses
@@ -133,6 +163,9 @@ class Trainer:
         improved = losses["val_loss"] < state.best_val_loss and state.step > 0
         if losses["val_loss"] < state.best_val_loss:
             state.best_val_loss, state.best_step = losses["val_loss"], state.step
+        asking = [hook.name for hook in self.hooks if hook.validated(state.step, losses)]
+        if asking and state.step < self.steps:
+            state.ended_by = asking[0]
         for observer in self.observers:
             observer.validation({"step": state.step, "tokens": state.tokens, **losses, **memory})
         return improved
@@ -147,6 +180,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "stream": self.stream.state(),
                 "random": randoms,
+                "hooks": {hook.name: hook.state() for hook in self.hooks},
             }
             checkpoint.save(self.checkpoints, self.progress.step, lambda folder: save_trained(self.loaded, folder), state)
             checkpoint.prune(self.checkpoints, {self.progress.step, self.progress.best_step})
@@ -161,5 +195,7 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.stream.load_state(state["stream"])
         self.progress = Progress(**state["progress"])
+        for hook in self.hooks:
+            hook.load_state(state["hooks"][hook.name])
         states = state["random"]
         checkpoint.set_random_state(states[self.ranks.rank % len(states)])

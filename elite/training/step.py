@@ -1,6 +1,6 @@
 """One optimizer step: a window of micro-batches, normalised by the tokens of the whole global batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -58,8 +58,12 @@ def optimizer_step(
     parameters: Sequence[nn.Parameter],
     max_grad_norm: float,
     ranks: Ranks,
+    before_clipping: Callable[[], None] | None = None,
 ) -> StepResult:
     """Forward, backward, clip, update.
+
+    Args:
+        before_clipping: may change the gradients, which are whole and unscaled then.
 
     Raises:
         DivergedError: loss or gradient is not finite (with fp16 loss scaling an overflow is skipped by the scaler instead).
@@ -67,6 +71,8 @@ def optimizer_step(
     """
     loss = accumulate(executor, window, scaler, ranks)
     scaler.unscale_(optimizer)
+    if before_clipping is not None:
+        before_clipping()
     norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     finite = torch.isfinite(torch.tensor([loss, norm]))
     if not finite[0] or not (finite[1] or scaler.is_enabled()):

@@ -72,6 +72,12 @@ def pinned_bytes(own: float, device: torch.device) -> float:
     return float(own + max(stats.get(f"{kind}_bytes.peak", 0) for kind in ("allocated", "reserved")))
 
 
+def paged_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state that CUDA may keep in host memory."""
+    tensors = [value for values in optimizer.state.values() for value in values.values() if isinstance(value, torch.Tensor)]
+    return sum(tensor.nbytes for tensor in tensors if getattr(tensor, "is_paged", False))
+
+
 def error_percent(predicted: float, measured: float) -> float | None:
     """How far a prediction is off, in percent of what was measured; above 0 it promised too much. None where nothing was measured."""
     return (predicted / measured - 1) * 100 if measured else None

@@ -77,8 +77,21 @@ def attempt(subject: Subject, sequences: int, run: Callable[[], object], gradien
         sequences: that `run` carries.
         gradients: whether they exist before the pass, as from the second micro-batch of a step on.
     """
-    with _untouched(subject):
+    with _settled(subject.device), _untouched(subject):
         return (_on_gpu if subject.device.type == "cuda" else _on_cpu)(subject, sequences, run, gradients)
+
+
+def rehearse(subject: Subject, sequences: int) -> float:
+    """Carry a pass over random tokens through, as a step's first; its seconds. Random states and gradients are afterwards as before."""
+    run = one_pass(subject, sequences)
+    with _untouched(subject):
+        began = time.perf_counter()
+        for parameter in subject.trainable:
+            parameter.grad = None
+        run()
+        if subject.device.type == "cuda":
+            torch.cuda.synchronize(subject.device)
+        return time.perf_counter() - began
 
 
 @contextmanager
@@ -91,7 +104,14 @@ def _untouched(subject: Subject) -> Iterator[None]:
         for parameter, gradient in zip(subject.trainable, gradients, strict=True):
             parameter.grad = gradient
         checkpoint.set_random_state(before)
-        _settle(subject.device)
+
+
+@contextmanager
+def _settled(device: torch.device) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        _settle(device)
 
 
 def _settle(device: torch.device) -> None:

@@ -1,7 +1,9 @@
 """Every optimization, whichever it is: it acts, it undoes, it keeps its class, its rules hold."""
 
 import inspect
+import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +16,16 @@ from elite.distributed.ranks import Ranks
 from elite.errors import PlanError
 from elite.executor.whole import WholeExecutor
 from elite.facts import Device, Facts, LinearShape, ModelShape
-from elite.model import apply_stage
+from elite.model import LoadedModel, apply_stage
 from elite.optimizations import ALL, OptimizationsConfig, decide
-from elite.optimizations.contract import Decision, Estimate, Exactness, Optimization, OptimizationConfig, Stage, Step
-from elite.optimizations.targets import BatchLayout, OptimizerBuild, Runtime
+from elite.optimizations.contract import Decision, Estimate, Exactness, Optimization, OptimizationConfig, Site, Stage, Step
+from elite.optimizations.targets import BatchLayout, LoopBuild, OptimizerBuild, Runtime
+from elite.training.live_bytes import LiveBytes
+from elite.training.loop import Trainer
 from elite.training.step import accumulate, make_scaler
 from tests.models import tiny
 from tests.test_attention import row
+from tests.training.rig import TRAINING, adapted, fitted, loop_build, rig
 
 CPU = Device("cpu", "cpu", True, 1, 2**34, 2**34, None, True, 1e11, 1e10, 1e10, 2**34, 2)
 SHAPE = ModelShape(
@@ -42,9 +47,9 @@ FACTS = Facts(SHAPE, CPU, 4096, 1, 1000, "lora")
 ALONE = Ranks(0, 1, torch.device("cpu"))
 BY_NAME = {kind.name: kind for kind in ALL}
 ON = OptimizationConfig(enabled=True)
-NEEDS = {"tiled_mlp": {"tile": 7}}
+NEEDS: dict[str, dict[str, Any]] = {"tiled_mlp": {"tile": 7}}
 """Options without which it would find nothing to do in models this small."""
-CUDA_ONLY = {"fused_kernels", "liger_kernels", "memory_pool"}
+CUDA_ONLY = {"fused_kernels", "liger_kernels", "memory_pool", "defragmentation"}
 
 
 def on(kind: type[Optimization]) -> OptimizationConfig:
@@ -58,7 +63,7 @@ def only(name: str) -> tuple[Decision, ...]:
 
 def needs_adapters(name: str) -> bool:
     kind = BY_NAME[name]
-    return kind.stage is Stage.executor and kind(on(kind)).check(replace(FACTS, adapter="full")) is not None
+    return kind.stage in (Stage.executor, Stage.optimizer) and kind(on(kind)).check(replace(FACTS, adapter="full")) is not None
 
 
 def target(stage: Stage, kind: str, adapters: bool = False) -> Any:
@@ -72,7 +77,11 @@ def target(stage: Stage, kind: str, adapters: bool = False) -> Any:
     if stage is Stage.runtime:
         return Runtime(supports_bf16=True)
     if stage is Stage.optimizer:
-        return OptimizerBuild([{"params": list(model.parameters())}], {"lr": 1e-3})
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return OptimizerBuild([{"params": trained, "weight_decay": 0.0}], {"lr": 1e-3}, model=model)
+    if stage is Stage.loop:
+        loaded = LoadedModel(model, model, {})
+        return loop_build(loaded, torch.optim.AdamW(loaded.trainable), steps=10, validations=10)
     return model
 
 
@@ -81,6 +90,9 @@ def state(thing: Any) -> Any:
     if isinstance(thing, PreTrainedModel):
         patched = {name: sorted(vars(module)) for name, module in thing.named_modules()}
         return patched, thing.config._attn_implementation, {name: p.detach().clone() for name, p in thing.named_parameters()}
+    if isinstance(thing, LoopBuild):
+        values = {str(i): parameter.detach().clone() for i, parameter in enumerate(thing.parameters)}
+        return list(thing.hooks), dict(vars(thing.executor)), values
     return dict(vars(thing))
 
 
@@ -127,6 +139,7 @@ def curve(*names: str, adapters: bool = False, steps: int = 50) -> list[float]:
 
 
 KEEPING = [kind.name for kind in ALL if kind.stage in (Stage.model, Stage.executor) and kind.exactness is not Exactness.APPROX]
+LOOP = [kind.name for kind in ALL if kind.stage is Stage.loop and kind.name not in CUDA_ONLY]
 
 
 @pytest.mark.parametrize("name", [name for name in KEEPING if name not in CUDA_ONLY])
@@ -137,6 +150,70 @@ def test_exact_and_equal_keep_their_word_in_fp32(name: str) -> None:
     assert plain[-1] < plain[0] - 0.3, "the curve must move to mean anything"
     assert difference.abs().max() <= 1e-3
     assert difference.mean().abs() <= 1e-5
+
+
+def looped(folder: Path, *names: str, kind: str = "llama", steps: int = 50) -> tuple[Trainer, torch.Tensor]:
+    """A real run of adapters on a tiny model, and its training losses."""
+    decisions = [decision for name in names for decision in only(name) if decision.active]
+    trainer = rig(folder, decisions, steps, kind, training=replace(TRAINING, val_every=10))
+    return trainer, torch.tensor([line["loss"] for line in fitted(trainer).steps])
+
+
+@pytest.mark.parametrize("name", [name for name in LOOP if BY_NAME[name].exactness is not Exactness.APPROX])
+def test_what_is_exact_in_the_loop_keeps_its_word(name: str, tmp_path: Path) -> None:
+    _, plain = looped(tmp_path / "plain")
+    trainer, changed = looped(tmp_path / "changed", name)
+    assert plain[-1] < plain[0] - 0.3, "the curve must move to mean anything"
+    # The run may be shorter; what it does is the same to the last bit.
+    assert torch.equal(changed, plain[: len(changed)]) and len(changed) >= 10
+    assert any(trainer.hooks[0].counts().values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+@pytest.mark.parametrize("name", [name for name in LOOP if BY_NAME[name].exactness is Exactness.APPROX])
+def test_what_is_approximate_in_the_loop_acts(name: str, kind: str, tmp_path: Path) -> None:
+    plain, without = looped(tmp_path / "plain", kind=kind, steps=8)
+    trainer, losses = looped(tmp_path / "changed", name, kind=kind, steps=8)
+    effect = trainer.progress.last_val["val_loss"] - plain.progress.last_val["val_loss"]
+    print(f"{name} on {kind}: validation loss {effect:+.4f} after 8 steps")
+    assert effect != 0 and math.isfinite(effect)
+    assert torch.equal(losses, without) == (Site.EVALUATED_WEIGHTS in BY_NAME[name].claims)
+    for hook in trainer.hooks:
+        assert hook.counts() and all(hook.counts().values())
+
+
+TINY = replace(
+    SHAPE,
+    hidden_size=64,
+    head_dim=16,
+    layer_linears=(
+        *(LinearShape(f"self_attn.{part}_proj", 64, out) for part, out in (("q", 64), ("k", 32), ("v", 32), ("o", 64))),
+        *(LinearShape(f"mlp.{part}_proj", 64, 64) for part in ("gate", "up", "down")),
+    ),
+)
+
+
+@pytest.mark.parametrize("name", LOOP)
+def test_memory_in_the_loop_is_what_it_says(name: str) -> None:
+    loaded = adapted("llama")
+    facts = replace(FACTS, model=TINY, trainable_params=sum(p.numel() for p in loaded.trainable))
+    assert facts.trainable_params == TINY.lora_params(4)
+    thing, nothing = loop_build(loaded, torch.optim.AdamW(loaded.trainable), 10, 10), Step(Estimate())
+    said = BY_NAME[name](on(BY_NAME[name])).memory(nothing, facts)
+    live = LiveBytes()
+    live.ignore(loaded.model.parameters())
+    with live:
+        apply_stage(Stage.loop, only(name), thing)
+    # Counters take a few bytes.
+    assert live.current == pytest.approx(said.standing.total, abs=64)
+    for parameter in loaded.trainable:
+        parameter.grad = torch.ones_like(parameter)
+    update = LiveBytes()
+    update.ignore([tensor for p in loaded.trainable for tensor in (p, p.grad) if tensor is not None])
+    with update:
+        for hook in thing.hooks:
+            hook.gradients(loaded.trainable, 1)
+    assert update.peak == pytest.approx(said.optimizer_workspace, abs=6 * 64 * 4), "a few values a row at most"
 
 
 def test_mixed_precision_keeps_its_word_in_bf16() -> None:

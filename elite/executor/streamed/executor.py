@@ -17,6 +17,8 @@ class StreamedExecutor:
     def __init__(self, model: nn.Module, compute_dtype: torch.dtype) -> None:
         self.model = model
         self.compute_dtype = compute_dtype
+        self.label_smoothing = 0.0
+        """ε of the loss; validation's executor keeps 0 (optimizations.label_smoothing)."""
 
     def loss_sum(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
         """Sum of the token losses in nats, fp32 scalar.
@@ -36,5 +38,6 @@ class StreamedExecutor:
                 documents=batch.documents,
                 shift_labels=labels,
                 num_items_in_batch=1,
+                label_smoothing=self.label_smoothing,
             ).loss
         return loss

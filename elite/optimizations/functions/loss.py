@@ -12,14 +12,17 @@ from elite.losses import linear_cross_entropy
 
 
 def summing(core: Any, tile: int) -> Callable[..., Any]:
-    """The forward of `core` with one argument more: `labels_to_sum` [B, S] makes it return the sum of the token losses in nats.
+    """The forward of `core` with two arguments more: `labels_to_sum` [B, S] makes it return the sum of the token losses in nats, smoothed
+    by `label_smoothing`.
 
     With `logits_to_keep` (positions [K]) the labels are [B, K]. Everything else is as the model has it.
     """
     plain = core.forward
 
     @wraps(plain)  # generation reads the signature
-    def forward(*args: Any, labels_to_sum: Tensor | None = None, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+    def forward(
+        *args: Any, labels_to_sum: Tensor | None = None, label_smoothing: float = 0.0, logits_to_keep: Any = 0, **kwargs: Any
+    ) -> Any:
         if labels_to_sum is None:
             return plain(*args, logits_to_keep=logits_to_keep, **kwargs)
         # peft hands on its whole signature, and a decoder takes less than its causal model.
@@ -28,7 +31,9 @@ def summing(core: Any, tile: int) -> Callable[..., Any]:
         if isinstance(logits_to_keep, Tensor):
             hidden = hidden[:, logits_to_keep]
         head = core.get_output_embeddings()
-        return linear_cross_entropy(hidden.flatten(0, 1), head.weight, head.bias, labels_to_sum.flatten(), tile=tile)
+        return linear_cross_entropy(
+            *(hidden.flatten(0, 1), head.weight, head.bias, labels_to_sum.flatten()), label_smoothing=label_smoothing, tile=tile
+        )
 
     return forward
 
