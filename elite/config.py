@@ -31,6 +31,7 @@ class Mode(Enum):
     profile = "profile"
     probe = "probe"
     calibrate = "calibrate"
+    optimizations = "optimizations"
     interactive = "interactive"
 
 

@@ -19,7 +19,7 @@ from elite.distributed.launch import launch
 from elite.distributed.ranks import joined, launched
 from elite.errors import CheckpointError, ConfigError, ModelError, PlanError
 from elite.facts import NO_CORPUS, Corpus, Device, ModelShape
-from elite.plan import Plan, choose_tier, longest_contexts, make_plan, render, render_longest, render_tiers
+from elite.plan import Plan, choose_tier, longest_contexts, make_plan, render, render_longest, render_survey, render_tiers, survey
 from elite.plan.executors import least_bytes
 from elite.runfolder import RunFolder, interrupted_run, new_folder, request_key, write_start
 
@@ -56,6 +56,18 @@ def max_context(composed: Composed) -> None:
     """Print the longest context that fits, under each executor, with these switches."""
     device, shape = _device(composed.config), geometry.shape(composed.config.model)
     console.print(render_longest(longest_contexts(composed.config, device, shape), device, shape.name))
+
+
+def optimizations(composed: Composed) -> None:
+    """Print every optimization: what it is, whether it acts here, what it saves and costs; no corpus, no GPU, no network."""
+    device, shape = _device(composed.config), geometry.shape(composed.config.model)
+    config = composed.config
+    if config.tier.name == "auto":
+        # Without a corpus no tier has too little text.
+        composed = composed.again("plan.min_sequences=0")
+        candidates = ((name, composed.again(f"tier={name}").config) for name in reversed(TIER_OPTIONS[1:]))
+        config, _, _ = choose_tier(candidates, device, shape, NO_CORPUS)
+    console.print(render_survey(survey(config, device, shape)))
 
 
 def train(composed: Composed) -> None:
@@ -126,6 +138,7 @@ MODES: dict[Mode, Callable[[Composed], None]] = {
     Mode.profile: profile,
     Mode.probe: probe,
     Mode.calibrate: calibrate,
+    Mode.optimizations: optimizations,
     Mode.interactive: interactive,
 }
 
