@@ -5,7 +5,7 @@ plan.json          what was predicted                   checkpoints/    step_NNN
 environment.json   versions, device, commit, command    final/          the adapter or model
 run.json           identity: request, tokens, tracker   summary.json    written when the run has ended well
 micro_batch.json   how training.micro_batch=auto ended  failure.json    how memory ran out, if it did
-preflight.json     what was measured before a step
+preflight.json     what was measured before a step      difficulty.json how the untrained model found each file, if it was asked
 """
 
 import fcntl
@@ -56,6 +56,7 @@ class RunFolder:
         self.identity = path / "run.json"
         self.micro_batch = path / "micro_batch.json"
         self.preflight = path / "preflight.json"
+        self.difficulty = path / "difficulty.json"
         self.failure = path / "failure.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"

@@ -15,7 +15,7 @@ from elite.facts import Device, ModelShape
 from elite.optimizations import ALL
 from elite.optimizations.contract import Optimization
 from elite.plan.batch import batch_geometry
-from elite.plan.executors import Prediction, choose_executor
+from elite.plan.executors import Prediction, choose_executor, held_to
 from elite.plan.micro_batch import settled
 from elite.plan.values import check_values
 from elite.plan.words import duration, gib
@@ -74,7 +74,8 @@ def survey(config: RunConfig, device: Device, shape: ModelShape) -> Survey:
     config = settled(config, device, shape).config
     accumulation = batch_geometry(config, device).accumulation
     present = choose_executor(config, device, shape, accumulation)
-    pinned = _pinned(config, present)
+    # An effect is the part's own, not that of another layout.
+    pinned = held_to(config, present)
 
     def made(changed: RunConfig) -> Prediction:
         return choose_executor(changed, device, shape, accumulation)
@@ -106,23 +107,6 @@ def switched(config: RunConfig, states: dict[str, bool]) -> RunConfig:
     """The same run with these parts on or off."""
     options = {name: replace(getattr(config.optimizations, name), enabled=on) for name, on in states.items()}
     return replace(config, optimizations=replace(config.optimizations, **options))
-
-
-def _pinned(config: RunConfig, present: Prediction) -> RunConfig:
-    """The run held to the executor and layout that it has, so that an effect is the part's own."""
-    executor, layout = replace(config.executor, name=present.executor), present.layout
-    if layout is not None:
-        executor = replace(
-            executor,
-            chunk=layout.chunk,
-            block=layout.block,
-            keep=layout.keep,
-            slots=layout.slots,
-            boundaries=layout.boundaries,
-            keys_values=layout.keys_values,
-            weights=layout.weights,
-        )
-    return replace(config, executor=executor)
 
 
 def render_survey(found: Survey) -> Group:

@@ -8,6 +8,7 @@ from operator import attrgetter
 
 from elite.config import AUTO, RunConfig, Schedule
 from elite.errors import ConfigError
+from elite.plan.stages import check_curriculum
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ RULES = (
         lambda value: 0 <= value < 1,
         ("training.beta1", "training.beta2", "adapter.dropout", "plan.headroom_fraction", "schedule.final_fraction"),
     ),
-    Rule("must lie in (0, 1)", lambda value: 0 < value < 1, ("data.val_fraction", "schedule.decay_fraction")),
+    Rule("must lie in (0, 1)", lambda value: 0 < value < 1, ("data.val_fraction", "schedule.decay_fraction", "curriculum.start_fraction")),
+    Rule("must lie in (0, 1]", lambda value: 0 < value <= 1, ("curriculum.full_at",)),
     Rule("must lie in [0, 1]", lambda value: 0 <= value <= 1, ("schedule.warmup_fraction",)),
     Rule("must be at least 2: a target's first token is not scored", lambda value: value >= 2, ("tier.target_length",)),
 )
@@ -78,6 +80,7 @@ def check_values(config: RunConfig) -> None:
     micro_batch = config.training.micro_batch
     if micro_batch != AUTO and not (isinstance(micro_batch, int) and micro_batch > 0):
         raise ConfigError(f"training.micro_batch={micro_batch}: must be a positive whole number or {AUTO}", f"training.micro_batch={AUTO}")
+    check_curriculum(config.curriculum)
     schedule = config.schedule
     if schedule.name is Schedule.wsd and schedule.warmup_fraction + schedule.decay_fraction > 1:
         raise ConfigError(
