@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import II
 
+from elite.curriculum import CurriculumConfig
 from elite.optimizations import OptimizationsConfig
 from elite.scaling import LrScaling
 from elite.streaming import BoundaryEncoding, Keep, Place, WeightPlace
@@ -32,6 +33,7 @@ class Mode(Enum):
     probe = "probe"
     calibrate = "calibrate"
     optimizations = "optimizations"
+    lr_range = "lr_range"
     interactive = "interactive"
 
 
@@ -89,33 +91,6 @@ class Logger(Enum):
     wandb = "wandb"
     trackio = "trackio"
     none = "none"
-
-
-class Curriculum(Enum):
-    """In which order and at which lengths sequences are seen."""
-
-    none = "none"
-    difficulty = "difficulty"
-    """Easy sequences first (Bengio et al. 2009)."""
-    context = "context"
-    """Short rows first: the context grows by stages."""
-
-
-class Measure(Enum):
-    """What makes a sequence difficult."""
-
-    length = "length"
-    """The length of the documents (`data.unit`) that its text is from."""
-    loss = "loss"
-    """The untrained model's loss on the files that its text is from, scored once before training."""
-
-
-class Pacing(Enum):
-    """How the open share of the corpus grows (elite/data/course.py)."""
-
-    linear = "linear"
-    root = "root"
-    """Fast at first, and slower the more is open."""
 
 
 class Cap(Enum):
@@ -234,25 +209,6 @@ class DataConfig:
     """Larger files are skipped."""
     exclude: list[str] = field(default_factory=list)
     """Further glob patterns of paths to skip."""
-
-
-@dataclass(frozen=True)
-class CurriculumConfig:
-    """In which order and at which lengths sequences are seen. Fractions are of all steps."""
-
-    name: Curriculum = Curriculum.none
-    shares: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0])
-    """`context`: the context of each stage as a share of the tier's, one over a whole number; the last is 1."""
-    until: list[float] = field(default_factory=lambda: [0.3, 0.6])
-    """`context`: where each stage but the last ends, as a fraction."""
-    measure: Measure = Measure.length
-    """`difficulty`: by what."""
-    pacing: Pacing = Pacing.root
-    """`difficulty`: how fast more of the corpus opens."""
-    start_fraction: float = 0.1
-    """`difficulty`: share of the corpus, the easiest, that is open at the first step."""
-    full_at: float = 0.5
-    """`difficulty`: when all of it is open, as a fraction."""
 
 
 @dataclass(frozen=True)
@@ -382,6 +338,24 @@ class CalibrateConfig:
 
 
 @dataclass(frozen=True)
+class LrRangeConfig:
+    """What `mode=lr_range` does."""
+
+    lowest: float = 1e-6
+    """Learning rate of the first step."""
+    highest: float = 1.0
+    """Of the last, unless the loss diverges before it."""
+    steps: int = 100
+    """Optimizer steps at most."""
+    accumulation: int | None = None
+    """Micro-batches in one of them; unset: as many as the run has."""
+    smoothing: float = 0.8
+    """Weight of the mean so far in the smoothed loss."""
+    divergence: float = 2.0
+    """It ends when the smoothed loss is so many times its lowest."""
+
+
+@dataclass(frozen=True)
 class OutputConfig:
     """Where things are written."""
 
@@ -417,4 +391,5 @@ class RunConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    lr_range: LrRangeConfig = field(default_factory=LrRangeConfig)
     output: OutputConfig = field(default_factory=OutputConfig)

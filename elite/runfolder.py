@@ -165,12 +165,17 @@ def _made(path: Path, shared: bool) -> Path:
 
 def write_start(folder: RunFolder, config: RunConfig, plan: dict[str, Any], device: Device, request: str, tokens: Path) -> None:
     """Write everything that is known before training: configuration, plan, environment, identity."""
-    folder.config.write_text(to_yaml(config))
-    folder.plan.write_text(json.dumps(plan, indent=2))
-    folder.environment.write_text(json.dumps(environment() | {"device": asdict(device)}, indent=2))
+    write_request(folder, config, plan, device)
     identity = {"request": request, "tokens": str(tokens), "tracker_id": uuid.uuid4().hex[:8]}
     # Last: a folder without it is no run.
     folder.identity.write_text(json.dumps(identity, indent=2))
+
+
+def write_request(folder: RunFolder, config: RunConfig, plan: dict[str, Any], device: Device) -> None:
+    """Write what was asked for and planned, on which machine. A folder with this alone is no run that could be continued."""
+    folder.config.write_text(to_yaml(config))
+    folder.plan.write_text(json.dumps(plan, indent=2))
+    folder.environment.write_text(json.dumps(environment() | {"device": asdict(device)}, indent=2))
 
 
 def environment() -> dict[str, Any]:

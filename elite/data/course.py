@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from elite.config import Pacing
+from elite.curriculum import Pacing
 from elite.data.packing import Sequence
 from elite.plan.stages import ContextStage
 

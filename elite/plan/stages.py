@@ -8,7 +8,8 @@ Source: Li et al. 2022, arXiv:2108.06084 (sequence length warm-up).
 
 from dataclasses import dataclass, replace
 
-from elite.config import Curriculum, CurriculumConfig, Measure, RunConfig
+from elite.config import RunConfig
+from elite.curriculum import Curriculum, CurriculumConfig, Measure
 from elite.errors import ConfigError, PlanError
 from elite.facts import Device, ModelShape
 from elite.plan.batch import CONTEXT_MULTIPLE, MIN_CONTEXT

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from elite.config import Curriculum, Measure, RunConfig
+from elite.config import RunConfig
 from elite.console import console
+from elite.curriculum import Curriculum, Measure
 from elite.data.batches import collate
 from elite.data.course import Course, Ramp
 from elite.data.difficulty import by_files, document_lengths

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from elite.config import DataConfig, FileOrder, Pacing, Unit
+from elite.config import DataConfig, FileOrder, Unit
+from elite.curriculum import Pacing
 from elite.data import IGNORE, Batch, TokenStore, TrainStream
 from elite.data.course import Course, Ramp
 from elite.data.difficulty import by_files, document_lengths

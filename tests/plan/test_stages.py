@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from elite.config import Curriculum, CurriculumConfig, Executor, RunConfig
+from elite.config import Executor, RunConfig
+from elite.curriculum import Curriculum, CurriculumConfig
 from elite.errors import ConfigError, PlanError
 from elite.plan import make_plan
 from elite.plan.stages import context_stages
