@@ -91,7 +91,7 @@ def _carried_out(parts: _Parts) -> None:
     )
     loaded = parts.loaded = _loaded(parts.run)
     run = parts.run = rehearsal.micro_batch_found(parts.run, loaded)
-    store = _tokens(folder)
+    store = _tokens(folder, run.mapped)
     trainer, attached = _assemble(run, loaded, store, meter)
     parts.trainer = trainer
     completion = _Completion(run, loaded, store)
@@ -124,12 +124,12 @@ def _carried_out(parts: _Parts) -> None:
     ranks.barrier()
 
 
-def _tokens(folder: RunFolder) -> TokenStore:
+def _tokens(folder: RunFolder, mapped: bool) -> TokenStore:
     path = Path(folder.read_identity()["tokens"])
     store = open_store(path)
     if store is None:
         raise DataError(f"the tokenised corpus {path} is gone or damaged", "resume=never tokenises anew and starts another run")
-    return store
+    return store if mapped else store.resident()
 
 
 def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) -> tuple[Trainer, Attached | None]:

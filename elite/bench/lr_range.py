@@ -36,7 +36,7 @@ def lr_range(folder: RunFolder, store: TokenStore) -> dict[str, Any]:
     with joined() as ranks:
         run = prepared(folder, ranks)
         try:
-            run, found = _swept(run, store)
+            run, found = _swept(run, store if run.mapped else store.resident())
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -8,11 +8,12 @@ from typing import Any
 from elite.config import RunConfig
 from elite.facts import Corpus, Device, Facts, ModelShape
 from elite.optimizations.contract import Decision, Estimate
+from elite.optimizations.memory_mapped_data import MemoryMappedData, corpus_bytes
 from elite.plan.batch import BatchGeometry, batch_geometry
 from elite.plan.executors import Prediction, choose_executor
 from elite.plan.fix import smallest_change
 from elite.plan.generation import generation_tokens
-from elite.plan.memory import NOT_MODELLED
+from elite.plan.memory import NOT_MODELLED, folded
 from elite.plan.micro_batch import Settled, settled
 from elite.plan.peaks import may_be_held_up, peaks
 from elite.plan.rates import rates_of
@@ -89,6 +90,8 @@ class Plan:
     host_bytes: float
     """Pinned host memory of one rank."""
     host_usable_bytes: float
+    corpus_bytes: float
+    """The tokenised corpus in host memory, of one rank; 0 where it is read from disk."""
     disk_bytes: float
     """Boundaries on disk, of one rank."""
     generation_tokens: int
@@ -123,11 +126,12 @@ class Plan:
     def shortage(self) -> str:
         """What is too little for this plan, in words; empty if it fits."""
         found = []
-        short = self.total_bytes + self.headroom_bytes - self.usable_bytes
+        cuda = self.device_kind == "cuda"
+        short = self.total_bytes + self.headroom_bytes - self.usable_bytes + (0 if cuda else self.corpus_bytes)
         if short > 0:
             found.append(f"{gib(short)} too much with headroom")
-        if self.device_kind == "cuda" and self.host_bytes > self.host_usable_bytes:
-            found.append(f"{gib(self.host_bytes)} of host memory, {gib(self.host_usable_bytes)} can be used")
+        if cuda and self.host_bytes + self.corpus_bytes > self.host_usable_bytes:
+            found.append(f"{gib(self.host_bytes + self.corpus_bytes)} of host memory, {gib(self.host_usable_bytes)} can be used")
         return "; ".join(found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,6 +159,9 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
     steps = _steps(config, corpus, batch)
     stages = predict_stages(config, device, shape, made, batch.accumulation, steps)
     facts, estimate = made.facts, max((one.estimate for _, one in reversed(stages)), key=lambda found: found.total)
+    host_bytes = max(one.host_bytes for _, one in stages)
+    in_memory = corpus_bytes(folded(facts, made.decisions), corpus, shape)
+    fits, has_room = all(one.fits for _, one in stages), _has_room(config, device, estimate.total, host_bytes, in_memory)
     factor, positions = _positions(config, shape)
     usable = device.memory_usable_bytes * (1 - config.plan.headroom_fraction)
     beyond = peaks(estimate.total, made.decisions, device)
@@ -186,12 +193,13 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
         device_bytes=beyond.device_bytes if beyond else None,
         usable_bytes=device.memory_usable_bytes,
         headroom_bytes=device.memory_usable_bytes * config.plan.headroom_fraction,
-        fits=all(one.fits for _, one in stages),
-        fix="" if made.fits else smallest_change(config, device, shape),
+        fits=fits and has_room,
+        fix=_fix(config, device, shape, fits, has_room),
         executor=made.executor.value,
         layout=made.layout.to_dict() if made.layout else None,
-        host_bytes=max(one.host_bytes for _, one in stages),
+        host_bytes=host_bytes,
         host_usable_bytes=host_usable(device),
+        corpus_bytes=in_memory,
         disk_bytes=max(one.disk_bytes for _, one in stages),
         generation_tokens=generation_tokens(facts, made.decisions, estimate, usable),
         curriculum=curriculum_words(config.curriculum),
@@ -202,6 +210,19 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
         warnings=_warnings(config, made, corpus, batch, factor),
         not_modelled=NOT_MODELLED,
     )
+
+
+def _has_room(config: RunConfig, device: Device, total_bytes: float, host_bytes: float, in_memory: float) -> bool:
+    """Whether the host holds the corpus beside everything else that is in its memory."""
+    if device.kind == "cuda":
+        return in_memory == 0 or host_bytes + in_memory <= host_usable(device)
+    return in_memory == 0 or total_bytes + in_memory <= device.memory_usable_bytes * (1 - config.plan.headroom_fraction)
+
+
+def _fix(config: RunConfig, device: Device, shape: ModelShape, fits: bool, has_room: bool) -> str:
+    if not fits:
+        return smallest_change(config, device, shape)
+    return "" if has_room else f"optimizations.{MemoryMappedData.name}.enabled=true"
 
 
 def _switch(decision: Decision) -> Switch:

@@ -120,6 +120,8 @@ def _memory(plan: Plan) -> Table:
     table.add_row("of it kept free", gib(plan.headroom_bytes), "")
     if plan.host_bytes and plan.device_kind == "cuda":
         table.add_row("host, pinned", gib(plan.host_bytes), f"of {gib(plan.host_usable_bytes)}")
+    if plan.corpus_bytes:
+        table.add_row("host, corpus", gib(plan.corpus_bytes), "its tokens, read into memory")
     if plan.disk_bytes and plan.device_kind == "cuda":
         table.add_row("disk", gib(plan.disk_bytes), "")
     return table
