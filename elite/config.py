@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import II
 
+from elite.curriculum import CurriculumConfig
 from elite.optimizations import OptimizationsConfig
 from elite.scaling import LrScaling
 from elite.streaming import BoundaryEncoding, Keep, Place, WeightPlace
@@ -31,6 +32,8 @@ class Mode(Enum):
     profile = "profile"
     probe = "probe"
     calibrate = "calibrate"
+    optimizations = "optimizations"
+    lr_range = "lr_range"
     interactive = "interactive"
 
 
@@ -87,12 +90,6 @@ class Logger(Enum):
 
     wandb = "wandb"
     trackio = "trackio"
-    none = "none"
-
-
-class Curriculum(Enum):
-    """In which order and at which lengths sequences are seen."""
-
     none = "none"
 
 
@@ -212,13 +209,6 @@ class DataConfig:
     """Larger files are skipped."""
     exclude: list[str] = field(default_factory=list)
     """Further glob patterns of paths to skip."""
-
-
-@dataclass(frozen=True)
-class CurriculumConfig:
-    """In which order and at which lengths sequences are seen."""
-
-    name: Curriculum = Curriculum.none
 
 
 @dataclass(frozen=True)
@@ -348,6 +338,24 @@ class CalibrateConfig:
 
 
 @dataclass(frozen=True)
+class LrRangeConfig:
+    """What `mode=lr_range` does."""
+
+    lowest: float = 1e-6
+    """Learning rate of the first step."""
+    highest: float = 1.0
+    """Of the last, unless the loss diverges before it."""
+    steps: int = 100
+    """Optimizer steps at most."""
+    accumulation: int | None = None
+    """Micro-batches in one of them; unset: as many as the run has."""
+    smoothing: float = 0.8
+    """Weight of the mean so far in the smoothed loss."""
+    divergence: float = 2.0
+    """It ends when the smoothed loss is so many times its lowest."""
+
+
+@dataclass(frozen=True)
 class OutputConfig:
     """Where things are written."""
 
@@ -383,4 +391,5 @@ class RunConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    lr_range: LrRangeConfig = field(default_factory=LrRangeConfig)
     output: OutputConfig = field(default_factory=OutputConfig)

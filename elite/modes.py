@@ -1,6 +1,7 @@
 """What `mode=` selects: one function each."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ from elite.distributed.launch import launch
 from elite.distributed.ranks import joined, launched
 from elite.errors import CheckpointError, ConfigError, ModelError, PlanError
 from elite.facts import NO_CORPUS, Corpus, Device, ModelShape
-from elite.plan import Plan, choose_tier, longest_contexts, make_plan, render, render_longest, render_tiers
+from elite.plan import Plan, choose_tier, longest_contexts, make_plan, render, render_longest, render_survey, render_tiers, survey
 from elite.plan.executors import least_bytes
-from elite.runfolder import RunFolder, interrupted_run, new_folder, request_key, write_start
+from elite.runfolder import RunFolder, interrupted_run, new_folder, request_key, write_request, write_start
 
 
 def run(composed: Composed) -> None:
@@ -56,6 +57,36 @@ def max_context(composed: Composed) -> None:
     """Print the longest context that fits, under each executor, with these switches."""
     device, shape = _device(composed.config), geometry.shape(composed.config.model)
     console.print(render_longest(longest_contexts(composed.config, device, shape), device, shape.name))
+
+
+def optimizations(composed: Composed) -> None:
+    """Print every optimization: what it is, whether it acts here, what it saves and costs; no corpus, no GPU, no network."""
+    device, shape = _device(composed.config), geometry.shape(composed.config.model)
+    config = composed.config
+    if config.tier.name == "auto":
+        # Without a corpus no tier has too little text.
+        composed = composed.again("plan.min_sequences=0")
+        candidates = ((name, composed.again(f"tier={name}").config) for name in reversed(TIER_OPTIONS[1:]))
+        config, _, _ = choose_tier(candidates, device, shape, NO_CORPUS)
+    console.print(render_survey(survey(config, device, shape)))
+
+
+def lr_range(composed: Composed) -> None:
+    """Train at rising learning rates on the run's own data and model; suggest one. No run is begun or changed."""
+    config = composed.config
+    device = _device(config)
+    hardware.require_present(device, config.hardware)
+    if launched() or device.count > 1:
+        raise ConfigError(f"mode=lr_range runs in one process, not on {device.count} ranks", "hardware.gpus=1, without a launcher")
+    resolved, made, name, store = _settled(composed, device, harvest(config.data, config.seed))
+    output = resolved.output
+    # Inside a folder that was asked for: a run may take that one afterwards.
+    apart = replace(output, folder=str(Path(output.folder) / "lr_range") if output.folder else None)
+    folder = new_folder(replace(resolved, output=apart), f"{name}-lr_range", datetime.now())
+    write_request(folder, resolved, made.to_dict(), device)
+    from elite.bench.lr_range import lr_range as test
+
+    test(folder, store)
 
 
 def train(composed: Composed) -> None:
@@ -126,6 +157,8 @@ MODES: dict[Mode, Callable[[Composed], None]] = {
     Mode.profile: profile,
     Mode.probe: probe,
     Mode.calibrate: calibrate,
+    Mode.optimizations: optimizations,
+    Mode.lr_range: lr_range,
     Mode.interactive: interactive,
 }
 
@@ -151,18 +184,28 @@ def _prepare(composed: Composed) -> tuple[RunFolder, int]:
     if interrupted is not None:
         console.print(f"continuing the interrupted run in {interrupted.path} (resume=never starts anew)", markup=False)
         return interrupted, device.count
-    shape = geometry.shape(config.model)
-    store = _tokens(config, found, shape.vocab_size)
+    resolved, made, name, store = _settled(composed, device, found)
+    folder = new_folder(resolved, name, datetime.now())
+    write_start(folder, resolved, made.to_dict(), device, request, store.folder)
+    console.print(f"run folder: {folder.path}", markup=False)
+    return folder, device.count
+
+
+def _settled(composed: Composed, device: Device, found: Harvest) -> tuple[RunConfig, Plan, str, TokenStore]:
+    """The run with its plan, which is printed, its name, and its tokens.
+
+    Raises:
+        PlanError: it does not fit.
+    """
+    shape = geometry.shape(composed.config.model)
+    store = _tokens(composed.config, found, shape.vocab_size)
     resolved, made, name = _decide(composed, device, shape, found, store.corpus(found))
     console.print(render(made))
     console.print(_packing(resolved, store))
     if not made.fits:
         needs = f"it needs {made.total_bytes / 2**30:.2f} GiB of {made.usable_bytes / 2**30:.2f} GiB usable"
         raise PlanError(f"{name} does not fit: {needs} ({made.shortage})", made.fix)
-    folder = new_folder(resolved, name, datetime.now())
-    write_start(folder, resolved, made.to_dict(), device, request, store.folder)
-    console.print(f"run folder: {folder.path}", markup=False)
-    return folder, device.count
+    return resolved, made, name, store
 
 
 def _packing(config: RunConfig, store: TokenStore) -> str:

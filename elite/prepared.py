@@ -37,6 +37,8 @@ class Run:
     dtype: torch.dtype
     """Of matrix products and frozen weights."""
     packed: bool
+    mapped: bool
+    """The corpus is read where it lies on disk."""
     applied: dict[str, Applied]
     """What the optimizations of batch layout and dtype touched."""
     folder: RunFolder
@@ -67,7 +69,7 @@ def prepared(folder: RunFolder, ranks: Ranks) -> Run:
     applied = apply_stage(Stage.data, decisions, batches)
     dtype, of_dtype = compute_dtype(decisions, device)
     applied |= of_dtype
-    return Run(config, plan, searches, device, facts, decisions, dtype, batches.packed, applied, folder, ranks)
+    return Run(config, plan, searches, device, facts, decisions, dtype, batches.packed, batches.mapped, applied, folder, ranks)
 
 
 def completed(plan: dict[str, Any], config: RunConfig, device: Device) -> dict[str, Any]:

@@ -5,7 +5,7 @@ plan.json          what was predicted                   checkpoints/    step_NNN
 environment.json   versions, device, commit, command    final/          the adapter or model
 run.json           identity: request, tokens, tracker   summary.json    written when the run has ended well
 micro_batch.json   how training.micro_batch=auto ended  failure.json    how memory ran out, if it did
-preflight.json     what was measured before a step
+preflight.json     what was measured before a step      difficulty.json how the untrained model found each file, if it was asked
 """
 
 import fcntl
@@ -56,6 +56,7 @@ class RunFolder:
         self.identity = path / "run.json"
         self.micro_batch = path / "micro_batch.json"
         self.preflight = path / "preflight.json"
+        self.difficulty = path / "difficulty.json"
         self.failure = path / "failure.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
@@ -164,12 +165,17 @@ def _made(path: Path, shared: bool) -> Path:
 
 def write_start(folder: RunFolder, config: RunConfig, plan: dict[str, Any], device: Device, request: str, tokens: Path) -> None:
     """Write everything that is known before training: configuration, plan, environment, identity."""
-    folder.config.write_text(to_yaml(config))
-    folder.plan.write_text(json.dumps(plan, indent=2))
-    folder.environment.write_text(json.dumps(environment() | {"device": asdict(device)}, indent=2))
+    write_request(folder, config, plan, device)
     identity = {"request": request, "tokens": str(tokens), "tracker_id": uuid.uuid4().hex[:8]}
     # Last: a folder without it is no run.
     folder.identity.write_text(json.dumps(identity, indent=2))
+
+
+def write_request(folder: RunFolder, config: RunConfig, plan: dict[str, Any], device: Device) -> None:
+    """Write what was asked for and planned, on which machine. A folder with this alone is no run that could be continued."""
+    folder.config.write_text(to_yaml(config))
+    folder.plan.write_text(json.dumps(plan, indent=2))
+    folder.environment.write_text(json.dumps(environment() | {"device": asdict(device)}, indent=2))
 
 
 def environment() -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from elite.plan import model_flops_per_token
 from elite.plan.words import duration, gib
 from elite.prepared import Run, prepared
 from elite.runfolder import RunFolder
+from elite.training.curriculum import course_of
 from elite.training.heap import settled
 from elite.training.loop import Interrupted, Observer, Progress, Trainer
 from elite.training.optimizer import build_optimizer
@@ -88,10 +89,14 @@ def _train(folder: RunFolder, ranks: Ranks) -> None:
 def _carried_out(parts: _Parts) -> None:
     # A CPU's rate is an assumption of the planner's; utilisation of an assumption is no measurement.
     device, facts, ranks, folder = parts.run.device, parts.run.facts, parts.run.ranks, parts.run.folder
-    meter = Meter(ranks, model_flops_per_token(facts), device.matmul_flops_per_s if device.kind == "cuda" else 0.0)
+    meter = Meter(
+        ranks,
+        lambda context: model_flops_per_token(replace(facts, context=context)),
+        device.matmul_flops_per_s if device.kind == "cuda" else 0.0,
+    )
     loaded = parts.loaded = _loaded(parts.run)
     run = parts.run = rehearsal.micro_batch_found(parts.run, loaded)
-    store = _tokens(folder)
+    store = _tokens(folder, run.mapped)
     trainer, attached = _assemble(run, loaded, store, meter)
     parts.trainer = trainer
     completion = _Completion(run, loaded, store)
@@ -126,18 +131,19 @@ def _carried_out(parts: _Parts) -> None:
     ranks.barrier()
 
 
-def _tokens(folder: RunFolder) -> TokenStore:
+def _tokens(folder: RunFolder, mapped: bool) -> TokenStore:
     path = Path(folder.read_identity()["tokens"])
     store = open_store(path)
     if store is None:
         raise DataError(f"the tokenised corpus {path} is gone or damaged", "resume=never tokenises anew and starts another run")
-    return store
+    return store if mapped else store.resident()
 
 
 def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) -> tuple[Trainer, Attached | None]:
     """The trainer, and the streamed model if it is one."""
     config, tier, ranks, steps = run.config, run.config.tier, run.ranks, run.plan["steps"]
     executors = build(loaded, run.layout, run.dtype, run.device, ranks, Path(config.output.cache).expanduser())
+    course = course_of(config, run.plan, store, executors.validation, ranks, run.folder.difficulty)
     optimizer, applied = build_optimizer(loaded.trainable, run.plan["learning_rate"], config.training, run.decisions, loaded.model)
     scheduler = schedule(optimizer, config.schedule, steps)
     around = LoopBuild(
@@ -165,7 +171,9 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=make_scaler(ranks.device, run.dtype),
-        stream=TrainStream(store, config.data, tier.context, config.training.sequences, config.seed, run.packed, ranks.rank, ranks.world),
+        stream=TrainStream(
+            store, config.data, tier.context, config.training.sequences, config.seed, run.packed, ranks.rank, ranks.world, course
+        ),
         validator=Validator(executors.validation, with_context, alone, ranks),
         meter=meter,
         ranks=ranks,
@@ -221,10 +229,11 @@ class _Completion:
 
 def _summary(run: Run, progress: Progress, meter: Meter, measured_peak_bytes: float, pinned_bytes: float) -> dict[str, Any]:
     steps = [line for line in metrics_file.read(run.folder.metrics) if "loss" in line]
-    # The first step allocates and compiles; it says nothing about the others.
-    timed = steps[1:] or steps
-    seconds = statistics.median(line["step_time_s"] for line in timed)
     plan = run.plan
+    last = [line for line in steps if line["step"] > plan["stages"][-1]["first_step"]] or steps
+    # A stage's first step allocates and compiles; it says nothing about the others. What was planned is the last stage's.
+    timed = last[1:] or last
+    seconds = statistics.median(line["step_time_s"] for line in timed)
     return {
         "name": run.config.name or run.folder.path.name,
         "steps": progress.step,

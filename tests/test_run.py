@@ -24,7 +24,7 @@ from tests.conftest import ROOT, Program, Trained
 from tests.models import tiny
 
 STEP_FIELDS = {
-    "step", "tokens", "loss", "grad_norm", "lr", "tokens_per_s", "tflops", "mfu",
+    "step", "tokens", "loss", "grad_norm", "lr", "context", "tokens_per_s", "tflops", "mfu",
     "gpu_peak_bytes", "gpu_reserved_bytes", "host_rss_bytes", "step_time_s",
 }  # fmt: skip
 

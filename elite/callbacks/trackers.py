@@ -17,6 +17,7 @@ FIELDS = {
     "grad_norm": "train/grad_norm",
     "lr": "train/lr",
     "tokens": "train/tokens",
+    "context": "train/context",
     "val_loss": "val/loss",
     "val_loss_alone": "val/loss_alone",
     "tokens_per_s": "perf/tokens_per_s",

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from elite.config import DataConfig
-from elite.data.packing import Sequence, length, pack, pieces, utilisation
+from elite.data.course import Course
+from elite.data.packing import Sequence, length, pack, pieces, split, utilisation
 from elite.data.tokens import TokenStore
 from elite.errors import DataError
 
@@ -83,13 +84,15 @@ def random_batch(sequences: int, context: int, vocab: int, generator: torch.Gene
 class TrainStream:
     """Micro-batches without end. Epoch e visits every sequence once, in an order drawn from (seed, e), over all ranks together.
 
-    The position is that of the whole job, not of a rank: a micro-step takes `world · micro_batch` sequences, rank r the r-th part of
+    A curriculum may deal a sequence as several shorter rows, or leave difficult sequences to later epochs (elite/data/course.py). The
+    position is that of the whole job, not of a rank: a micro-step takes `world · micro_batch` sequences, rank r the r-th part of
     them. So a run may resume on another number of ranks, and the state is two numbers.
 
     Args:
         context: tokens in every row.
         micro_batch: rows in a batch.
         packed: several documents may share a row; otherwise every piece has its own, padded.
+        course: where a curriculum leads; unset: everything, at the whole context.
 
     Raises:
         DataError: fewer than `context` tokens to train on.
@@ -105,6 +108,7 @@ class TrainStream:
         packed: bool,
         rank: int = 0,
         world: int = 1,
+        course: Course | None = None,
     ) -> None:
         tokens = store.count("train")
         if tokens < context:
@@ -114,11 +118,12 @@ class TrainStream:
             )
         self._store, self._cfg, self._context, self._seed, self._packed = store, data_cfg, context, seed, packed
         self._micro_batch, self._rank, self._world = micro_batch, rank, world
+        self._course = course or Course(micro_batch * world)
         self._enter(epoch=0, index=0)
 
     @property
     def sequences_per_epoch(self) -> int:
-        """Sequences in an epoch, over all ranks; the same in each."""
+        """Sequences in the epoch, over all ranks; the same in each, unless a curriculum leaves some to later ones."""
         return len(self._order)
 
     @property
@@ -130,9 +135,11 @@ class TrainStream:
         """The next `n` micro-batches of this rank; the stream moves on by `n · micro_batch · world` sequences."""
         window = []
         for _ in range(n):
+            parts = self._course.parts(self._before + self._index)
             step = [self._next() for _ in range(self._micro_batch * self._world)]
             mine = step[self._rank * self._micro_batch : (self._rank + 1) * self._micro_batch]
-            window.append(collate(self._store, mine, self._context, self._store.end_token))
+            rows = [row for sequence in mine for row in split(sequence, self._context, parts)]
+            window.append(collate(self._store, rows, self._context // parts, self._store.end_token))
         return window
 
     def state(self) -> dict[str, int]:
@@ -163,7 +170,8 @@ class TrainStream:
         rng = np.random.default_rng((self._seed, epoch))
         found = pieces(self._store, self._cfg.unit, self._cfg.order, self._context, rng)
         sequences = pack(found, self._context) if self._packed else [(piece,) for piece in found]
-        self._order: list[Sequence] = [sequences[position] for position in rng.permutation(len(sequences))]
+        self._before = self._course.before(epoch, len(sequences))
+        self._order = self._course.order(sequences, self._before, rng)
         self._epoch, self._index = epoch, index
 
 

@@ -85,6 +85,30 @@ def pack(pieces: Iterable[Piece], context: int) -> list[Sequence]:
     return [tuple(row) for row in rows]
 
 
+def split(sequence: Sequence, context: int, parts: int) -> list[Sequence]:
+    """A sequence of at most `context` tokens as `parts` rows of equal length; a piece across a border becomes two."""
+    if parts == 1:
+        return [sequence]
+    size, filled = context // parts, 0
+    rows: list[list[Piece]] = [[] for _ in range(parts)]
+    for piece in sequence:
+        first = cut(piece, size - filled % size)[0]
+        for part in (first, *cut(_without(piece, length(first)), size)):
+            rows[filled // size].append(part)
+            filled += length(part)
+    return [tuple(row) for row in rows]
+
+
+def _without(piece: Piece, tokens: int) -> Piece:
+    """The piece without so many tokens at its beginning."""
+    kept: list[Span] = []
+    for start, count in piece:
+        if count > tokens:
+            kept.append((start + tokens, count - tokens))
+        tokens -= min(tokens, count)
+    return tuple(kept)
+
+
 def utilisation(sequences: Seq[Sequence], context: int) -> float:
     """Share of the `context` tokens of each sequence that are text, 0 to 1; the rest is padding."""
     return sum(length(piece) for sequence in sequences for piece in sequence) / (context * len(sequences)) if sequences else 0.0

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -57,13 +57,17 @@ class TokenStore:
     folder: Path
     """Where it lies on disk."""
     tokens: NDArray[np.unsignedinteger[Any]]
-    """All tokens, [N]: uint16, or uint32 for vocabularies of 65,536 and more; mapped from disk."""
+    """All tokens, [N]: uint16, or uint32 for vocabularies of 65,536 and more; mapped from disk, or in memory."""
     files: tuple[TokenFile, ...]
     """Training files, then held-out files, each by (repo, path)."""
     end_token: int
     """Id of the end-of-text token that closes a document, and pads."""
     line_ends: tuple[int, ...]
     """Ids of tokens after which a line starts: a line break, with or without the indentation that follows it."""
+
+    def resident(self) -> "TokenStore":
+        """The same corpus with all its tokens in memory."""
+        return replace(self, tokens=np.fromfile(self.folder / TOKENS, dtype=self.tokens.dtype))
 
     def select(self, split: str) -> tuple[TokenFile, ...]:
         """Files of one split (`train` or `val`), by (repo, path)."""

@@ -23,6 +23,7 @@ from elite.optimizations.label_smoothing import LabelSmoothing
 from elite.optimizations.liger_kernels import LigerKernels
 from elite.optimizations.lookahead import Lookahead
 from elite.optimizations.lora_plus import LoRAPlus
+from elite.optimizations.memory_mapped_data import MemoryMappedData
 from elite.optimizations.memory_pool import MemoryPool
 from elite.optimizations.mixed_precision import MixedPrecision
 from elite.optimizations.qlora import QLoRA
@@ -32,6 +33,7 @@ from elite.optimizations.tiled_mlp import TiledMLP
 
 ALL: tuple[type[Optimization], ...] = (
     SequencePacking,  # decides what a batch is, before any model exists
+    MemoryMappedData,  # how tokens are reached; no other part asks
     MemoryPool,  # before anything is on the device
     MixedPrecision,  # decides the dtype in which weights are loaded
     QLoRA,  # replaces linear maps, so before adapters attach to them
@@ -64,6 +66,7 @@ class OptimizationsConfig:
 
     preset: str = "none"
     sequence_packing: OptimizationConfig = field(default_factory=SequencePacking.Config)
+    memory_mapped_data: OptimizationConfig = field(default_factory=MemoryMappedData.Config)
     memory_pool: OptimizationConfig = field(default_factory=MemoryPool.Config)
     mixed_precision: OptimizationConfig = field(default_factory=MixedPrecision.Config)
     qlora: OptimizationConfig = field(default_factory=QLoRA.Config)

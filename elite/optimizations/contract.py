@@ -45,6 +45,7 @@ class Site(Enum):
     """A place in the run that one optimization at most may occupy."""
 
     BATCH_LAYOUT = "how documents share a sequence"
+    CORPUS = "where the tokenised corpus is read"
     COMPUTE_DTYPE = "dtype of computation"
     ALLOCATOR = "how device memory is taken"
     BASE_WEIGHTS = "storage of frozen weights"
@@ -137,6 +138,8 @@ class Step:
     """Tokens whose logits exist at once, with their gradients formed in the same pass; None forms all logits."""
     optimizer_workspace: float = 0.0
     """Bytes that the optimizer needs during its step."""
+    corpus_resident: bool = True
+    """All tokens of the corpus are in host memory."""
 
     def sizes(self, facts: Facts, tokens: int) -> Sizes:
         """What the formulas of a layer's parts read, for so many tokens."""

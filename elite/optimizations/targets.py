@@ -13,6 +13,8 @@ class BatchLayout:
 
     packed: bool = False
     """Several documents share a sequence; otherwise each is padded on its own."""
+    mapped: bool = False
+    """Tokens are read where they lie on disk; otherwise all are read into memory first."""
 
 
 @dataclass

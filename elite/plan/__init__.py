@@ -4,6 +4,7 @@ from elite.plan.batch import facts_of
 from elite.plan.memory import predict, unoptimized
 from elite.plan.plan import Plan, make_plan
 from elite.plan.survey import longest_contexts, render_longest, render_tiers
+from elite.plan.switches import render_survey, survey
 from elite.plan.table import render
 from elite.plan.tiers import choose_tier
 from elite.plan.time import model_flops_per_token, step_time
@@ -18,7 +19,9 @@ __all__ = [
     "predict",
     "render",
     "render_longest",
+    "render_survey",
     "render_tiers",
     "step_time",
+    "survey",
     "unoptimized",
 ]

@@ -1,7 +1,7 @@
 """Which executor carries out a run, in which layout: the fastest that fits."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from elite.config import AdapterMethod, Executor, RunConfig
@@ -61,6 +61,23 @@ def choose_executor(config: RunConfig, device: Device, shape: ModelShape, accumu
     if wanted is Executor.streamed or not whole.fits:
         return small if small.fits or wanted is Executor.streamed else min((whole, small), key=lambda made: made.estimate.total)
     return small if small.fits and small.step_s * STREAMED_GAIN < whole.step_s else whole
+
+
+def held_to(config: RunConfig, made: Prediction) -> RunConfig:
+    """The run with the executor and layout of a prediction, whatever else is changed about it."""
+    executor, layout = replace(config.executor, name=made.executor), made.layout
+    if layout is not None:
+        executor = replace(
+            executor,
+            chunk=layout.chunk,
+            block=layout.block,
+            keep=layout.keep,
+            slots=layout.slots,
+            boundaries=layout.boundaries,
+            keys_values=layout.keys_values,
+            weights=layout.weights,
+        )
+    return replace(config, executor=executor)
 
 
 def least_bytes(config: RunConfig, device: Device, shape: ModelShape) -> float:

@@ -8,14 +8,16 @@ from typing import Any
 from elite.config import RunConfig
 from elite.facts import Corpus, Device, Facts, ModelShape
 from elite.optimizations.contract import Decision, Estimate
+from elite.optimizations.memory_mapped_data import MemoryMappedData, corpus_bytes
 from elite.plan.batch import BatchGeometry, batch_geometry
 from elite.plan.executors import Prediction, choose_executor
 from elite.plan.fix import smallest_change
 from elite.plan.generation import generation_tokens
-from elite.plan.memory import NOT_MODELLED, averages
+from elite.plan.memory import NOT_MODELLED, averages, folded
 from elite.plan.micro_batch import Settled, settled
 from elite.plan.peaks import may_be_held_up, peaks
 from elite.plan.rates import rates_of
+from elite.plan.stages import ContextStage, PlannedStage, curriculum_words, planned, predict_stages
 from elite.plan.streamed import host_usable
 from elite.plan.time import model_flops_per_token
 from elite.plan.values import check_values
@@ -88,11 +90,15 @@ class Plan:
     host_bytes: float
     """Pinned host memory of one rank."""
     host_usable_bytes: float
+    corpus_bytes: float
+    """The tokenised corpus in host memory, of one rank; 0 where it is read from disk."""
     disk_bytes: float
     """Boundaries on disk, of one rank."""
     generation_tokens: int
     """Prompt and continuation of the completion to look at: as much of the context as there is memory for."""
     curriculum: str
+    stages: tuple[PlannedStage, ...]
+    """Contexts in turn; one unless the context grows. Times below are of the last, memory is of the one that takes most."""
     steps: int
     step_flops: float
     step_s: float
@@ -105,7 +111,7 @@ class Plan:
     mfu: float
     """Operations that the mathematics needs over what the data sheet's rate would carry out meanwhile; 0 on a CPU, which has no sheet."""
     epoch_s: float
-    """One pass over the corpus, in whole steps."""
+    """One pass over the corpus, in whole steps of the run's mean duration."""
     run_s: float
     """All optimizer steps; validation and checkpoints come on top."""
     rope_factor: float
@@ -120,11 +126,12 @@ class Plan:
     def shortage(self) -> str:
         """What is too little for this plan, in words; empty if it fits."""
         found = []
-        short = self.total_bytes + self.headroom_bytes - self.usable_bytes
+        cuda = self.device_kind == "cuda"
+        short = self.total_bytes + self.headroom_bytes - self.usable_bytes + (0 if cuda else self.corpus_bytes)
         if short > 0:
             found.append(f"{gib(short)} too much with headroom")
-        if self.device_kind == "cuda" and self.host_bytes > self.host_usable_bytes:
-            found.append(f"{gib(self.host_bytes)} of host memory, {gib(self.host_usable_bytes)} can be used")
+        if cuda and self.host_bytes + self.corpus_bytes > self.host_usable_bytes:
+            found.append(f"{gib(self.host_bytes + self.corpus_bytes)} of host memory, {gib(self.host_usable_bytes)} can be used")
         return "; ".join(found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,7 +156,12 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
     batch = batch_geometry(config, device)
     rate = training.learning_rate, training.lr_scaling, batch.step_tokens, training.lr_reference_tokens
     made = choose_executor(config, device, shape, batch.accumulation)
-    facts, estimate = made.facts, made.estimate
+    steps = _steps(config, corpus, batch)
+    stages = predict_stages(config, device, shape, made, batch.accumulation, steps)
+    facts, estimate = made.facts, max((one.estimate for _, one in reversed(stages)), key=lambda found: found.total)
+    host_bytes = max(one.host_bytes for _, one in stages)
+    in_memory = corpus_bytes(folded(facts, made.decisions), corpus, shape)
+    fits, has_room = all(one.fits for _, one in stages), _has_room(config, device, estimate.total, host_bytes, in_memory)
     factor, positions = _positions(config, shape)
     usable = device.memory_usable_bytes * (1 - config.plan.headroom_fraction)
     beyond = peaks(estimate.total, made.decisions, device)
@@ -181,22 +193,36 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
         device_bytes=beyond.device_bytes if beyond else None,
         usable_bytes=device.memory_usable_bytes,
         headroom_bytes=device.memory_usable_bytes * config.plan.headroom_fraction,
-        fits=made.fits,
-        fix="" if made.fits else smallest_change(config, device, shape),
+        fits=fits and has_room,
+        fix=_fix(config, device, shape, fits, has_room),
         executor=made.executor.value,
         layout=made.layout.to_dict() if made.layout else None,
-        host_bytes=made.host_bytes,
+        host_bytes=host_bytes,
         host_usable_bytes=host_usable(device),
-        disk_bytes=made.disk_bytes,
+        corpus_bytes=in_memory,
+        disk_bytes=max(one.disk_bytes for _, one in stages),
         generation_tokens=generation_tokens(facts, made.decisions, estimate, usable),
-        curriculum=config.curriculum.name.value,
-        **_times(made, corpus, batch, _steps(config, corpus, batch)),
+        curriculum=curriculum_words(config.curriculum),
+        **_times(made, corpus, batch, stages),
         rope_factor=factor,
         positions=positions,
         checkpoint_bytes=_checkpoint_bytes(facts, estimate, made.decisions),
         warnings=_warnings(config, made, corpus, batch, factor),
         not_modelled=NOT_MODELLED,
     )
+
+
+def _has_room(config: RunConfig, device: Device, total_bytes: float, host_bytes: float, in_memory: float) -> bool:
+    """Whether the host holds the corpus beside everything else that is in its memory."""
+    if device.kind == "cuda":
+        return in_memory == 0 or host_bytes + in_memory <= host_usable(device)
+    return in_memory == 0 or total_bytes + in_memory <= device.memory_usable_bytes * (1 - config.plan.headroom_fraction)
+
+
+def _fix(config: RunConfig, device: Device, shape: ModelShape, fits: bool, has_room: bool) -> str:
+    if not fits:
+        return smallest_change(config, device, shape)
+    return "" if has_room else f"optimizations.{MemoryMappedData.name}.enabled=true"
 
 
 def _switch(decision: Decision) -> Switch:
@@ -210,9 +236,12 @@ def _steps(config: RunConfig, corpus: Corpus, batch: BatchGeometry) -> int:
     return max(1, math.ceil(config.training.epochs * corpus.train_tokens / batch.step_tokens))
 
 
-def _times(made: Prediction, corpus: Corpus, batch: BatchGeometry, steps: int) -> dict[str, Any]:
+def _times(made: Prediction, corpus: Corpus, batch: BatchGeometry, stages: list[tuple[ContextStage, Prediction]]) -> dict[str, Any]:
     """A plan's fields about time."""
+    steps = sum(stage.steps for stage, _ in stages)
+    run_s = sum(stage.steps * one.step_s for stage, one in stages)
     return {
+        "stages": tuple(planned(stage, one, batch.step_tokens) for stage, one in stages),
         "steps": steps,
         "step_flops": made.step_flops,
         "step_s": made.step_s,
@@ -220,8 +249,8 @@ def _times(made: Prediction, corpus: Corpus, batch: BatchGeometry, steps: int) -
         "rates": rates_of(made.facts.device).origin,
         "tokens_per_s": batch.step_tokens / made.step_s,
         "mfu": _mfu(made.facts, made.step_s, batch),
-        "epoch_s": made.step_s * math.ceil(corpus.train_tokens / batch.step_tokens),
-        "run_s": steps * made.step_s,
+        "epoch_s": run_s / steps * math.ceil(corpus.train_tokens / batch.step_tokens),
+        "run_s": run_s,
     }
 
 

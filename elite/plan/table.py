@@ -120,6 +120,8 @@ def _memory(plan: Plan) -> Table:
     table.add_row("of it kept free", gib(plan.headroom_bytes), "")
     if plan.host_bytes and plan.device_kind == "cuda":
         table.add_row("host, pinned", gib(plan.host_bytes), f"of {gib(plan.host_usable_bytes)}")
+    if plan.corpus_bytes:
+        table.add_row("host, corpus", gib(plan.corpus_bytes), "its tokens, read into memory")
     if plan.disk_bytes and plan.device_kind == "cuda":
         table.add_row("disk", gib(plan.disk_bytes), "")
     return table
@@ -139,6 +141,7 @@ def _time(plan: Plan) -> Table:
     mfu = f", {plan.mfu:.0%} of the data sheet's rate (MFU)" if plan.mfu else ""
     rows = [
         ("steps", f"{plan.steps:,} of {plan.step_tokens:,} tokens"),
+        *_stages(plan),
         ("a step", step),
         ("of which", _parts(plan)),
         ("throughput", f"{plan.tokens_per_s:,.0f} tokens/s{mfu}"),
@@ -148,6 +151,17 @@ def _time(plan: Plan) -> Table:
         ("completion", f"{plan.generation_tokens:,} tokens at most, as the keys and values of all layers have room for"),
     ]
     return _pairs("Steps and time", rows)
+
+
+def _stages(plan: Plan) -> list[tuple[str, str]]:
+    """A line for each context, where it grows."""
+    if len(plan.stages) == 1:
+        return []
+    lines = []
+    for stage in plan.stages:
+        rows = f"{stage.steps:,} steps of {stage.context:,} tokens × {stage.micro_batch} micro-batch"
+        lines.append(("of these", f"{rows}: {gib(stage.total_bytes)}, {duration(stage.step_s)} each, {stage.tokens_per_s:,.0f} tokens/s"))
+    return lines
 
 
 def _parts(plan: Plan) -> str:

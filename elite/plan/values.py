@@ -8,6 +8,7 @@ from operator import attrgetter
 
 from elite.config import AUTO, RunConfig, Schedule
 from elite.errors import ConfigError
+from elite.plan.stages import check_curriculum
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ RULES = (
             "executor.slots",
             "calibrate.count",
             "calibrate.seconds",
+            "lr_range.lowest",
+            "lr_range.highest",
+            "lr_range.accumulation",
         ),
     ),
     Rule(
@@ -55,10 +59,13 @@ RULES = (
     Rule(
         "must lie in [0, 1)",
         lambda value: 0 <= value < 1,
-        ("training.beta1", "training.beta2", "adapter.dropout", "plan.headroom_fraction", "schedule.final_fraction"),
+        ("training.beta1", "training.beta2", "adapter.dropout", "plan.headroom_fraction", "schedule.final_fraction", "lr_range.smoothing"),
     ),
-    Rule("must lie in (0, 1)", lambda value: 0 < value < 1, ("data.val_fraction", "schedule.decay_fraction")),
+    Rule("must lie in (0, 1)", lambda value: 0 < value < 1, ("data.val_fraction", "schedule.decay_fraction", "curriculum.start_fraction")),
+    Rule("must lie in (0, 1]", lambda value: 0 < value <= 1, ("curriculum.full_at",)),
     Rule("must lie in [0, 1]", lambda value: 0 <= value <= 1, ("schedule.warmup_fraction",)),
+    Rule("must be at least 3: each loss is of the step before", lambda value: value >= 3, ("lr_range.steps",)),
+    Rule("must be above 1 and finite", lambda value: 1 < value < math.inf, ("lr_range.divergence",)),
     Rule("must be at least 2: a target's first token is not scored", lambda value: value >= 2, ("tier.target_length",)),
 )
 
@@ -78,12 +85,16 @@ def check_values(config: RunConfig) -> None:
     micro_batch = config.training.micro_batch
     if micro_batch != AUTO and not (isinstance(micro_batch, int) and micro_batch > 0):
         raise ConfigError(f"training.micro_batch={micro_batch}: must be a positive whole number or {AUTO}", f"training.micro_batch={AUTO}")
+    check_curriculum(config.curriculum)
     schedule = config.schedule
     if schedule.name is Schedule.wsd and schedule.warmup_fraction + schedule.decay_fraction > 1:
         raise ConfigError(
             f"schedule.warmup_fraction={schedule.warmup_fraction} and decay_fraction={schedule.decay_fraction} exceed the whole run",
             "together at most 1",
         )
+    if config.lr_range.lowest >= config.lr_range.highest:
+        problem = f"lr_range.lowest={config.lr_range.lowest:g} is not below lr_range.highest={config.lr_range.highest:g}"
+        raise ConfigError(problem, "leave both out for their defaults")
     # It becomes a folder's name.
     if config.name is not None and not re.fullmatch(r"[^/\\\0.][^/\\\0]*", config.name):
         raise ConfigError(f"name={config.name!r}: must be a plain file name", "letters, digits, - and _")

@@ -145,10 +145,11 @@ class Trainer:
         state.tokens += result.tokens
         state.last_loss = result.loss
         state.first_loss = result.loss if state.first_loss is None else state.first_loss
+        context = window[0].input_ids.shape[1]
         record = {"step": state.step, "tokens": state.tokens, "loss": result.loss, "grad_norm": result.grad_norm, "lr": rate}
         for hook in self.hooks:
             record |= hook.metrics()
-        record |= self.meter.read(result.tokens, time.perf_counter() - began)
+        record |= {"context": context} | self.meter.read(result.tokens, context, time.perf_counter() - began)
         for observer in self.observers:
             observer.step(record)
 

@@ -1,6 +1,7 @@
 """What a step cost: memory peaks, time, throughput."""
 
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import psutil
@@ -14,21 +15,21 @@ class Meter:
     """Reads the machine after each step; peaks are those of the step, not what happens to be allocated after it.
 
     Args:
-        flops_per_token: model FLOPs of forward and backward, without recomputation (Chowdhery et al. 2022, appendix B).
+        flops_per_token: model FLOPs of forward and backward at a context, without recomputation (Chowdhery et al. 2022, appendix B).
         peak_flops_per_s: the device's rate in the compute dtype, for MFU; 0 leaves MFU out as 0.
     """
 
     ranks: Ranks
-    flops_per_token: float
+    flops_per_token: Callable[[int], float]
     peak_flops_per_s: float
     baseline_rss_bytes: int = field(default_factory=lambda: psutil.Process().memory_info().rss)
     highest: dict[str, float] = field(default_factory=dict)
     """Largest value seen of every memory figure."""
 
-    def read(self, tokens: int, seconds: float) -> dict[str, float]:
-        """Figures of a step over `tokens` tokens (all ranks) that took `seconds`."""
+    def read(self, tokens: int, context: int, seconds: float) -> dict[str, float]:
+        """Figures of a step over `tokens` tokens (all ranks) in rows of `context` that took `seconds`."""
         per_s = tokens / seconds
-        flops = per_s * self.flops_per_token / self.ranks.world
+        flops = per_s * self.flops_per_token(context) / self.ranks.world
         memory = self.memory()
         return {
             "tokens_per_s": per_s,

@@ -93,7 +93,7 @@ def rig(
         scaler=make_scaler(ALONE.device, torch.float32),
         stream=TrainStream(store, DataConfig(), CONTEXT, 1, SEED, packed=False),
         validator=Validator(WholeExecutor(loaded.model, torch.float32), with_context, alone, ALONE),
-        meter=Meter(ALONE, 1.0, 0.0),
+        meter=Meter(ALONE, lambda context: 1.0, 0.0),
         ranks=ALONE,
         checkpoints=folder / "checkpoints",
         applied=applied,

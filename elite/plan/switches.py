@@ -1,0 +1,157 @@
+"""Every optimization side by side: what it is, what it excludes, and what it would do to this run. Arithmetic alone.
+
+The effect of a part is the plan's figure with it on, less the figure with it off, all else as in the present run: the same executor in the
+same layout. Where another part holds its place, that one gives way while it is on.
+"""
+
+from dataclasses import dataclass, replace
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from elite.config import RunConfig
+from elite.facts import Device, ModelShape
+from elite.optimizations import ALL
+from elite.optimizations.contract import Optimization
+from elite.plan.batch import batch_geometry
+from elite.plan.executors import Prediction, choose_executor, held_to
+from elite.plan.micro_batch import settled
+from elite.plan.values import check_values
+from elite.plan.words import duration, gib
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a part does: with it, less without it."""
+
+    total_bytes: float
+    """Device memory at the peak of the run with the part toggled."""
+    memory_bytes: float
+    host_bytes: float
+    """Pinned host memory."""
+    step_s: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """One part."""
+
+    kind: type[Optimization]
+    requested: bool
+    active: bool
+    reason: str
+    """Why it does not act, or would not; empty if it does, or could."""
+    conflicts: tuple[str, ...]
+    """Parts that claim a place it claims, in their order."""
+    instead_of: tuple[str, ...]
+    """Active ones among them."""
+    effect: Effect | None
+    """None where it cannot act."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All parts in their order, and the run they would act on."""
+
+    present: Prediction
+    lines: tuple[Line, ...]
+
+
+def conflicts_of(kind: type[Optimization]) -> tuple[type[Optimization], ...]:
+    """The other parts that claim a place which this one claims."""
+    return tuple(other for other in ALL if other is not kind and other.claims & kind.claims)
+
+
+def survey(config: RunConfig, device: Device, shape: ModelShape) -> Survey:
+    """What every part does, or would do, to this run.
+
+    Raises:
+        ConfigError: a number is out of range.
+        PlanError: the run itself cannot be planned.
+    """
+    check_values(config)
+    config = settled(config, device, shape).config
+    accumulation = batch_geometry(config, device).accumulation
+    present = choose_executor(config, device, shape, accumulation)
+    # An effect is the part's own, not that of another layout.
+    pinned = held_to(config, present)
+
+    def made(changed: RunConfig) -> Prediction:
+        return choose_executor(changed, device, shape, accumulation)
+
+    requested = {decision.name: decision.active for decision in present.decisions if decision.requested}
+    lines = []
+    for decision in present.decisions:
+        kind = type(decision.optimization)
+        rivals = conflicts_of(kind)
+        names = tuple(rival.name for rival in rivals if rival.name in requested)
+        on = made(switched(pinned, {kind.name: True} | dict.fromkeys(names, False)))
+        reason = next(d.reason for d in on.decisions if d.name == kind.name)
+        effect = None
+        if not reason:
+            without = made(switched(pinned, {kind.name: False}))
+            toggled = without if decision.active else on
+            effect = Effect(
+                total_bytes=toggled.estimate.total,
+                memory_bytes=on.estimate.total - without.estimate.total,
+                host_bytes=on.host_bytes - without.host_bytes,
+                step_s=on.step_s - without.step_s,
+            )
+        replaced = tuple(name for name in names if requested[name])
+        lines.append(Line(kind, decision.requested, decision.active, reason, tuple(rival.name for rival in rivals), replaced, effect))
+    return Survey(present, tuple(lines))
+
+
+def switched(config: RunConfig, states: dict[str, bool]) -> RunConfig:
+    """The same run with these parts on or off."""
+    options = {name: replace(getattr(config.optimizations, name), enabled=on) for name, on in states.items()}
+    return replace(config, optimizations=replace(config.optimizations, **options))
+
+
+def render_survey(found: Survey) -> Group:
+    """Two tables: what the parts do here, and what they are."""
+    facts = found.present.facts
+    where = facts.device.name + ("" if facts.device.present else " (not in this machine)")
+    run = f"{facts.context:,} tokens × {facts.micro_batch}, {found.present.executor.value} executor"
+    now = f"{gib(found.present.estimate.total)} planned, {duration(found.present.step_s)} a step"
+    title = f"Optimizations of {facts.model.name} on {where}, {run}: {now}"
+    effects = _table(title, "row", "name", "stage", "class", "state", "memory", "toggled", "a step")
+    for line in found.lines:
+        kind, effect = line.kind, line.effect
+        cells = ("", "", "")
+        if effect is not None:
+            pinned = f", host {_signed_gib(effect.host_bytes)}" if effect.host_bytes else ""
+            cells = (_signed_gib(effect.memory_bytes) + pinned, gib(effect.total_bytes), _signed_s(effect.step_s))
+        effects.add_row(str(kind.row), kind.name, kind.stage.value, kind.exactness.value, _state(line), *cells)
+    places = _table("Their places", "name", "what it is", "decides", "excludes", "source")
+    for line in found.lines:
+        decides = ", ".join(sorted(site.value for site in line.kind.claims))
+        places.add_row(line.kind.name, line.kind.title, decides, ", ".join(line.conflicts) or "none", line.kind.source)
+    notes = "memory, a step: with the part, less without it (planned, this model and context); toggled: the whole run with it the other way"
+    return Group(effects, Text(notes, style="dim"), Text(), places)
+
+
+def _table(title: str, *heads: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for head in heads:
+        table.add_column(head, justify="right" if head in ("row", "toggled", "a step") else "left", overflow="fold", no_wrap=head == "name")
+    return table
+
+
+def _state(line: Line) -> Text:
+    if line.active:
+        return Text("active", style="green")
+    if line.requested:
+        return Text(f"requested, inactive: {line.reason}", style="yellow")
+    if line.reason:
+        return Text(f"off, cannot act: {line.reason}", style="dim")
+    return Text("off" + (f", would replace {', '.join(line.instead_of)}" if line.instead_of else ""), style="dim")
+
+
+def _signed_gib(value: float) -> str:
+    return f"{'+' if value > 0 else '−' if value < 0 else '±'}{gib(abs(value))}"
+
+
+def _signed_s(seconds: float) -> str:
+    return f"{'+' if seconds > 0 else '−'}{duration(abs(seconds))}" if seconds else "as before"
