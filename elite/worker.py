@@ -30,6 +30,7 @@ from elite.model import LoadedModel, load, save_trained
 from elite.plan import model_flops_per_token
 from elite.plan.words import duration, gib
 from elite.prepared import Run, prepared
+from elite.report.run_report import RunReport, convergence
 from elite.runfolder import RunFolder
 from elite.training.heap import settled
 from elite.training.loop import Interrupted, Observer, Progress, Trainer
@@ -160,7 +161,8 @@ def _observers(run: Run, step: int) -> list[Observer]:
     folder, name = run.folder, run.config.name or run.folder.path.name
     tracker = start_tracker(run.config.logger, folder.path, name, folder.read_identity()["tracker_id"], settings, console)
     trackers = [tracker] if tracker else []
-    return [metrics_file.MetricsFile(folder.metrics, step), *trackers, Screen(console, run.plan["steps"], step)]
+    first, screen = metrics_file.MetricsFile(folder.metrics, step), Screen(console, run.plan["steps"], step)
+    return [first, *trackers, screen, RunReport(folder, run.plan, console)]
 
 
 class _Completion:
@@ -233,6 +235,7 @@ def _summary(run: Run, progress: Progress, meter: Meter, measured_peak_bytes: fl
         },
         "tokens_per_s": statistics.median(line["tokens_per_s"] for line in timed),
         "train_time_s": sum(line["step_time_s"] for line in steps),
+        "convergence": convergence(steps).to_dict(),
     }
 
 
@@ -251,7 +254,8 @@ def _show(summary: dict[str, Any], folder: RunFolder) -> None:
         f"peak memory  {gib(summary['measured_peak_bytes'])} measured, {gib(summary['predicted_peak_bytes'])} planned"
         f"{_off(errors['peak'])}{reserved}; host {gib(summary['host_rss_peak_bytes'])}{pinned}\n"
         f"step time    {duration(summary['step_s'])} measured, {duration(summary['predicted_step_s'])} planned{_off(errors['step'])}\n"
-        f"results in {folder.path}",
+        f"convergence  {summary['convergence']['words']}\n"
+        f"results in {folder.path}, on one page in report.html",
     )
 
 
