@@ -22,6 +22,7 @@ from elite.console import console, start_logging
 from elite.data.batches import TrainStream
 from elite.data.tokens import TokenStore, open_store
 from elite.data.validation import completion_example, validation_batches
+from elite.distributed.launch import LAST_WORDS
 from elite.distributed.ranks import Ranks, joined
 from elite.errors import DataError, EliteError
 from elite.executor.build import build, streams_weights
@@ -206,6 +207,8 @@ def _summary(run: Run, progress: Progress, meter: Meter, measured_peak_bytes: fl
     timed = steps[1:] or steps
     seconds = statistics.median(line["step_time_s"] for line in timed)
     plan = run.plan
+    # One that was cut off after its last checkpoint takes no step.
+    highest = meter.highest or meter.memory()
     return {
         "name": run.config.name or run.folder.path.name,
         "steps": progress.step,
@@ -221,15 +224,15 @@ def _summary(run: Run, progress: Progress, meter: Meter, measured_peak_bytes: fl
         "predicted_peak_bytes": plan["total_bytes"],
         "measured_peak_bytes": measured_peak_bytes,
         "predicted_reserved_bytes": plan["reserved_bytes"],
-        "reserved_peak_bytes": meter.highest["gpu_reserved_bytes"],
+        "reserved_peak_bytes": highest["gpu_reserved_bytes"],
         "predicted_host_pinned_bytes": plan["host_bytes"],
         "host_pinned_bytes": pinned_bytes,
-        "host_rss_peak_bytes": meter.highest["host_rss_bytes"],
+        "host_rss_peak_bytes": highest["host_rss_bytes"],
         "predicted_step_s": plan["step_s"],
         "step_s": seconds,
         "errors_percent": {
             "peak": error_percent(plan["total_bytes"], measured_peak_bytes),
-            "reserved": error_percent(plan["reserved_bytes"] or 0.0, meter.highest["gpu_reserved_bytes"]),
+            "reserved": error_percent(plan["reserved_bytes"] or 0.0, highest["gpu_reserved_bytes"]),
             "host_pinned": error_percent(plan["host_bytes"], pinned_bytes),
             "step": error_percent(plan["step_s"], seconds),
         },
@@ -264,13 +267,18 @@ def _off(percent: float | None) -> str:
 
 
 def main() -> None:
-    """The process's edge: an error is shown here, and its exit code tells the parent so."""
+    """The process's edge: an error is shown here and left in the folder, and its exit code tells the parent so."""
     start_logging()
+    folder = Path(sys.argv[1])
     try:
         with joined() as ranks:
-            train(RunFolder(Path(sys.argv[1])), ranks)
+            train(RunFolder(folder), ranks)
     except EliteError as error:
         show(error)
+        (folder / LAST_WORDS).write_text(error.problem)
         sys.exit(error.exit_code)
     except Interrupted:
         sys.exit(130)
+    except Exception as error:
+        (folder / LAST_WORDS).write_text(f"{type(error).__name__}: {error}".splitlines()[0])
+        raise
