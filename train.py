@@ -7,12 +7,12 @@ from elite import compose
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(composed: DictConfig) -> None:
-    """One run, or one job of a multirun."""
+def main(composed: DictConfig) -> float | None:
+    """One run, or one job of a multirun; returns its best validation loss, for searches over settings."""
     # Imported here, so that --help and tab completion need not wait for torch.
     from elite import modes
 
-    compose.as_job(modes.run, composed)
+    return compose.as_job(modes.run, composed)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from elite.ablation import varied
 from elite.config import CONF_DIR, TIERS, RunConfig
-from elite.errors import ConfigError, EliteError
+from elite.errors import ConfigError, EliteError, InapplicableError
+from elite.jobs import Job, State
 from elite.schema import build, schema
 
 ConfigStore.instance().store(name="schema", node=schema())
@@ -36,30 +38,35 @@ class Composed:
 
     def again(self, *overrides: str) -> "Composed":
         """The same request with further overrides, which win."""
-        config = build(hydra.compose("config", [*self.overrides, *overrides]))
-        return replace(self, config=_placed(config, self.job), overrides=(*self.overrides, *overrides))
+        config = _placed(hydra.compose("config", [*self.overrides, *overrides]), self.job)
+        return replace(self, config=config, overrides=(*self.overrides, *overrides))
 
 
 def from_hydra(composed: DictConfig) -> Composed:
     """What `hydra.main` hands to the program."""
     context = HydraConfig.get()
     job = context.runtime.output_dir if context.mode is RunMode.MULTIRUN else None
-    return Composed(_placed(build(composed), job), tuple(context.overrides.task), job)
+    return Composed(_placed(composed, job), tuple(context.overrides.task), job)
 
 
 def from_overrides(*overrides: str) -> Composed:
     """Compose outside `hydra.main` (tests, notebooks)."""
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return Composed(build(hydra.compose("config", list(overrides))), overrides)
+        return Composed(_placed(hydra.compose("config", list(overrides)), None), overrides)
 
 
-def _placed(config: RunConfig, job: str | None) -> RunConfig:
-    """Jobs of a multirun write where Hydra numbers them, and form one group in the tracker."""
+def _placed(composed: DictConfig, job: str | None) -> RunConfig:
+    """The configuration of one run: jobs of a multirun write where Hydra numbers them, and form one group in the tracker."""
+    config = varied(build(composed))
     if job is None:
         return config
-    sweep = Path(job).parent
-    group = config.logger.group or f"{sweep.parent.name}_{sweep.name}"
+    group = group_of(config, Path(job).parent)
     return replace(config, output=replace(config.output, folder=job), logger=replace(config.logger, group=group))
+
+
+def group_of(config: RunConfig, sweep: Path) -> str:
+    """The tracker's name for all jobs of the multirun in this folder."""
+    return config.logger.group or f"{sweep.parent.name}_{sweep.name}"
 
 
 TIER_OPTIONS = ["auto", *TIERS]
@@ -115,16 +122,41 @@ def show(error: EliteError) -> None:
         error.shown = True
 
 
-def as_job(program: Callable[[Composed], None], composed: DictConfig) -> None:
-    """Run one job and show its error at once: in a multirun Hydra would keep it until the last job has ended."""
-    job = from_hydra(composed)
+def as_job(program: Callable[[Composed], float | None], composed: DictConfig) -> float | None:
+    """Run one job; returns what a search over settings would minimise.
+
+    Of a multirun's jobs one that fails shows its error at once, says so in its folder and returns NaN: the others go on, and the multirun
+    ends with its exit code (elite/report/multirun.py).
+    """
+    context = HydraConfig.get()
+    if context.mode is RunMode.MULTIRUN:
+        return _swept(program, composed, Path(context.runtime.output_dir), tuple(context.overrides.task))
     try:
-        program(job)
+        return program(from_hydra(composed))
     except EliteError as error:
         show(error)
-        if job.job is None:
-            sys.exit(error.exit_code)
+        sys.exit(error.exit_code)
+
+
+def _swept(program: Callable[[Composed], float | None], composed: DictConfig, folder: Path, overrides: tuple[str, ...]) -> float | None:
+    job = Job(overrides)
+    job.write(folder)
+    try:
+        value = program(from_hydra(composed))
+    except EliteError as error:
+        show(error)
+        state = State.inapplicable if isinstance(error, InapplicableError) else State.failed
+        job = replace(job, state=state, reason=error.problem, exit_code=error.exit_code)
+        return float("nan")
+    except Exception as error:
+        # A defect of ours: its traceback goes on to Hydra.
+        job = replace(job, state=State.failed, reason=f"{type(error).__name__}: {error}", exit_code=1)
         raise
+    else:
+        job = replace(job, state=State.finished)
+        return value
+    finally:
+        job.write(folder)
 
 
 def at_the_edge(program: Callable[[], None]) -> None:

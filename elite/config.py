@@ -93,6 +93,17 @@ class Logger(Enum):
     none = "none"
 
 
+class AblationKind(Enum):
+    """Which runs of a sweep show what each active optimization does."""
+
+    none = "none"
+    leave_one_out = "leave_one_out"
+    """All of them, and all but one."""
+    one_at_a_time = "one_at_a_time"
+    """None of them, and each alone."""
+    both = "both"
+
+
 class Cap(Enum):
     """How a larger GPU stands in for a preset: not at all, held to its usable memory, or to its dtypes and kernels as well."""
 
@@ -356,6 +367,15 @@ class LrRangeConfig:
 
 
 @dataclass(frozen=True)
+class AblationConfig:
+    """What each active optimization costs and saves, by runs that differ in one of them."""
+
+    kind: AblationKind = AblationKind.none
+    variant: str | None = None
+    """Which of these runs this one is: `all`, `without_NAME`, `none` or `only_NAME`; the sweep sets it."""
+
+
+@dataclass(frozen=True)
 class OutputConfig:
     """Where things are written."""
 
@@ -392,4 +412,5 @@ class RunConfig:
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     lr_range: LrRangeConfig = field(default_factory=LrRangeConfig)
+    ablation: AblationConfig = field(default_factory=AblationConfig)
     output: OutputConfig = field(default_factory=OutputConfig)

@@ -34,6 +34,10 @@ class PlanError(EliteError):
     """The run as configured cannot work on the hardware, or two of its parts exclude each other."""
 
 
+class InapplicableError(PlanError):
+    """A run that would vary something which does not act on this model and machine: it would show nothing."""
+
+
 class DataError(EliteError):
     """The corpus is missing, unreadable or too small."""
 

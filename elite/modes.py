@@ -1,5 +1,6 @@
 """What `mode=` selects: one function each."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -21,14 +22,15 @@ from elite.distributed.ranks import joined, launched
 from elite.errors import CheckpointError, ConfigError, ModelError, PlanError
 from elite.facts import NO_CORPUS, Corpus, Device, ModelShape
 from elite.plan import Plan, choose_tier, longest_contexts, make_plan, render, render_longest, render_survey, render_tiers, survey
+from elite.plan.ablated import require_variation
 from elite.plan.executors import least_bytes
 from elite.runfolder import RunFolder, interrupted_run, new_folder, request_key, write_request, write_start
 
 
-def run(composed: Composed) -> None:
-    """Do what `mode` says."""
+def run(composed: Composed) -> float | None:
+    """Do what `mode` says; returns the best validation loss if that was to train."""
     start_logging()
-    MODES[composed.config.mode](composed)
+    return MODES[composed.config.mode](composed)
 
 
 def plan(composed: Composed) -> None:
@@ -89,8 +91,12 @@ def lr_range(composed: Composed) -> None:
     test(folder, store)
 
 
-def train(composed: Composed) -> None:
-    """Plan, then train: in child processes, or in this one if a launcher started it as one of several."""
+def train(composed: Composed) -> float | None:
+    """Plan, then train: in child processes, or in this one if a launcher started it as one of several.
+
+    Returns:
+        The best validation loss; None in a process that is one of several.
+    """
     if launched():
         from elite import worker
 
@@ -101,12 +107,14 @@ def train(composed: Composed) -> None:
                 worker.train(RunFolder(folder), ranks)
             except worker.Interrupted as error:
                 raise KeyboardInterrupt from error
-        return
+        return None
     folder, processes = _prepare(composed)
-    launch(folder.path, processes)
+    if not folder.finished:
+        launch(folder.path, processes)
+    return float(json.loads(folder.summary.read_text())["best_val_loss"])
 
 
-def interactive(composed: Composed) -> None:
+def interactive(composed: Composed) -> float | None:
     """Ask for the main choices, defaults from the configuration, then train."""
     if not console.is_terminal:
         raise ConfigError("mode=interactive needs a terminal", "give the choices as overrides: tier=… model=… data.repo=…")
@@ -122,7 +130,7 @@ def interactive(composed: Composed) -> None:
     }
     answers = [f"{key}={_quoted(value)}" for key, value in asked.items()]
     console.print("python train.py " + " ".join(answers), markup=False)
-    train(composed.again("mode=train", *answers))
+    return train(composed.again("mode=train", *answers))
 
 
 def probe(composed: Composed) -> None:
@@ -149,7 +157,7 @@ def calibrate(composed: Composed) -> None:
     measure(composed.config)
 
 
-MODES: dict[Mode, Callable[[Composed], None]] = {
+MODES: dict[Mode, Callable[[Composed], float | None]] = {
     Mode.plan: plan,
     Mode.tiers: tiers,
     Mode.max_context: max_context,
@@ -180,10 +188,15 @@ def _prepare(composed: Composed) -> tuple[RunFolder, int]:
     hardware.require_present(device, config.hardware)
     found = harvest(config.data, config.seed)
     request = request_key(config, found.origin)
-    interrupted = _to_resume(config, request)
+    again = composed.job is not None and config.resume == "auto"
+    interrupted = _of_job(Path(composed.job or ""), request) if again else _to_resume(config, request)
+    if interrupted is not None and interrupted.finished:
+        console.print(f"finished before: {interrupted.path}", markup=False)
+        return interrupted, device.count
     if interrupted is not None:
         console.print(f"continuing the interrupted run in {interrupted.path} (resume=never starts anew)", markup=False)
         return interrupted, device.count
+    require_variation(composed.config, device, geometry.shape(composed.config.model))
     resolved, made, name, store = _settled(composed, device, found)
     folder = new_folder(resolved, name, datetime.now())
     write_start(folder, resolved, made.to_dict(), device, request, store.folder)
@@ -233,8 +246,19 @@ def _to_resume(config: RunConfig, request: str) -> RunFolder | None:
         return folder
     if config.output.folder is not None:
         folder = RunFolder(Path(config.output.folder).expanduser().absolute())
-        return folder if folder.resumable and folder.read_identity()["request"] == request else None
+        return folder if folder.resumable and folder.asked_for(request) else None
     return interrupted_run(Path(config.output.root).expanduser().absolute(), request)
+
+
+def _of_job(job: Path, request: str) -> RunFolder | None:
+    """What an earlier start of the same multirun left in this job's folder, finished or to go on; None if it is to begin."""
+    folder = RunFolder(job)
+    if not folder.asked_for(request):
+        return None
+    if folder.finished or folder.begun:
+        return folder
+    folder.begin_again()
+    return None
 
 
 def _tokens(config: RunConfig, found: Harvest, vocab_size: int) -> TokenStore:

@@ -5,7 +5,9 @@ plan.json          what was predicted                   checkpoints/    step_NNN
 environment.json   versions, device, commit, command    final/          the adapter or model
 run.json           identity: request, tokens, tracker   summary.json    written when the run has ended well
 micro_batch.json   how training.micro_batch=auto ended  failure.json    how memory ran out, if it did
-preflight.json     what was measured before a step      difficulty.json how the untrained model found each file, if it was asked
+preflight.json     what was measured before a step      report.html     all of it on one page, for people
+job.json           as a job of a multirun               error.txt       why a process failed, if one did
+difficulty.json    how the untrained model found each file, if it was asked
 """
 
 import fcntl
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from elite import __version__
-from elite.config import Mode, OutputConfig, RunConfig
+from elite.config import AblationConfig, Mode, OutputConfig, RunConfig
 from elite.errors import CheckpointError, ConfigError
 from elite.facts import Device
 from elite.schema import to_yaml
@@ -99,6 +101,17 @@ class RunFolder:
                 raise CheckpointError(f"another process is training in {self.path}", "wait for it, or resume=never") from error
             yield
 
+    def asked_for(self, request: str) -> bool:
+        """Whether what is in it was asked for in these words (`request_key`)."""
+        return self.identity.is_file() and self.read_identity()["request"] == request
+
+    def begin_again(self) -> None:
+        """Make it fit for a new run, which the one in it never came to: it saved nothing."""
+        assert not self.finished and not self.begun
+        with self.held():
+            self.identity.unlink()
+            self.metrics.unlink(missing_ok=True)
+
     def read_identity(self) -> dict[str, Any]:
         """Contents of `run.json`."""
         identity = json.loads(self.identity.read_text())
@@ -110,10 +123,11 @@ def request_key(config: RunConfig, origin: str) -> str:
     """Identity of what was asked for: two runs with one key train the same thing on the same data source.
 
     Args:
-        config: as composed, before `auto` is resolved. Where it writes, logs and whether it resumes don't count.
+        config: as composed, before `auto` is resolved. Where it writes, logs and whether it resumes don't count; what an ablation varies
+            stands in its optimizations.
         origin: the data source that was found.
     """
-    relevant = replace(config, mode=Mode.train, resume="auto", output=OutputConfig())
+    relevant = replace(config, mode=Mode.train, resume="auto", output=OutputConfig(), ablation=AblationConfig())
     text = to_yaml(relevant) + origin
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

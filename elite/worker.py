@@ -22,6 +22,7 @@ from elite.console import console, start_logging
 from elite.data.batches import TrainStream
 from elite.data.tokens import TokenStore, open_store
 from elite.data.validation import completion_example, validation_batches
+from elite.distributed.launch import LAST_WORDS
 from elite.distributed.ranks import Ranks, joined
 from elite.errors import DataError, EliteError
 from elite.executor.build import build, streams_weights
@@ -32,6 +33,7 @@ from elite.optimizations.targets import LoopBuild
 from elite.plan import model_flops_per_token
 from elite.plan.words import duration, gib
 from elite.prepared import Run, prepared
+from elite.report.run_report import RunReport, convergence
 from elite.runfolder import RunFolder
 from elite.training.curriculum import course_of
 from elite.training.heap import settled
@@ -189,7 +191,8 @@ def _observers(run: Run, step: int) -> list[Observer]:
     folder, name = run.folder, run.config.name or run.folder.path.name
     tracker = start_tracker(run.config.logger, folder.path, name, folder.read_identity()["tracker_id"], settings, console)
     trackers = [tracker] if tracker else []
-    return [metrics_file.MetricsFile(folder.metrics, step), *trackers, Screen(console, run.plan["steps"], step)]
+    first, screen = metrics_file.MetricsFile(folder.metrics, step), Screen(console, run.plan["steps"], step)
+    return [first, *trackers, screen, RunReport(folder, run.plan, console)]
 
 
 class _Completion:
@@ -234,6 +237,8 @@ def _summary(run: Run, progress: Progress, meter: Meter, measured_peak_bytes: fl
     # A stage's first step allocates and compiles; it says nothing about the others. What was planned is the last stage's.
     timed = last[1:] or last
     seconds = statistics.median(line["step_time_s"] for line in timed)
+    # One that was cut off after its last checkpoint takes no step.
+    highest = meter.highest or meter.memory()
     return {
         "name": run.config.name or run.folder.path.name,
         "steps": progress.step,
@@ -249,20 +254,21 @@ def _summary(run: Run, progress: Progress, meter: Meter, measured_peak_bytes: fl
         "predicted_peak_bytes": plan["total_bytes"],
         "measured_peak_bytes": measured_peak_bytes,
         "predicted_reserved_bytes": plan["reserved_bytes"],
-        "reserved_peak_bytes": meter.highest["gpu_reserved_bytes"],
+        "reserved_peak_bytes": highest["gpu_reserved_bytes"],
         "predicted_host_pinned_bytes": plan["host_bytes"],
         "host_pinned_bytes": pinned_bytes,
-        "host_rss_peak_bytes": meter.highest["host_rss_bytes"],
+        "host_rss_peak_bytes": highest["host_rss_bytes"],
         "predicted_step_s": plan["step_s"],
         "step_s": seconds,
         "errors_percent": {
             "peak": error_percent(plan["total_bytes"], measured_peak_bytes),
-            "reserved": error_percent(plan["reserved_bytes"] or 0.0, meter.highest["gpu_reserved_bytes"]),
+            "reserved": error_percent(plan["reserved_bytes"] or 0.0, highest["gpu_reserved_bytes"]),
             "host_pinned": error_percent(plan["host_bytes"], pinned_bytes),
             "step": error_percent(plan["step_s"], seconds),
         },
         "tokens_per_s": statistics.median(line["tokens_per_s"] for line in timed),
         "train_time_s": sum(line["step_time_s"] for line in steps),
+        "convergence": convergence(steps).to_dict(),
     }
 
 
@@ -295,7 +301,8 @@ def _show(summary: dict[str, Any], folder: RunFolder) -> None:
         f"peak memory  {gib(summary['measured_peak_bytes'])} measured, {gib(summary['predicted_peak_bytes'])} planned"
         f"{_off(errors['peak'])}{reserved}; host {gib(summary['host_rss_peak_bytes'])}{pinned}\n"
         f"step time    {duration(summary['step_s'])} measured, {duration(summary['predicted_step_s'])} planned{_off(errors['step'])}\n"
-        f"{_ending(summary)}results in {folder.path}",
+        f"convergence  {summary['convergence']['words']}\n"
+        f"{_ending(summary)}results in {folder.path}, on one page in report.html",
     )
 
 
@@ -323,13 +330,18 @@ def _off(percent: float | None) -> str:
 
 
 def main() -> None:
-    """The process's edge: an error is shown here, and its exit code tells the parent so."""
+    """The process's edge: an error is shown here and left in the folder, and its exit code tells the parent so."""
     start_logging()
+    folder = Path(sys.argv[1])
     try:
         with joined() as ranks:
-            train(RunFolder(Path(sys.argv[1])), ranks)
+            train(RunFolder(folder), ranks)
     except EliteError as error:
         show(error)
+        (folder / LAST_WORDS).write_text(error.problem)
         sys.exit(error.exit_code)
     except Interrupted:
         sys.exit(130)
+    except Exception as error:
+        (folder / LAST_WORDS).write_text(f"{type(error).__name__}: {error}".splitlines()[0])
+        raise

@@ -13,7 +13,20 @@ from elite.optimizations.contract import Stage
 from elite.plan import make_plan, render
 
 CORPUS = Corpus("a repository", 900, 100, 90_000_000, 10_000_000, 300_000_000, "exact", {"binary": 3})
-GROUPS = ("tier", "hardware", "optimizations", "curriculum", "schedule", "executor", "model", "data", "logger", "experiment", "debug")
+GROUPS = (
+    "tier",
+    "hardware",
+    "optimizations",
+    "curriculum",
+    "schedule",
+    "executor",
+    "model",
+    "data",
+    "logger",
+    "experiment",
+    "hparams_search",
+    "debug",
+)
 EVERY_YAML = [(group, option) for group in GROUPS for option in compose.options(group)]
 
 

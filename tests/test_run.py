@@ -140,6 +140,10 @@ def test_a_multirun_gives_each_job_a_process_folder_and_tracker(program: Program
     folders = sorted((tmp_path / "multiruns").glob("*/*/[01]"))
     assert [folder.name for folder in folders] == ["0", "1"] and all(RunFolder(folder).finished for folder in folders)
     assert len({file.name for folder in folders for file in (folder / "wandb").glob("offline-run-*/*.wandb")}) == 2
+    (summary,) = (folders[0].parent / "wandb").glob("offline-run-*/files/media/table/jobs*.json")
+    table = json.loads(summary.read_text())
+    (peaks,) = ([row[i] for row in table["data"]] for i, name in enumerate(table["columns"]) if name == "peak_gib")
+    assert len(peaks) == 2 and all(peak > 0 for peak in peaks) and "EXACT holds" in (folders[0].parent / "ablation.md").read_text()
     one, two = (losses(RunFolder(folder)) for folder in folders)
     assert one == pytest.approx(two, abs=1e-3), "checkpointing is EXACT"
     applied = [json.loads((folder / "summary.json").read_text())["applied"] for folder in folders]

@@ -35,6 +35,19 @@ def test_the_newest_interrupted_run_of_the_same_request_is_continued(tmp_path: P
     assert found is not None and found.path == older.path
 
 
+def test_a_run_that_saved_nothing_makes_room(tmp_path: Path) -> None:
+    folder = begun(tmp_path, 1)
+    assert folder.asked_for(KEY) and not folder.asked_for("another request")
+    (folder.checkpoints / "step_000001").rmdir()
+    folder.metrics.write_text("{}")
+    with folder.held(), pytest.raises(CheckpointError, match="another process"):
+        folder.begin_again()
+    folder.begin_again()
+    assert not folder.asked_for(KEY) and not folder.metrics.exists()
+    again = new_folder(replace(CONFIG, output=OutputConfig(folder=str(folder.path))), "a", datetime(2026, 1, 1, 1))
+    assert again.path == folder.path
+
+
 def test_a_run_that_goes_on_is_not_interrupted(tmp_path: Path) -> None:
     folder = begun(tmp_path, 1)
     with folder.held():

@@ -2,6 +2,8 @@
 
 import netrc
 import os
+import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -50,6 +52,10 @@ class Tracker:
     def validation(self, record: dict[str, float]) -> None:
         self._run.log({"step": int(record["step"]), **tracked(record)})
 
+    def log(self, content: dict[str, Any]) -> None:
+        """Hand over something else, under its own names."""
+        self._run.log(content)
+
     def end(self, summary: dict[str, Any]) -> None:
         self._run.finish()
 
@@ -74,6 +80,26 @@ def start_tracker(
     except Exception as error:
         # Whatever a tracker's library raises at start, it means one thing: what was asked for is not there.
         raise LoggerError(f"logger={config.name.value} does not start: {str(error).splitlines()[0]}", "mend it, or logger=none") from error
+
+
+def log_table(config: LoggerConfig, folder: Path, group: str, columns: list[str | int], rows: list[list[Any]]) -> None:
+    """Add a run `summary` with this table to a multirun's group in W&B.
+
+    Raises:
+        LoggerError: W&B does not start.
+    """
+    import wandb
+
+    name = f"{group}-summary"
+    tracker = start_tracker(replace(config, name=Logger.wandb, group=group), folder, name, uuid.uuid4().hex[:8], {}, Console())
+    assert isinstance(tracker, Tracker)
+    # A column of W&B's has one type: what is not a number is text.
+    tracker.log({"jobs": wandb.Table(columns=columns, data=[[_cell(value) for value in row] for row in rows], allow_mixed_types=True)})
+    tracker.end({})
+
+
+def _cell(value: Any) -> Any:
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
 
 
 def _wandb(config: LoggerConfig, folder: Path, name: str, run_id: str, settings: dict[str, Any], console: Console) -> Any:

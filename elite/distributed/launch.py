@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from elite.config import CONF_DIR
@@ -12,15 +14,33 @@ from elite.errors import EliteError
 
 SHUTDOWN_S = 600
 """How long an interrupted process may take to finish its step and save."""
+LAST_WORDS = "error.txt"
+"""File of a run folder in which a process that fails leaves its reason, one line."""
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """The launcher leaves its handlers behind; between the jobs of a multirun an interrupt must mean what it meant before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class WorkerError(EliteError):
-    """A child process ended with an error."""
+    """A child process ended with an error.
 
-    def __init__(self, exit_code: int) -> None:
+    Args:
+        reason: what it left in the run folder; empty if it was not asked.
+    """
+
+    def __init__(self, exit_code: int, reason: str = "") -> None:
         killed = " (killed from outside: out of host memory?)" if exit_code == 128 + signal.SIGKILL else ""
+        said = f": {reason}" if reason else ""
         super().__init__(
-            f"the training process ended with exit code {exit_code}{killed}", "the same command continues from the last checkpoint"
+            f"the training process ended with exit code {exit_code}{killed}{said}", "the same command continues from the last checkpoint"
         )
         self.exit_code = exit_code
         # Errors of ours were shown by the process itself.
@@ -60,11 +80,15 @@ def launch(folder: Path, processes: int) -> None:
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
         **patience,  # type: ignore[arg-type]
     )
+    last_words = folder / LAST_WORDS
+    last_words.unlink(missing_ok=True)
     try:
-        elastic_launch(config, sys.executable)("-c", start, str(folder))
+        with _own_signals():
+            elastic_launch(config, sys.executable)("-c", start, str(folder))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        raise WorkerError(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode) from error
+        reason = last_words.read_text() if last_words.is_file() else ""
+        raise WorkerError(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode, reason) from error
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from error

@@ -41,6 +41,19 @@ class Exactness(Enum):
     """Other mathematics: the effect on validation loss is measured and printed."""
 
 
+@dataclass(frozen=True)
+class Tolerance:
+    """How far training losses may lie from those without the optimization, step by step."""
+
+    largest: float
+    drift: float
+    """Of the mean over 50 steps."""
+
+
+TOLERANCES = {Exactness.EXACT: Tolerance(1e-3, 1e-5), Exactness.EQUAL: Tolerance(1.5e-2, 1e-3)}
+"""In fp32 and in bf16."""
+
+
 class Site(Enum):
     """A place in the run that one optimization at most may occupy."""
 
