@@ -31,6 +31,7 @@ class Mode(Enum):
     profile = "profile"
     probe = "probe"
     calibrate = "calibrate"
+    uptrain = "uptrain"
     interactive = "interactive"
 
 
@@ -56,10 +57,12 @@ class Weights(Enum):
 
 
 class AdapterMethod(Enum):
-    """What is trained: low-rank adapters on every linear map, or all weights."""
+    """What is trained: low-rank adapters on every linear map, all weights, or what a conversion has changed."""
 
     lora = "lora"
     full = "full"
+    converted = "converted"
+    """The projections that optimizations.gqa_conversion makes, everything else frozen (mode=uptrain)."""
 
 
 class Schedule(Enum):

@@ -17,6 +17,14 @@ class LinearShape:
     name: str
     inputs: int
     outputs: int
+    bias: bool = False
+    trained: bool = False
+    """Its own weights are trained while others are frozen (`adapter.method=converted`)."""
+
+    @property
+    def params(self) -> int:
+        """Weights and biases."""
+        return (self.inputs + self.bias) * self.outputs
 
 
 @dataclass(frozen=True)
@@ -44,11 +52,23 @@ class ModelShape:
     """Values of a head that rotary embedding turns."""
     unstreamable: str = ""
     """Why the streamed executor cannot carry this model; empty if it can."""
+    loaded: "ModelShape | None" = None
+    """The shape in which the weights are loaded, where an optimization makes another of it."""
+
+    @property
+    def as_loaded(self) -> "ModelShape":
+        """The shape before optimizations changed it."""
+        return self.loaded or self
 
     @property
     def linear_params(self) -> int:
         """Weights of all decoder layers' linear maps: what LoRA attaches to and NF4 packs."""
         return self.num_hidden_layers * sum(linear.inputs * linear.outputs for linear in self.layer_linears)
+
+    @property
+    def trained_linear_params(self) -> int:
+        """Weights and biases of the linear maps that are trained while others are frozen."""
+        return self.num_hidden_layers * sum(linear.params for linear in self.layer_linears if linear.trained)
 
     @property
     def embedding_params(self) -> int:
@@ -159,7 +179,7 @@ class Facts:
     """Sequences in one forward pass."""
     trainable_params: int
     adapter: str
-    """`lora` or `full`."""
+    """`lora`, `full` or `converted`."""
     executor: str = "whole"
     """`whole` or `streamed`."""
     accumulation: int = 1

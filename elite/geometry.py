@@ -101,7 +101,7 @@ def _shape(name: str, config_json: str) -> ModelShape:
         )
     first = layers[0]
     modules = ((path, module) for path, module in first.named_modules() if isinstance(module, nn.Linear))
-    linears = tuple(LinearShape(path, module.in_features, module.out_features) for path, module in modules)
+    linears = tuple(LinearShape(path, module.in_features, module.out_features, module.bias is not None) for path, module in modules)
     if not linears:
         raise ModelError(f"model_type={config.model_type} has no nn.Linear in its decoder layers", f"model.model_type={SUPPORTED}")
     heads = config.num_attention_heads

@@ -75,6 +75,11 @@ def train(composed: Composed) -> None:
     launch(folder.path, processes)
 
 
+def uptrain(composed: Composed) -> None:
+    """Convert the model to fewer key/value heads and train what was converted; report the loss before, after, and at the end."""
+    train(composed.again("adapter.method=converted", "optimizations.gqa_conversion.enabled=true"))
+
+
 def interactive(composed: Composed) -> None:
     """Ask for the main choices, defaults from the configuration, then train."""
     if not console.is_terminal:
@@ -126,6 +131,7 @@ MODES: dict[Mode, Callable[[Composed], None]] = {
     Mode.profile: profile,
     Mode.probe: probe,
     Mode.calibrate: calibrate,
+    Mode.uptrain: uptrain,
     Mode.interactive: interactive,
 }
 

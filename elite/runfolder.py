@@ -5,7 +5,7 @@ plan.json          what was predicted                   checkpoints/    step_NNN
 environment.json   versions, device, commit, command    final/          the adapter or model
 run.json           identity: request, tokens, tracker   summary.json    written when the run has ended well
 micro_batch.json   how training.micro_batch=auto ended  failure.json    how memory ran out, if it did
-preflight.json     what was measured before a step
+preflight.json     what was measured before a step      base/           a converted model, where adapters belong to it
 """
 
 import fcntl
@@ -60,6 +60,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
+        self.base = path / "base"
         self.summary = path / "summary.json"
         self._lock = path / ".lock"
 

@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-from elite import checkpoint, pretrained, rehearsal
+from elite import checkpoint, pretrained, rehearsal, uptraining
 from elite.callbacks import metrics_file
 from elite.callbacks.screen import Screen
 from elite.callbacks.trackers import start_tracker
 from elite.compose import show
 from elite.console import console, start_logging
-from elite.data.batches import TrainStream
+from elite.data.batches import Batch, TrainStream
 from elite.data.tokens import TokenStore, open_store
 from elite.data.validation import completion_example, validation_batches
 from elite.distributed.ranks import Ranks, joined
 from elite.errors import DataError, EliteError
 from elite.executor.build import build, streams_weights
 from elite.executor.streamed.attach import Attached
-from elite.model import LoadedModel, load, save_trained
+from elite.model import LoadedModel, export, load
 from elite.plan import model_flops_per_token
 from elite.plan.words import duration, gib
 from elite.prepared import Run, prepared
@@ -53,7 +53,11 @@ def train(folder: RunFolder, ranks: Ranks) -> None:
 
 
 def _loaded(run: Run) -> LoadedModel:
-    loaded = load(run.config, run.decisions, run.dtype, run.ranks.device, streams_weights(run.layout))
+    # Each rank would write the same base.
+    base = run.folder.base if run.ranks.is_main else None
+    loaded = load(run.config, run.decisions, run.dtype, run.ranks.device, streams_weights(run.layout), base)
+    if base is not None and base.is_dir():
+        uptraining.with_tokenizer(run, base)
     torch.manual_seed(run.config.seed + run.ranks.rank)
     return loaded
 
@@ -84,9 +88,10 @@ def _carried_out(parts: _Parts) -> None:
     # A CPU's rate is an assumption of the planner's; utilisation of an assumption is no measurement.
     device, facts, ranks, folder = parts.run.device, parts.run.facts, parts.run.ranks, parts.run.folder
     meter = Meter(ranks, model_flops_per_token(facts), device.matmul_flops_per_s if device.kind == "cuda" else 0.0)
+    store = _tokens(folder)
+    before = uptraining.losses_before(parts.run, *_held_out(parts.run, store)) if uptraining.uptrains(parts.run) else None
     loaded = parts.loaded = _loaded(parts.run)
     run = parts.run = rehearsal.micro_batch_found(parts.run, loaded)
-    store = _tokens(folder)
     trainer, attached = _assemble(run, loaded, store, meter)
     parts.trainer = trainer
     completion = _Completion(run, loaded, store)
@@ -103,11 +108,14 @@ def _carried_out(parts: _Parts) -> None:
         completion.write("after")
         measured = meter.measured_peak_bytes()
         if ranks.is_main:
-            save_trained(loaded, folder.final)
+            export(loaded, folder.final)
+            if before is not None:
+                uptraining.with_tokenizer(run, folder.final)
             applied = run.applied | loaded.applied | trainer.applied
             acts = {name: f"{act.count} {act.detail}" for name, act in applied.items()}
             pinned = pinned_bytes(attached.runner.host_bytes() if attached else 0, ranks.device)
             summary = _summary(run, progress, meter, measured, pinned) | {"applied": acts}
+            summary |= uptraining.reported(before, progress) if before is not None else {}
     finally:
         for observer in trainer.observers:
             observer.end(summary)
@@ -132,10 +140,6 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
     config, tier, ranks, steps = run.config, run.config.tier, run.ranks, run.plan["steps"]
     executors = build(loaded, run.layout, run.dtype, run.device, ranks, Path(config.output.cache).expanduser())
     optimizer, applied = build_optimizer(loaded.trainable, run.plan["learning_rate"], config.training, run.decisions)
-    with_context, alone = (
-        validation_batches(store, tier.context, tier.target_length, config.data.val_sequences, config.seed, with_context=flag)
-        for flag in (True, False)
-    )
     trainer = Trainer(
         config=config.training,
         steps=steps,
@@ -146,13 +150,23 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
         scheduler=schedule(optimizer, config.schedule, steps),
         scaler=make_scaler(ranks.device, run.dtype),
         stream=TrainStream(store, config.data, tier.context, config.training.sequences, config.seed, run.packed, ranks.rank, ranks.world),
-        validator=Validator(executors.validation, with_context, alone, ranks),
+        validator=Validator(executors.validation, *_held_out(run, store), ranks),
         meter=meter,
         ranks=ranks,
         checkpoints=run.folder.checkpoints,
         applied=applied,
     )
     return trainer, executors.attached
+
+
+def _held_out(run: Run, store: TokenStore) -> tuple[list[Batch], list[Batch]]:
+    """The targets that are scored at each validation: with what stands before them, and without."""
+    config, tier = run.config, run.config.tier
+    with_context, alone = (
+        validation_batches(store, tier.context, tier.target_length, config.data.val_sequences, config.seed, with_context=flag)
+        for flag in (True, False)
+    )
+    return with_context, alone
 
 
 def _observers(run: Run, step: int) -> list[Observer]:
@@ -247,7 +261,7 @@ def _show(summary: dict[str, Any], folder: RunFolder) -> None:
     console.print(
         f"\n{summary['steps']} steps, {summary['tokens']:,} tokens, {summary['tokens_per_s']:,.0f} tokens/s\n"
         f"validation loss  {first['val_loss']:.4f} → {last['val_loss']:.4f}   alone {first['val_loss_alone']:.4f} → "
-        f"{last['val_loss_alone']:.4f}   context is worth {worth[0]:+.4f} → {worth[1]:+.4f}\n"
+        f"{last['val_loss_alone']:.4f}   context is worth {worth[0]:+.4f} → {worth[1]:+.4f}\n{uptraining.words(summary)}"
         f"peak memory  {gib(summary['measured_peak_bytes'])} measured, {gib(summary['predicted_peak_bytes'])} planned"
         f"{_off(errors['peak'])}{reserved}; host {gib(summary['host_rss_peak_bytes'])}{pinned}\n"
         f"step time    {duration(summary['step_s'])} measured, {duration(summary['predicted_step_s'])} planned{_off(errors['step'])}\n"

@@ -1,9 +1,9 @@
 """Every optimization, in the order in which they act, and the rules that hold between them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from elite.errors import PlanError
-from elite.facts import Facts
+from elite.facts import Facts, ModelShape
 from elite.optimizations.adamw_8bit import AdamW8bit
 from elite.optimizations.checkpoint_offload import CheckpointOffload
 from elite.optimizations.contract import STREAMED_SITES, Decision, Optimization, OptimizationConfig, Site
@@ -11,6 +11,7 @@ from elite.optimizations.flash_attention import FlashAttention
 from elite.optimizations.fused_kernels import FusedKernels
 from elite.optimizations.fused_lora import FusedLoRA
 from elite.optimizations.fused_loss import FusedLoss
+from elite.optimizations.gqa_conversion import GQAConversion
 from elite.optimizations.gradient_checkpointing import GradientCheckpointing
 from elite.optimizations.liger_kernels import LigerKernels
 from elite.optimizations.memory_pool import MemoryPool
@@ -23,6 +24,7 @@ ALL: tuple[type[Optimization], ...] = (
     SequencePacking,  # decides what a batch is, before any model exists
     MemoryPool,  # before anything is on the device
     MixedPrecision,  # decides the dtype in which weights are loaded
+    GQAConversion,  # makes another model of the one that was loaded, so before anything stands in for its modules
     QLoRA,  # replaces linear maps, so before adapters attach to them
     FlashAttention,  # chooses a function by name; any time after loading
     FusedKernels,  # replaces norms and MLPs as they were loaded, before anything wraps them
@@ -44,6 +46,7 @@ class OptimizationsConfig:
     sequence_packing: OptimizationConfig = field(default_factory=SequencePacking.Config)
     memory_pool: OptimizationConfig = field(default_factory=MemoryPool.Config)
     mixed_precision: OptimizationConfig = field(default_factory=MixedPrecision.Config)
+    gqa_conversion: OptimizationConfig = field(default_factory=GQAConversion.Config)
     qlora: OptimizationConfig = field(default_factory=QLoRA.Config)
     flash_attention: OptimizationConfig = field(default_factory=FlashAttention.Config)
     fused_kernels: OptimizationConfig = field(default_factory=FusedKernels.Config)
@@ -54,6 +57,19 @@ class OptimizationsConfig:
     checkpoint_offload: OptimizationConfig = field(default_factory=CheckpointOffload.Config)
     fused_loss: OptimizationConfig = field(default_factory=FusedLoss.Config)
     adamw_8bit: OptimizationConfig = field(default_factory=AdamW8bit.Config)
+
+
+def reshaped(config: OptimizationsConfig, shape: ModelShape) -> ModelShape:
+    """The shape of the model that is trained: what enabled optimizations make of the one that is loaded.
+
+    Raises:
+        PlanError: one of them cannot be carried out as asked.
+    """
+    made = shape.as_loaded
+    for kind in ALL:
+        options: OptimizationConfig = getattr(config, kind.name)
+        made = kind(options).reshaped(made) if options.enabled else made
+    return made if made == shape.as_loaded else replace(made, loaded=shape.as_loaded)
 
 
 def decide(config: OptimizationsConfig, facts: Facts) -> tuple[Decision, ...]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar
 
-from elite.facts import Facts
+from elite.facts import Facts, ModelShape
 from elite.optimizations.parts import FP32, PLAIN, LayerForm, Sizes
 
 
@@ -20,6 +20,8 @@ class Stage(Enum):
     """A `BatchLayout`, before sequences are packed."""
     runtime = "runtime"
     """A `Runtime`, before the model is loaded."""
+    geometry = "geometry"
+    """The model as loaded, before modules are replaced: what acts here makes another model of it."""
     model = "model"
     """The loaded model, before adapters are attached."""
     executor = "executor"
@@ -45,6 +47,7 @@ class Site(Enum):
     BATCH_LAYOUT = "how documents share a sequence"
     COMPUTE_DTYPE = "dtype of computation"
     ALLOCATOR = "how device memory is taken"
+    KV_HEADS = "number of key/value heads"
     BASE_WEIGHTS = "storage of frozen weights"
     ATTENTION = "attention kernel"
     ELEMENTWISE = "kernels of norms, rotary embeddings and gates"
@@ -170,6 +173,10 @@ class Optimization(ABC):
     @abstractmethod
     def check(self, facts: Facts) -> str | None:
         """The reason why this cannot act on this model and machine, or None if it can."""
+
+    def reshaped(self, model: ModelShape) -> ModelShape:
+        """The model's shape with this active; as it is where this cannot act on it. Pure."""
+        return model
 
     @abstractmethod
     def memory(self, step: Step, facts: Facts) -> Step:

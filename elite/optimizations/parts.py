@@ -8,7 +8,7 @@ value of the compute dtype, h of a hidden state (fp32 where the weights are). Ev
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elite.facts import FORMULA_GELU, Facts, LinearShape
 from elite.optimizations.shapes import adapter_rank, is_gated, mlp_width
@@ -153,7 +153,9 @@ def plain_norm(s: Sizes) -> Part:
 
 
 def plain_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool) -> Part:
-    """peft's adapted maps, or maps whose weights are trained."""
+    """peft's adapted maps, or maps whose weights are trained, all or some."""
+    if s.facts.adapter == "converted":
+        return _partly_trained_maps(s, maps, read, kept)
     return _trained_maps(s, maps, read, kept) if s.trains_weights else _adapted_maps(s, maps, read, kept)
 
 
@@ -212,6 +214,16 @@ def _trained_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool
         keeps_input=read == s.value,
         work=max(work, 2 * into - last if len(maps) > 1 else 0.0),
     )
+
+
+def _partly_trained_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool) -> Part:
+    """Some maps are trained, the others frozen and so keep nothing. Gradients of weights are there throughout."""
+    trained, whole = [m for m in maps if m.trained], _trained_maps(s, maps, read, kept)
+    if trained:
+        some = _trained_maps(s, trained, read, kept)
+        return replace(whole, saved=some.saved, weights=some.weights, gradients=0.0)
+    work = max(0.0, 2 * whole.leaves - maps[-1].outputs * s.value * s.tokens) if len(maps) > 1 else 0.0
+    return replace(whole, saved=0.0, weights=0.0, gradients=0.0, keeps_input=False, work=work)
 
 
 def plain_rotary(s: Sizes) -> Part:

@@ -104,7 +104,7 @@ def _streamed_in_turn(config: RunConfig, device: Device, shape: ModelShape, accu
     memory = streamed.StreamedMemory(facts, decisions)
     for layout in streamed.layouts(config.executor, facts.context, folder):
         check_layout(layout)
-        if layout.keys_values is Place.host and shape.sliding_window:
+        if layout.keys_values is Place.host and facts.model.sliding_window:
             continue
         estimate, on_host = memory.device(layout), memory.host(layout)
         again = streamed.recomputed(facts, layout)

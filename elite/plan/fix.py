@@ -5,7 +5,7 @@ from dataclasses import replace
 from elite.config import Executor, RunConfig
 from elite.facts import GIB, Device, Facts, ModelShape
 from elite.optimizations import ALL
-from elite.optimizations.contract import Exactness, Optimization
+from elite.optimizations.contract import Exactness, Optimization, Stage
 from elite.plan.executors import Prediction, choose_executor
 from elite.streaming import Place
 
@@ -75,7 +75,9 @@ def _best(config: RunConfig, device: Device, shape: ModelShape) -> type[Optimiza
     claimed = {site for kind in on for site in kind.claims}
     before = choose_executor(config, device, shape, 1)
     facts: Facts = before.facts
-    idle = [kind for kind in ALL if kind not in on and not kind.claims & claimed and kind(getattr(options, kind.name)).check(facts) is None]
+    # Another model is no small change.
+    known = [kind for kind in ALL if kind.stage is not Stage.geometry and kind not in on and not kind.claims & claimed]
+    idle = [kind for kind in known if kind(getattr(options, kind.name)).check(facts) is None]
     made = {kind: choose_executor(_switched(config, kind, True), device, shape, 1) for kind in idle}
     saving = [kind for kind in idle if made[kind].estimate.total < before.estimate.total]
     enough = [kind for kind in saving if made[kind].fits]

@@ -94,7 +94,7 @@ def moments(step: Step, facts: Facts) -> Iterator[Estimate]:
     for layer in (layers, 1):
         above = FP32 * (_outer_params(facts) + (layers - layer) * model.layer_params)
         held = _plus(before, _kept(step, facts, parts, layer, True), gradients=min(above, made))
-        if layer == 1 and facts.adapter == "lora":
+        if layer == 1 and facts.adapter != "full":
             # No gradient passes the first norm where the embedding is frozen.
             parts = (replace(parts[0], saved=0.0, whole_input=0.0), *parts[1:])
             if step.inputs_at_once is not None:
@@ -140,7 +140,9 @@ def _one_by_one(facts: Facts) -> int:
     linears = facts.model.layer_linears
     if facts.adapter == "lora":
         return 3 * adapter_rank(facts) * max(max(linear.inputs, linear.outputs) for linear in linears)
-    largest = max(linear.inputs * linear.outputs for linear in linears)
+    largest = max(linear.inputs * linear.outputs for linear in linears if facts.adapter == "full" or linear.trained)
+    if facts.adapter == "converted":
+        return 3 * largest
     return max(3 * largest, 2 * facts.model.embedding_params + (0 if facts.model.tied else largest))
 
 
@@ -151,7 +153,7 @@ def _kept(step: Step, facts: Facts, parts: tuple[Part, ...], layers: int, at_wor
         return Estimate(layer_inputs=there * step.hidden * facts.model.hidden_size * facts.micro_tokens)
     whole, scores = layers - (1 if at_work else 0), sum(part.scores for part in parts)
     # No gradient passes the first norm where the embedding is frozen.
-    first = parts[0].saved if whole and facts.adapter == "lora" else 0.0
+    first = parts[0].saved if whole and facts.adapter != "full" else 0.0
     return Estimate(saved_activations=whole * (sum(part.saved for part in parts) - scores) - first, attention_scores=whole * scores)
 
 

@@ -87,6 +87,8 @@ def _attention(facts: Facts) -> float:
 
 def _frozen_backward(facts: Facts) -> float:
     """Backward over forward in the base's linear maps: gradient of the input, and of the weight where it is trained."""
+    if facts.adapter == "converted":
+        return 1.0 + facts.model.trained_linear_params / facts.model.linear_params
     return 1.0 if facts.adapter == "lora" else 2.0
 
 

@@ -34,7 +34,14 @@ SHAPE = ModelShape(
     8,
     97,
     2048,
-    (LinearShape("self_attn.q_proj", 32, 32), LinearShape("mlp.up_proj", 32, 64), LinearShape("mlp.down_proj", 64, 32)),
+    (
+        LinearShape("self_attn.q_proj", 32, 32),
+        LinearShape("self_attn.k_proj", 32, 16),
+        LinearShape("self_attn.v_proj", 32, 16),
+        LinearShape("self_attn.o_proj", 32, 32),
+        LinearShape("mlp.up_proj", 32, 64),
+        LinearShape("mlp.down_proj", 64, 32),
+    ),
     9000,
     30000,
 )
@@ -42,7 +49,7 @@ FACTS = Facts(SHAPE, CPU, 4096, 1, 1000, "lora")
 ALONE = Ranks(0, 1, torch.device("cpu"))
 BY_NAME = {kind.name: kind for kind in ALL}
 ON = OptimizationConfig(enabled=True)
-NEEDS = {"tiled_mlp": {"tile": 7}}
+NEEDS = {"tiled_mlp": {"tile": 7}, "gqa_conversion": {"kv_heads": 1}}
 """Options without which it would find nothing to do in models this small."""
 CUDA_ONLY = {"fused_kernels", "liger_kernels", "memory_pool"}
 
