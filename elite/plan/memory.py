@@ -152,9 +152,17 @@ def _kept(step: Step, facts: Facts, parts: tuple[Part, ...], layers: int, at_wor
         there = layers if step.inputs_at_once is None else min(layers, step.inputs_at_once)
         return Estimate(layer_inputs=there * step.hidden * facts.model.hidden_size * facts.micro_tokens)
     whole, scores = layers - (1 if at_work else 0), sum(part.scores for part in parts)
-    # No gradient passes the first norm where the embedding is frozen.
-    first = parts[0].saved if whole and facts.adapter != "full" else 0.0
+    first = _unread_in_first(facts, parts) if whole else 0.0
     return Estimate(saved_activations=whole * (sum(part.saved for part in parts) - scores) - first, attention_scores=whole * scores)
+
+
+def _unread_in_first(facts: Facts, parts: tuple[Part, ...]) -> float:
+    """What parts of the first layer would keep if a gradient passed them: where the embedding is frozen, none passes the first norm, nor
+    a frozen MLP that reads the same norm as the attention."""
+    if facts.adapter == "full":
+        return 0.0
+    beside = facts.adapter == "converted" and facts.model.model_type in PARALLEL_BLOCKS
+    return parts[0].saved + (sum(part.saved for part in parts if part.wide) if beside else 0.0)
 
 
 def _passing(held: Estimate, parts: Sequence[Part], forward: bool, makes: bool = False) -> Iterator[Estimate]:

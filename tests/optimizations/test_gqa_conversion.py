@@ -14,10 +14,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from elite import geometry
+from elite.attention import DOCUMENT_EAGER
 from elite.compose import from_overrides
+from elite.config import RunConfig
 from elite.errors import ConfigError, PlanError
 from elite.facts import NO_CORPUS
-from elite.optimizations import decide, reshaped
+from elite.model import _train_converted, apply_stage
+from elite.optimizations import OptimizationsConfig, decide, reshaped
+from elite.optimizations.contract import Stage
 from elite.optimizations.gqa_conversion import GQAConversion, HeadInit
 from elite.plan import make_plan
 from elite.plan.batch import facts_of
@@ -25,9 +29,13 @@ from elite.plan.time import step_flops
 from tests.conftest import Trained
 from tests.models import tiny
 from tests.optimizations.test_all import FACTS
+from tests.plan import steps
 from tests.plan.helpers import device
+from tests.plan.steps import Case
 
 IDS = torch.arange(30)[None]
+FLASH = ("flash_attention",)
+CHECKPOINTED = ("mixed_precision", *FLASH, "gradient_checkpointing", "fused_loss")
 CONVERT = ("optimizations.gqa_conversion.enabled=true", "optimizations.gqa_conversion.kv_heads=1")
 
 
@@ -159,7 +167,7 @@ def test_what_cannot_be_converted_is_refused_or_says_why() -> None:
         from_overrides("optimizations.gqa_conversion.kv_heads=0")
     assert "has 2 key/value heads, no more than kv_heads=2" in decided(2).reason
     six = {"num_attention_heads": 6, "num_key_value_heads": 6, "layer_linears": geometry._shape("x", SIX.to_json_string()).layer_linears}
-    with pytest.raises(PlanError, match="kv_heads=4: must divide the 6 key/value heads.*kv_heads=3"):
+    with pytest.raises(PlanError, match=r"kv_heads=4: must divide the 6 key/value heads of tiny\s+remedy: .*kv_heads=3"):
         decided(4, **six)
     assert "no plain q_proj" in decided(1, layer_linears=FACTS.model.layer_linears[3:]).reason
 
@@ -202,3 +210,28 @@ def test_up_training_needs_something_to_convert() -> None:
     config = from_overrides("debug=tiny", "adapter.method=converted", "optimizations.gqa_conversion.enabled=true").config
     with pytest.raises(PlanError, match="of debug-tiny's 2|it converts none"):
         make_plan(config, device("cpu"), geometry.shape(config.model), NO_CORPUS)
+
+
+@pytest.mark.parametrize("init", ["mean", "aligned"])
+@pytest.mark.parametrize(
+    "on", [("flash_attention",), ("mixed_precision", "flash_attention", "gradient_checkpointing", "fused_loss")], ids=len
+)
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_the_peak_of_up_training_is_as_planned(kind: str, on: tuple[str, ...], init: str) -> None:
+    case = Case(kind, on)
+    options = GQAConversion.Config(True, 1, HeadInit(init))
+    base = steps.facts_of(case)
+    shape = GQAConversion(options).converted(GQAConversion(options).reshaped(base.model))
+    facts = replace(base, model=shape, trainable_params=shape.trained_linear_params, adapter="converted")
+    decisions = steps.decisions_of(case, facts)
+    core: Any = AutoModelForCausalLM.from_config(
+        geometry.hf_config(steps.small(kind, case.width, case.vocab)), attn_implementation=DOCUMENT_EAGER
+    )
+    convert(core, 1, init)
+    apply_stage(Stage.model, decisions, core)
+    core.to(torch.bfloat16 if case.half else torch.float32)
+    _train_converted(core, replace(RunConfig(), optimizations=replace(OptimizationsConfig(), gqa_conversion=options)))
+    apply_stage(Stage.executor, decisions, core)
+    assert sum(p.numel() for p in core.parameters() if p.requires_grad) == facts.trainable_params
+    peak = steps.measured_peak(case, core.train())
+    assert steps.passing(case, facts, decisions).total == pytest.approx(peak, rel=0.05)
