@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from elite.errors import PlanError
 from elite.facts import Facts, ModelShape
+from elite.optimizations.activation_quantization import ActivationQuantization
 from elite.optimizations.adamw_8bit import AdamW8bit
 from elite.optimizations.checkpoint_offload import CheckpointOffload
 from elite.optimizations.contract import STREAMED_SITES, Decision, Optimization, OptimizationConfig, Site
@@ -33,6 +34,7 @@ ALL: tuple[type[Optimization], ...] = (
     TiledMLP,  # wraps MLPs with their adapters, inside the layers that checkpointing wraps
     GradientCheckpointing,  # wraps whole layers, adapters included
     CheckpointOffload,  # the same place, when inputs wait in host memory
+    ActivationQuantization,  # around checkpointed layers, whose inputs are what they save
     FusedLoss,  # replaces the whole model's forward, so after every part of it; its proof runs the model as it then is
     AdamW8bit,  # needs the trainable parameters, so last
 )
@@ -55,6 +57,7 @@ class OptimizationsConfig:
     tiled_mlp: OptimizationConfig = field(default_factory=TiledMLP.Config)
     gradient_checkpointing: OptimizationConfig = field(default_factory=GradientCheckpointing.Config)
     checkpoint_offload: OptimizationConfig = field(default_factory=CheckpointOffload.Config)
+    activation_quantization: OptimizationConfig = field(default_factory=ActivationQuantization.Config)
     fused_loss: OptimizationConfig = field(default_factory=FusedLoss.Config)
     adamw_8bit: OptimizationConfig = field(default_factory=AdamW8bit.Config)
 

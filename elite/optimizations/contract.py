@@ -54,6 +54,7 @@ class Site(Enum):
     LORA_FORWARD = "forward pass of adapted linear maps"
     MLP_FORWARD = "forward pass of the MLPs"
     LAYER_ACTIVATIONS = "what a layer keeps for its backward"
+    SAVED_TENSORS = "where and how saved tensors wait for the backward"
     LOSS = "head and loss"
     OPTIMIZER_STATE = "storage of optimizer state"
 
@@ -124,6 +125,10 @@ class Step:
     """Layers keep their input alone and are computed again."""
     inputs_at_once: int | None = None
     """Layers' inputs on the device at once; None is all of them."""
+    packed_bits: float | None = None
+    """Bits of a value that a layer keeps, where it is packed."""
+    packing: int = 0
+    """Bytes of scratch a value while a tensor is packed or unpacked."""
     loss_tile: int | None = None
     """Tokens whose logits exist at once, with their gradients formed in the same pass; None forms all logits."""
     optimizer_workspace: float = 0.0

@@ -67,6 +67,7 @@ def fused_attention(s: Sizes, copied: bool) -> Part:
     return Part(
         "attention",
         saved=rows + out + numbers,
+        small=numbers,
         keeps_output=not copied,
         forward=out if copied else 0.0,
         arrives=out,

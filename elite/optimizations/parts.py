@@ -29,6 +29,10 @@ class Part:
     """Of that, the part's own input: nothing more where the layer's input is kept anyway."""
     scores: float = 0.0
     """Of that, attention matrices."""
+    small: float = 0.0
+    """Of that, what has too few values a token to be packed: statistics, an adapter's low rank."""
+    wide_values: float = 0.0
+    """Of that, values in fp32 where the compute dtype is narrower."""
     weights: float = 0.0
     """Of that, weights in the compute dtype, which autocast keeps through the whole forward."""
     keeps_input: bool = False
@@ -141,6 +145,8 @@ def plain_norm(s: Sizes) -> Part:
     return Part(
         "norm",
         saved=kept + numbers + normalised,
+        small=numbers,
+        wide_values=(kept if converted else 0) + normalised,
         whole_input=0.0 if converted else kept,
         forward=2 * wide if rms else arrives,
         arrives=arrives,
@@ -181,6 +187,7 @@ def _adapted_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool
     return Part(
         "maps",
         saved=own + len(maps) * rank * s.value * tokens + converted,
+        small=len(maps) * rank * s.value * tokens,
         weights=converted,
         # The base's output, the adapter's scaled one, their sum.
         forward=arrives + 2 * last + (into if read != s.value else 0),
@@ -243,6 +250,8 @@ def scores_attention(s: Sizes, copied: bool) -> Part:
         "attention",
         saved=inputs + kept,
         scores=kept,
+        small=s.facts.context * s.tokens,
+        wide_values=FP32 * matrix if s.half else 0.0,
         forward=2 * FP32 * matrix,
         arrives=s.value * s.queries * s.tokens,
         leaves=inputs + expanded,
@@ -260,7 +269,9 @@ def plain_activation(s: Sizes) -> Part:
         return _activation(s.value * unit, s.value * unit, leaves=s.value * unit, hands=s.value)
     # CUDA's autocast takes the power to fp32, and three of the four factors with it.
     widened = FP32 if s.half and s.on_cuda else s.value
-    return _activation((3 * widened + s.value) * unit, widened * unit, leaves=widened * unit, work=widened * unit, hands=widened)
+    wide = 3 * widened * unit if widened > s.value else 0.0
+    kept = (3 * widened + s.value) * unit
+    return _activation(kept, widened * unit, leaves=widened * unit, work=widened * unit, hands=widened, wide_values=wide)
 
 
 def _activation(saved: float, out: float, **more: float) -> Part:

@@ -49,7 +49,7 @@ FACTS = Facts(SHAPE, CPU, 4096, 1, 1000, "lora")
 ALONE = Ranks(0, 1, torch.device("cpu"))
 BY_NAME = {kind.name: kind for kind in ALL}
 ON = OptimizationConfig(enabled=True)
-NEEDS = {"tiled_mlp": {"tile": 7}, "gqa_conversion": {"kv_heads": 1}}
+NEEDS = {"tiled_mlp": {"tile": 7}, "gqa_conversion": {"kv_heads": 1}, "activation_quantization": {"width": 8}}
 """Options without which it would find nothing to do in models this small."""
 CUDA_ONLY = {"fused_kernels", "liger_kernels", "memory_pool"}
 
