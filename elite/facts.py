@@ -48,6 +48,8 @@ class ModelShape:
     """All parameters, a tied head counted once."""
     sliding_window: int | None = None
     """Keys that a query of a windowed layer sees; None if every layer sees all."""
+    windowed_layers: int = 0
+    """Layers with that window."""
     rotary_dim: int = 0
     """Values of a head that rotary embedding turns."""
     unstreamable: str = ""
@@ -64,6 +66,12 @@ class ModelShape:
     def linear_params(self) -> int:
         """Weights of all decoder layers' linear maps: what LoRA attaches to and NF4 packs."""
         return self.num_hidden_layers * sum(linear.inputs * linear.outputs for linear in self.layer_linears)
+
+    def keys_seen(self, context: int) -> float:
+        """Keys that a query sees, on average over a sequence of `context` tokens and over the layers."""
+        window = min(context, self.sliding_window or context)
+        share = self.windowed_layers / self.num_hidden_layers
+        return share * (window - window**2 / (2 * context)) + (1 - share) * context / 2
 
     @property
     def trained_linear_params(self) -> int:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from elite.config import ModelConfig
 from elite.errors import ModelError
 from elite.facts import LinearShape, ModelShape
-from elite.streamable import reason_against, sliding_window
+from elite.streamable import reason_against, sliding_window, windowed_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -122,6 +122,7 @@ def _shape(name: str, config_json: str) -> ModelShape:
         layer_params=sum(p.numel() for p in first.parameters()),
         total_params=sum(p.numel() for p in model.parameters()),
         sliding_window=sliding_window(config),
+        windowed_layers=windowed_layers(config),
         rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)) if rope else 0,
         unstreamable=reason_against(model) or "",
     )

@@ -19,6 +19,7 @@ from elite.optimizations.memory_pool import MemoryPool
 from elite.optimizations.mixed_precision import MixedPrecision
 from elite.optimizations.qlora import QLoRA
 from elite.optimizations.sequence_packing import SequencePacking
+from elite.optimizations.sliding_window import SlidingWindow
 from elite.optimizations.tiled_mlp import TiledMLP
 
 ALL: tuple[type[Optimization], ...] = (
@@ -26,6 +27,7 @@ ALL: tuple[type[Optimization], ...] = (
     MemoryPool,  # before anything is on the device
     MixedPrecision,  # decides the dtype in which weights are loaded
     GQAConversion,  # makes another model of the one that was loaded, so before anything stands in for its modules
+    SlidingWindow,  # likewise: what the layers' attention sees
     QLoRA,  # replaces linear maps, so before adapters attach to them
     FlashAttention,  # chooses a function by name; any time after loading
     FusedKernels,  # replaces norms and MLPs as they were loaded, before anything wraps them
@@ -49,6 +51,7 @@ class OptimizationsConfig:
     memory_pool: OptimizationConfig = field(default_factory=MemoryPool.Config)
     mixed_precision: OptimizationConfig = field(default_factory=MixedPrecision.Config)
     gqa_conversion: OptimizationConfig = field(default_factory=GQAConversion.Config)
+    sliding_window: OptimizationConfig = field(default_factory=SlidingWindow.Config)
     qlora: OptimizationConfig = field(default_factory=QLoRA.Config)
     flash_attention: OptimizationConfig = field(default_factory=FlashAttention.Config)
     fused_kernels: OptimizationConfig = field(default_factory=FusedKernels.Config)

@@ -49,6 +49,7 @@ class Site(Enum):
     ALLOCATOR = "how device memory is taken"
     KV_HEADS = "number of key/value heads"
     BASE_WEIGHTS = "storage of frozen weights"
+    ATTENTION_REACH = "how far back attention sees"
     ATTENTION = "attention kernel"
     ELEMENTWISE = "kernels of norms, rotary embeddings and gates"
     LORA_FORWARD = "forward pass of adapted linear maps"
