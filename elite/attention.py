@@ -8,33 +8,94 @@ Shapes: B rows, H query heads, K key/value heads (H % K == 0), S tokens, D head 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, PreTrainedModel
 
 from elite.errors import ModelError
+from elite.optimizations.sliding_window import block_of
 
 DOCUMENT_SDPA = "elite_document_sdpa"
 DOCUMENT_EAGER = "elite_document_eager"
+GENERATING = "elite_generating"
+WINDOW = "attention_window"
+"""Attribute of an attention module: tokens that its queries see (optimizations.sliding_window)."""
 
 Documents = tuple[tuple[int, ...], ...]
 
 
-def _band(length: int, window: int | None, device: torch.device) -> Tensor:
-    """[length, length] mask, true where a query may look: itself and the past, at most `window` tokens in all."""
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return mask if window is None else mask.triu(1 - window)
+def window_of(module: nn.Module, own: int | None) -> int | None:
+    """Tokens that a query of this attention sees: the model's own window, or the one that was given to it."""
+    given: int | None = getattr(module, WINDOW, None)
+    return own if given is None else given
+
+
+def windowed(model: nn.Module) -> bool:
+    """Whether any attention in it was given a window."""
+    return any(hasattr(module, WINDOW) for module in model.modules())
+
+
+def _band(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """[queries, keys] mask of the last queries on all keys, true where one may look: itself and the past, `window` tokens in all."""
+    mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return mask if window is None else mask.triu(keys - queries - window + 1)
+
+
+@lru_cache(maxsize=2)
+def _bias(queries: int, reach: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Added to the scores of a block of queries on `reach` keys before them and their own; one for all blocks and layers."""
+    seen = _band(queries, reach + queries, window, device)
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, window: int | None) -> Tensor:
-    length = query.shape[2]
-    mask = None if window is None or window >= length else _band(length, window, query.device)
+    if window is not None and window < key.shape[2]:
+        return _windowed(query, key, value, scaling, dropout, window)
     return F.scaled_dot_product_attention(
-        query, key, value, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+        query, key, value, None, dropout, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
     )
+
+
+def _windowed(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, window: int) -> Tensor:
+    """Blocks of queries [B,H,L,D], the last of all tokens, on the keys [B,K,S,D] in their reach."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        # Kernels that take a mask want a key for each query head.
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    length, before = query.shape[2], key.shape[2] - query.shape[2]
+    block, back = block_of(window)
+    bias, starts = _bias(block, back, window, query.dtype, query.device), range(before, before + length, block)
+    reach = tuple((max(0, start - back), min(start + block, before + length)) for start in starts)
+    parts = []
+    for start, q, k, v in zip(
+        starts, query.split(block, dim=2), _Overlapping.apply(key, reach), _Overlapping.apply(value, reach), strict=True
+    ):
+        beyond = max(0, back - start)
+        seen = bias[: q.shape[2], beyond : beyond + k.shape[2]]
+        parts.append(F.scaled_dot_product_attention(q, k, v, seen, dropout, scale=scaling))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+class _Overlapping(torch.autograd.Function):
+    """Ranges of tokens of [B,K,S,D], whose gradients are added up in one tensor: ordinary slices would make a whole one each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranges: tuple[tuple[int, int], ...]) -> tuple[Tensor, ...]:
+        ctx.shape, ctx.ranges = x.shape, ranges
+        return tuple(x[:, :, first:last] for first, last in ranges)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].new_zeros(ctx.shape)
+        for (first, last), gradient in zip(ctx.ranges, gradients, strict=True):
+            total[:, :, first:last] += gradient
+        return total, None
 
 
 def _eager(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, window: int | None) -> Tensor:
@@ -42,7 +103,7 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dro
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(-1, -2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
-    scores = scores.masked_fill(~_band(query.shape[2], window, query.device), float("-inf"))
+    scores = scores.masked_fill(~_band(query.shape[2], key.shape[2], window, query.device), float("-inf"))
     weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), dropout)
     return weights @ value
 
@@ -77,23 +138,38 @@ def _interface(kernel: Any) -> Any:
             raise ModelError(
                 f"{type(module).__name__} needs soft-capped scores or attention sinks, which fused kernels lack", "another model"
             )
-        out = _by_document(kernel, query, key, value, documents, scaling, dropout, sliding_window)
+        out = _by_document(kernel, query, key, value, documents, scaling, dropout, window_of(module, sliding_window))
         return out.transpose(1, 2).contiguous(), None
 
     return attention
 
 
+def _generate(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **_unused: Any,  # as above
+) -> tuple[Tensor, None]:
+    """One row of tokens after those in the cache, within the windows that were given to the model's attention."""
+    out = _windowed(query, key, value, scaling, 0.0, window_of(module, None) or key.shape[2])
+    return out.transpose(1, 2).contiguous(), None
+
+
 # No mask is registered under these names, and so transformers makes none: causality and document borders are the functions' own business.
 AttentionInterface.register(DOCUMENT_SDPA, _interface(_fused))
 AttentionInterface.register(DOCUMENT_EAGER, _interface(_eager))
+AttentionInterface.register(GENERATING, _generate)
 
 
 @contextmanager
 def generating(model: PreTrainedModel) -> Iterator[None]:
-    """Use transformers' own attention while generating: with a cache, queries are fewer than keys."""
+    """Use transformers' own attention while generating, or one that keeps to a given window: with a cache, queries are fewer than keys."""
     training, implementation = model.training, model.config._attn_implementation
     model.eval()
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(GENERATING if windowed(model) else "sdpa")
     try:
         yield
     finally:

@@ -34,6 +34,7 @@ class Mode(Enum):
     calibrate = "calibrate"
     optimizations = "optimizations"
     lr_range = "lr_range"
+    uptrain = "uptrain"
     interactive = "interactive"
 
 
@@ -59,10 +60,12 @@ class Weights(Enum):
 
 
 class AdapterMethod(Enum):
-    """What is trained: low-rank adapters on every linear map, or all weights."""
+    """What is trained: low-rank adapters on every linear map, all weights, or what a conversion has changed."""
 
     lora = "lora"
     full = "full"
+    converted = "converted"
+    """The projections that optimizations.gqa_conversion makes, everything else frozen (mode=uptrain)."""
 
 
 class Schedule(Enum):

@@ -17,6 +17,14 @@ class LinearShape:
     name: str
     inputs: int
     outputs: int
+    bias: bool = False
+    trained: bool = False
+    """Its own weights are trained while others are frozen (`adapter.method=converted`)."""
+
+    @property
+    def params(self) -> int:
+        """Weights and biases."""
+        return (self.inputs + self.bias) * self.outputs
 
 
 @dataclass(frozen=True)
@@ -40,17 +48,37 @@ class ModelShape:
     """All parameters, a tied head counted once."""
     sliding_window: int | None = None
     """Keys that a query of a windowed layer sees; None if every layer sees all."""
+    windowed_layers: int = 0
+    """Layers with that window."""
     rotary_dim: int = 0
     """Values of a head that rotary embedding turns."""
     residual_dropout: bool = False
     """What attention and MLP add to the residual stream passes a dropout first (Phi-2 trains with one)."""
     unstreamable: str = ""
     """Why the streamed executor cannot carry this model; empty if it can."""
+    loaded: "ModelShape | None" = None
+    """The shape in which the weights are loaded, where an optimization makes another of it."""
+
+    @property
+    def as_loaded(self) -> "ModelShape":
+        """The shape before optimizations changed it."""
+        return self.loaded or self
 
     @property
     def linear_params(self) -> int:
         """Weights of all decoder layers' linear maps: what LoRA attaches to and NF4 packs."""
         return self.num_hidden_layers * sum(linear.inputs * linear.outputs for linear in self.layer_linears)
+
+    def keys_seen(self, context: int) -> float:
+        """Keys that a query sees, on average over a sequence of `context` tokens and over the layers."""
+        window = min(context, self.sliding_window or context)
+        share = self.windowed_layers / self.num_hidden_layers
+        return share * (window - window**2 / (2 * context)) + (1 - share) * context / 2
+
+    @property
+    def trained_linear_params(self) -> int:
+        """Weights and biases of the linear maps that are trained while others are frozen."""
+        return self.num_hidden_layers * sum(linear.params for linear in self.layer_linears if linear.trained)
 
     @property
     def embedding_params(self) -> int:
@@ -161,7 +189,7 @@ class Facts:
     """Sequences in one forward pass."""
     trainable_params: int
     adapter: str
-    """`lora` or `full`."""
+    """`lora`, `full` or `converted`."""
     executor: str = "whole"
     """`whole` or `streamed`."""
     accumulation: int = 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from elite.config import ModelConfig
 from elite.errors import ModelError
 from elite.facts import LinearShape, ModelShape
-from elite.streamable import reason_against, sliding_window
+from elite.streamable import reason_against, sliding_window, windowed_layers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -101,7 +101,7 @@ def _shape(name: str, config_json: str) -> ModelShape:
         )
     first = layers[0]
     modules = ((path, module) for path, module in first.named_modules() if isinstance(module, nn.Linear))
-    linears = tuple(LinearShape(path, module.in_features, module.out_features) for path, module in modules)
+    linears = tuple(LinearShape(path, module.in_features, module.out_features, module.bias is not None) for path, module in modules)
     if not linears:
         raise ModelError(f"model_type={config.model_type} has no nn.Linear in its decoder layers", f"model.model_type={SUPPORTED}")
     heads = config.num_attention_heads
@@ -123,6 +123,7 @@ def _shape(name: str, config_json: str) -> ModelShape:
         total_params=sum(p.numel() for p in model.parameters()),
         sliding_window=sliding_window(config),
         residual_dropout=any(getattr(config, name, 0.0) > 0 for name in ("resid_pdrop", "residual_dropout")),
+        windowed_layers=windowed_layers(config),
         rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)) if rope else 0,
         unstreamable=reason_against(model) or "",
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from elite import geometry, pretrained
@@ -15,6 +15,7 @@ from elite.attention import DOCUMENT_EAGER
 from elite.config import AdapterMethod, RunConfig, Weights
 from elite.errors import ModelError, PlanError
 from elite.optimizations.contract import Applied, Decision, Stage
+from elite.optimizations.gqa_conversion import GQAConversion, converted_maps
 
 log = logging.getLogger("elite.model")
 
@@ -28,12 +29,17 @@ class LoadedModel:
     core: PreTrainedModel
     """The causal language model inside."""
     applied: dict[str, Applied]
-    """What each optimization of the stages `model` and `executor` touched."""
+    """What each optimization of the stages `geometry`, `model` and `executor` touched."""
 
     @cached_property
     def trainable(self) -> list[torch.nn.Parameter]:
         """Parameters that receive gradients."""
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are trained beside the model."""
+        return self.model is not self.core
 
 
 def apply_stage(stage: Stage, decisions: tuple[Decision, ...], target: Any) -> dict[str, Applied]:
@@ -83,7 +89,12 @@ def _base(config: RunConfig, dtype: torch.dtype, device: torch.device) -> PreTra
 
 
 def load(
-    config: RunConfig, decisions: tuple[Decision, ...], dtype: torch.dtype, device: torch.device, streamed_weights: bool = False
+    config: RunConfig,
+    decisions: tuple[Decision, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    streamed_weights: bool = False,
+    base: Path | None = None,
 ) -> LoadedModel:
     """Load, optimize and adapt the model.
 
@@ -91,15 +102,21 @@ def load(
         dtype: of frozen weights; trained weights are fp32.
         device: where it trains.
         streamed_weights: the executor will bring frozen weights to the device layer by layer, so they stay in host memory now.
+        base: folder for the model that adapters belong to, if it is not the one that was loaded; what is there already stays.
     """
-    full = config.adapter.method is AdapterMethod.full
+    full, lora = (config.adapter.method is method for method in (AdapterMethod.full, AdapterMethod.lora))
     # Fine-tuning all weights keeps fp32 masters; autocast makes the products run in the compute dtype.
     core = _base(config, torch.float32 if full else dtype, device)
     core.config.use_cache = False
-    applied = apply_stage(Stage.model, decisions, core)
+    applied = apply_stage(Stage.geometry, decisions, core)
+    if GQAConversion.name in applied and lora and base is not None:
+        _keep_base(core, base)
+    applied |= apply_stage(Stage.model, decisions, core)
     # Weights reach the device only now, so quantised ones never exist there in full; random ones were made there.
     torch.nn.Module.to(core, device if not streamed_weights or _quantised(core) else torch.device("cpu"))
-    model: Any = core if full else _with_adapters(core, config)
+    model: Any = _with_adapters(core, config) if lora else core
+    if config.adapter.method is AdapterMethod.converted:
+        _train_converted(core, config)
     applied |= apply_stage(Stage.executor, decisions, core)
     model.train()
     return LoadedModel(model, core, applied)
@@ -108,6 +125,23 @@ def load(
 def _quantised(core: PreTrainedModel) -> bool:
     """Whether weights are packed when they reach the device."""
     return bool(getattr(core, "is_loaded_in_4bit", False))
+
+
+def _keep_base(core: PreTrainedModel, folder: Path) -> None:
+    """Write a converted model, which adapters then name as their base."""
+    if not folder.is_dir():
+        core.save_pretrained(folder)
+    core.name_or_path = str(folder)
+
+
+def _train_converted(core: PreTrainedModel, config: RunConfig) -> None:
+    """Freeze everything but what the conversion changed, which gets fp32 weights."""
+    core.requires_grad_(False)
+    names = converted_maps(config.optimizations.gqa_conversion, core.config.model_type)
+    for layer in core.get_decoder().layers:
+        for name, module in layer.self_attn.named_children():
+            if name in names:
+                module.float().requires_grad_(True)
 
 
 def _with_adapters(core: PreTrainedModel, config: RunConfig) -> Any:
@@ -131,12 +165,22 @@ def _with_adapters(core: PreTrainedModel, config: RunConfig) -> Any:
 
 
 def save_trained(loaded: LoadedModel, folder: Path) -> None:
-    """Write what is trained, in the library's own format: an adapter (peft) or a whole model (transformers)."""
-    if loaded.model is loaded.core:
-        loaded.core.save_pretrained(folder)
+    """Write what is trained: an adapter (peft), a whole model (transformers), or some of a model's tensors under their names in it."""
+    trained = {name: p for name, p in loaded.core.named_parameters() if p.requires_grad}
+    if not loaded.adapted and len(trained) < len(list(loaded.core.parameters())):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach().contiguous() for name, p in trained.items()}, folder / "trained.safetensors")
     else:
+        export(loaded, folder)
+
+
+def export(loaded: LoadedModel, folder: Path) -> None:
+    """Write the run's result in the library's own format: an adapter (peft) or a whole model (transformers)."""
+    if loaded.adapted:
         # `save_embedding_layers="auto"` would ask the hub about the base model's vocabulary.
         loaded.model.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        loaded.core.save_pretrained(folder)
 
 
 def load_trained(loaded: LoadedModel, folder: Path) -> None:
@@ -148,9 +192,10 @@ def load_trained(loaded: LoadedModel, folder: Path) -> None:
     from peft import set_peft_model_state_dict
 
     tensors = {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
-    if loaded.model is loaded.core:
+    if not loaded.adapted:
         result: Any = loaded.core.load_state_dict(tensors, strict=False)
-        missing = set(result.missing_keys) - set(loaded.core.all_tied_weights_keys)
+        trained = {name for name, p in loaded.core.named_parameters() if p.requires_grad}
+        missing = set(result.missing_keys) & trained - set(loaded.core.all_tied_weights_keys)
     else:
         result = set_peft_model_state_dict(loaded.model, tensors)
         missing = {name for name in result.missing_keys if "lora_" in name}

@@ -114,6 +114,11 @@ def train(composed: Composed) -> float | None:
     return float(json.loads(folder.summary.read_text())["best_val_loss"])
 
 
+def uptrain(composed: Composed) -> float | None:
+    """Convert the model to fewer key/value heads and train what was converted; report the loss before, after, and at the end."""
+    return train(composed.again("adapter.method=converted", "optimizations.gqa_conversion.enabled=true"))
+
+
 def interactive(composed: Composed) -> float | None:
     """Ask for the main choices, defaults from the configuration, then train."""
     if not console.is_terminal:
@@ -167,6 +172,7 @@ MODES: dict[Mode, Callable[[Composed], float | None]] = {
     Mode.calibrate: calibrate,
     Mode.optimizations: optimizations,
     Mode.lr_range: lr_range,
+    Mode.uptrain: uptrain,
     Mode.interactive: interactive,
 }
 

@@ -8,6 +8,7 @@ micro_batch.json   how training.micro_batch=auto ended  failure.json    how memo
 preflight.json     what was measured before a step      report.html     all of it on one page, for people
 job.json           as a job of a multirun               error.txt       why a process failed, if one did
 difficulty.json    how the untrained model found each file, if it was asked
+base/              a converted model, where adapters belong to it
 """
 
 import fcntl
@@ -63,6 +64,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
+        self.base = path / "base"
         self.summary = path / "summary.json"
         self._lock = path / ".lock"
 

@@ -38,6 +38,15 @@ def reason_against(model: "PreTrainedModel") -> str | None:
     return None
 
 
+def windowed_layers(config: "PretrainedConfig") -> int:
+    """How many layers have the window."""
+    text = config.get_text_config()
+    if sliding_window(config) is None:
+        return 0
+    kinds = getattr(text, "layer_types", None)
+    return int(text.num_hidden_layers) if kinds is None else list(kinds).count("sliding_attention")
+
+
 def sliding_window(config: "PretrainedConfig") -> int | None:
     """Keys that a query of a windowed layer sees; None if every layer sees all."""
     window: int | None = getattr(config.get_text_config(), "sliding_window", None)

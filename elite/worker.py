@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from elite import checkpoint, pretrained, rehearsal
+from elite import checkpoint, pretrained, rehearsal, uptraining
 from elite.callbacks import metrics_file
 from elite.callbacks.screen import Screen
 from elite.callbacks.trackers import start_tracker
 from elite.compose import show
 from elite.console import console, start_logging
-from elite.data.batches import TrainStream
+from elite.data.batches import Batch, TrainStream
 from elite.data.tokens import TokenStore, open_store
 from elite.data.validation import completion_example, validation_batches
 from elite.distributed.launch import LAST_WORDS
@@ -27,7 +27,7 @@ from elite.distributed.ranks import Ranks, joined
 from elite.errors import DataError, EliteError
 from elite.executor.build import build, streams_weights
 from elite.executor.streamed.attach import Attached
-from elite.model import LoadedModel, apply_stage, load, save_trained
+from elite.model import LoadedModel, apply_stage, export, load
 from elite.optimizations.contract import Stage
 from elite.optimizations.targets import LoopBuild
 from elite.plan import model_flops_per_token
@@ -61,7 +61,11 @@ def train(folder: RunFolder, ranks: Ranks) -> None:
 
 
 def _loaded(run: Run) -> LoadedModel:
-    loaded = load(run.config, run.decisions, run.dtype, run.ranks.device, streams_weights(run.layout))
+    # Each rank would write the same base.
+    base = run.folder.base if run.ranks.is_main else None
+    loaded = load(run.config, run.decisions, run.dtype, run.ranks.device, streams_weights(run.layout), base)
+    if base is not None and base.is_dir():
+        uptraining.with_tokenizer(run, base)
     torch.manual_seed(run.config.seed + run.ranks.rank)
     return loaded
 
@@ -96,9 +100,10 @@ def _carried_out(parts: _Parts) -> None:
         lambda context: model_flops_per_token(replace(facts, context=context)),
         device.matmul_flops_per_s if device.kind == "cuda" else 0.0,
     )
+    store = _tokens(folder, parts.run.mapped)
+    before = uptraining.losses_before(parts.run, *_held_out(parts.run, store)) if uptraining.uptrains(parts.run) else None
     loaded = parts.loaded = _loaded(parts.run)
     run = parts.run = rehearsal.micro_batch_found(parts.run, loaded)
-    store = _tokens(folder, run.mapped)
     trainer, attached = _assemble(run, loaded, store, meter)
     parts.trainer = trainer
     completion = _Completion(run, loaded, store)
@@ -115,13 +120,16 @@ def _carried_out(parts: _Parts) -> None:
         with trainer.evaluating():
             completion.write("after")
             if ranks.is_main:
-                save_trained(loaded, folder.final)
+                export(loaded, folder.final)
         measured = meter.measured_peak_bytes()
         if ranks.is_main:
+            if before is not None:
+                uptraining.with_tokenizer(run, folder.final)
             applied = run.applied | loaded.applied | trainer.applied
             acts = {name: f"{act.count} {act.detail}" for name, act in applied.items()}
             pinned = pinned_bytes(attached.runner.host_bytes() if attached else 0, ranks.device) + paged_bytes(trainer.optimizer)
             summary = _summary(run, progress, meter, measured, pinned) | {"applied": acts} | _of_hooks(trainer)
+            summary |= uptraining.reported(before, progress) if before is not None else {}
     finally:
         for observer in trainer.observers:
             observer.end(summary)
@@ -160,10 +168,6 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
         rehearse=lambda: rehearsal.warm(run, loaded, executors.validation),
     )
     applied |= apply_stage(Stage.loop, run.decisions, around)
-    with_context, alone = (
-        validation_batches(store, tier.context, tier.target_length, config.data.val_sequences, config.seed, with_context=flag)
-        for flag in (True, False)
-    )
     trainer = Trainer(
         config=config.training,
         steps=steps,
@@ -176,7 +180,7 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
         stream=TrainStream(
             store, config.data, tier.context, config.training.sequences, config.seed, run.packed, ranks.rank, ranks.world, course
         ),
-        validator=Validator(executors.validation, with_context, alone, ranks),
+        validator=Validator(executors.validation, *_held_out(run, store), ranks),
         meter=meter,
         ranks=ranks,
         checkpoints=run.folder.checkpoints,
@@ -184,6 +188,16 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
         hooks=around.hooks,
     )
     return trainer, executors.attached
+
+
+def _held_out(run: Run, store: TokenStore) -> tuple[list[Batch], list[Batch]]:
+    """The targets that are scored at each validation: with what stands before them, and without."""
+    config, tier = run.config, run.config.tier
+    with_context, alone = (
+        validation_batches(store, tier.context, tier.target_length, config.data.val_sequences, config.seed, with_context=flag)
+        for flag in (True, False)
+    )
+    return with_context, alone
 
 
 def _observers(run: Run, step: int) -> list[Observer]:
@@ -297,7 +311,7 @@ def _show(summary: dict[str, Any], folder: RunFolder) -> None:
     console.print(
         f"\n{summary['steps']} steps, {summary['tokens']:,} tokens, {summary['tokens_per_s']:,.0f} tokens/s\n"
         f"validation loss  {first['val_loss']:.4f} → {last['val_loss']:.4f}   alone {first['val_loss_alone']:.4f} → "
-        f"{last['val_loss_alone']:.4f}   context is worth {worth[0]:+.4f} → {worth[1]:+.4f}\n"
+        f"{last['val_loss_alone']:.4f}   context is worth {worth[0]:+.4f} → {worth[1]:+.4f}\n{uptraining.words(summary)}"
         f"peak memory  {gib(summary['measured_peak_bytes'])} measured, {gib(summary['predicted_peak_bytes'])} planned"
         f"{_off(errors['peak'])}{reserved}; host {gib(summary['host_rss_peak_bytes'])}{pinned}\n"
         f"step time    {duration(summary['step_s'])} measured, {duration(summary['predicted_step_s'])} planned{_off(errors['step'])}\n"

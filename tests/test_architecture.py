@@ -22,7 +22,7 @@ LAYERS = (
     {"checkpoint"},
     {"training"},
     {"callbacks", "runfolder", "report"},
-    {"prepared", "rehearsal", "worker"},
+    {"prepared", "rehearsal", "uptraining", "worker"},
     {"bench"},
     {"modes"},
 )

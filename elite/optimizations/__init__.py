@@ -1,9 +1,10 @@
 """Every optimization, in the order in which they act, and the rules that hold between them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from elite.errors import PlanError
-from elite.facts import Facts
+from elite.facts import Facts, ModelShape
+from elite.optimizations.activation_quantization import ActivationQuantization
 from elite.optimizations.adamw_8bit import AdamW8bit
 from elite.optimizations.adaptive_gradient_clipping import AdaptiveGradientClipping
 from elite.optimizations.checkpoint_offload import CheckpointOffload
@@ -15,6 +16,7 @@ from elite.optimizations.flash_attention import FlashAttention
 from elite.optimizations.fused_kernels import FusedKernels
 from elite.optimizations.fused_lora import FusedLoRA
 from elite.optimizations.fused_loss import FusedLoss
+from elite.optimizations.gqa_conversion import GQAConversion
 from elite.optimizations.gradient_centralization import GradientCentralization
 from elite.optimizations.gradient_checkpointing import GradientCheckpointing
 from elite.optimizations.gradient_noise import GradientNoise
@@ -28,6 +30,7 @@ from elite.optimizations.memory_pool import MemoryPool
 from elite.optimizations.mixed_precision import MixedPrecision
 from elite.optimizations.qlora import QLoRA
 from elite.optimizations.sequence_packing import SequencePacking
+from elite.optimizations.sliding_window import SlidingWindow
 from elite.optimizations.swa import SWA
 from elite.optimizations.tiled_mlp import TiledMLP
 
@@ -36,6 +39,8 @@ ALL: tuple[type[Optimization], ...] = (
     MemoryMappedData,  # how tokens are reached; no other part asks
     MemoryPool,  # before anything is on the device
     MixedPrecision,  # decides the dtype in which weights are loaded
+    GQAConversion,  # makes another model of the one that was loaded, so before anything stands in for its modules
+    SlidingWindow,  # likewise: what the layers' attention sees
     QLoRA,  # replaces linear maps, so before adapters attach to them
     FlashAttention,  # chooses a function by name; any time after loading
     FusedKernels,  # replaces norms and MLPs as they were loaded, before anything wraps them
@@ -44,6 +49,7 @@ ALL: tuple[type[Optimization], ...] = (
     TiledMLP,  # wraps MLPs with their adapters, inside the layers that checkpointing wraps
     GradientCheckpointing,  # wraps whole layers, adapters included
     CheckpointOffload,  # the same place, when inputs wait in host memory
+    ActivationQuantization,  # around checkpointed layers, whose inputs are what they save
     FusedLoss,  # replaces the whole model's forward, so after every part of it; its proof runs the model as it then is
     LoRAPlus,  # divides what is trained into groups, whichever optimizer takes them
     AdamW8bit,  # the optimizer, of the groups as they then are
@@ -69,6 +75,8 @@ class OptimizationsConfig:
     memory_mapped_data: OptimizationConfig = field(default_factory=MemoryMappedData.Config)
     memory_pool: OptimizationConfig = field(default_factory=MemoryPool.Config)
     mixed_precision: OptimizationConfig = field(default_factory=MixedPrecision.Config)
+    gqa_conversion: OptimizationConfig = field(default_factory=GQAConversion.Config)
+    sliding_window: OptimizationConfig = field(default_factory=SlidingWindow.Config)
     qlora: OptimizationConfig = field(default_factory=QLoRA.Config)
     flash_attention: OptimizationConfig = field(default_factory=FlashAttention.Config)
     fused_kernels: OptimizationConfig = field(default_factory=FusedKernels.Config)
@@ -77,6 +85,7 @@ class OptimizationsConfig:
     tiled_mlp: OptimizationConfig = field(default_factory=TiledMLP.Config)
     gradient_checkpointing: OptimizationConfig = field(default_factory=GradientCheckpointing.Config)
     checkpoint_offload: OptimizationConfig = field(default_factory=CheckpointOffload.Config)
+    activation_quantization: OptimizationConfig = field(default_factory=ActivationQuantization.Config)
     fused_loss: OptimizationConfig = field(default_factory=FusedLoss.Config)
     lora_plus: OptimizationConfig = field(default_factory=LoRAPlus.Config)
     adamw_8bit: OptimizationConfig = field(default_factory=AdamW8bit.Config)
@@ -90,6 +99,19 @@ class OptimizationsConfig:
     swa: OptimizationConfig = field(default_factory=SWA.Config)
     early_stopping: OptimizationConfig = field(default_factory=EarlyStopping.Config)
     defragmentation: OptimizationConfig = field(default_factory=Defragmentation.Config)
+
+
+def reshaped(config: OptimizationsConfig, shape: ModelShape) -> ModelShape:
+    """The shape of the model that is trained: what enabled optimizations make of the one that is loaded.
+
+    Raises:
+        PlanError: one of them cannot be carried out as asked.
+    """
+    made = shape.as_loaded
+    for kind in ALL:
+        options: OptimizationConfig = getattr(config, kind.name)
+        made = kind(options).reshaped(made) if options.enabled else made
+    return made if made == shape.as_loaded else replace(made, loaded=shape.as_loaded)
 
 
 def decide(config: OptimizationsConfig, facts: Facts) -> tuple[Decision, ...]:

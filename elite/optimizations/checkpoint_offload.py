@@ -27,7 +27,7 @@ class CheckpointOffload(Optimization):
     row = 48
     stage = Stage.executor
     exactness = Exactness.EXACT
-    claims: ClassVar[frozenset[Site]] = frozenset({Site.LAYER_ACTIVATIONS})
+    claims: ClassVar[frozenset[Site]] = frozenset({Site.LAYER_ACTIVATIONS, Site.SAVED_TENSORS})
     source = "Unsloth; Bekman et al. 2025"
 
     def check(self, facts: Facts) -> str | None:

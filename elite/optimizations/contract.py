@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, ClassVar
 
-from elite.facts import Facts
+from elite.facts import Facts, ModelShape
 from elite.optimizations.parts import FP32, PLAIN, LayerForm, Sizes
 
 
@@ -20,6 +20,8 @@ class Stage(Enum):
     """A `BatchLayout`, before sequences are packed."""
     runtime = "runtime"
     """A `Runtime`, before the model is loaded."""
+    geometry = "geometry"
+    """The model as loaded, before modules are replaced: what acts here makes another model of it."""
     model = "model"
     """The loaded model, before adapters are attached."""
     executor = "executor"
@@ -61,12 +63,15 @@ class Site(Enum):
     CORPUS = "where the tokenised corpus is read"
     COMPUTE_DTYPE = "dtype of computation"
     ALLOCATOR = "how device memory is taken"
+    KV_HEADS = "number of key/value heads"
     BASE_WEIGHTS = "storage of frozen weights"
+    ATTENTION_REACH = "how far back attention sees"
     ATTENTION = "attention kernel"
     ELEMENTWISE = "kernels of norms, rotary embeddings and gates"
     LORA_FORWARD = "forward pass of adapted linear maps"
     MLP_FORWARD = "forward pass of the MLPs"
     LAYER_ACTIVATIONS = "what a layer keeps for its backward"
+    SAVED_TENSORS = "where and how saved tensors wait for the backward"
     LOSS = "head and loss"
     OPTIMIZER_STATE = "storage of optimizer state"
     PARAMETER_GROUPS = "learning rates of the parameters"
@@ -147,6 +152,10 @@ class Step:
     """Layers keep their input alone and are computed again."""
     inputs_at_once: int | None = None
     """Layers' inputs on the device at once; None is all of them."""
+    packed_bits: float | None = None
+    """Bits of a value that a layer keeps, where it is packed."""
+    packing: int = 0
+    """Bytes of scratch a value while a tensor is packed or unpacked."""
     loss_tile: int | None = None
     """Tokens whose logits exist at once, with their gradients formed in the same pass; None forms all logits."""
     optimizer_workspace: float = 0.0
@@ -203,6 +212,10 @@ class Optimization(ABC):
     @abstractmethod
     def check(self, facts: Facts) -> str | None:
         """The reason why this cannot act on this model and machine, or None if it can."""
+
+    def reshaped(self, model: ModelShape) -> ModelShape:
+        """The model's shape with this active; as it is where this cannot act on it. Pure."""
+        return model
 
     @abstractmethod
     def memory(self, step: Step, facts: Facts) -> Step:

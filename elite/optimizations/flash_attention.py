@@ -64,9 +64,15 @@ def fused_attention(s: Sizes, copied: bool) -> Part:
     capability = s.facts.device.compute_capability
     expands = s.on_cuda and s.keys < s.queries and capability is not None and capability < NATIVE_GROUPS
     work = FP32 * s.queries * s.tokens + numbers if s.on_cuda else 0.0
+    window = s.facts.model.sliding_window
+    if window is not None and window < s.facts.context and s.facts.executor == "whole":
+        # Keys and values stand there for each query head, and the outputs of blocks of queries are put together.
+        copied = True
+        rows += 2 * s.value * (s.queries - s.keys) * s.tokens
     return Part(
         "attention",
         saved=rows + out + numbers,
+        small=numbers,
         keeps_output=not copied,
         forward=out if copied else 0.0,
         arrives=out,

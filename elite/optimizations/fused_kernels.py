@@ -108,7 +108,7 @@ def fused_norm(s: Sizes) -> Part:
     """Keeps its input as it is, and a number or two a row."""
     kept, out = s.hidden * s.d * s.tokens, s.value * s.d * s.tokens
     numbers = (1 if is_gated(s.facts) else 2) * NUMBER_BYTES * s.tokens
-    return Part("norm", kept + numbers, whole_input=kept, forward=out, arrives=out, leaves=kept, hands=s.value)
+    return Part("norm", kept + numbers, small=numbers, whole_input=kept, forward=out, arrives=out, leaves=kept, hands=s.value)
 
 
 def fused_rotary(s: Sizes) -> Part:

@@ -92,6 +92,7 @@ def fused_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool) -
     return Part(
         "maps",
         saved=(0 if kept else into * read * tokens) + ranks * s.value * tokens,
+        small=ranks * s.value * tokens,
         forward=returned + s.value * ahead + converted,
         spared=s.value * ahead,
         arrives=returned,

@@ -38,7 +38,9 @@ class MixedPrecision(Optimization):
     def memory(self, step: Step, facts: Facts) -> Step:
         standing = step.standing
         share = 1.0 if facts.adapter == "full" else HALF / FP32
-        weights = replace(standing, linear_weights=standing.linear_weights * share, other_weights=standing.other_weights * share)
+        # Maps that are trained beside frozen ones keep their own weights in fp32.
+        own = (FP32 - HALF) * facts.model.trained_linear_params
+        weights = replace(standing, linear_weights=standing.linear_weights * share + own, other_weights=standing.other_weights * share)
         return replace(step, standing=weights, value=HALF, hidden=stream_value_bytes(HALF, facts))
 
     def apply(self, target: Runtime) -> Applied:

@@ -8,7 +8,7 @@ value of the compute dtype, h of a hidden state (fp32 where the weights are). Ev
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elite.facts import FORMULA_GELU, Facts, LinearShape
 from elite.optimizations.shapes import adapter_rank, is_gated, mlp_width
@@ -29,6 +29,10 @@ class Part:
     """Of that, the part's own input: nothing more where the layer's input is kept anyway."""
     scores: float = 0.0
     """Of that, attention matrices."""
+    small: float = 0.0
+    """Of that, what has too few values a token to be packed: statistics, an adapter's low rank."""
+    wide_values: float = 0.0
+    """Of that, values in fp32 where the compute dtype is narrower."""
     weights: float = 0.0
     """Of that, weights in the compute dtype, which autocast keeps through the whole forward."""
     keeps_input: bool = False
@@ -143,6 +147,8 @@ def plain_norm(s: Sizes) -> Part:
     return Part(
         "norm",
         saved=kept + numbers + normalised,
+        small=numbers,
+        wide_values=(kept if converted else 0) + normalised,
         whole_input=0.0 if converted else kept,
         forward=2 * wide if rms else arrives,
         arrives=arrives,
@@ -155,7 +161,9 @@ def plain_norm(s: Sizes) -> Part:
 
 
 def plain_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool) -> Part:
-    """peft's adapted maps, or maps whose weights are trained."""
+    """peft's adapted maps, or maps whose weights are trained, all or some."""
+    if s.facts.adapter == "converted":
+        return _partly_trained_maps(s, maps, read, kept)
     return _trained_maps(s, maps, read, kept) if s.trains_weights else _adapted_maps(s, maps, read, kept)
 
 
@@ -181,6 +189,7 @@ def _adapted_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool
     return Part(
         "maps",
         saved=own + len(maps) * rank * s.value * tokens + converted,
+        small=len(maps) * rank * s.value * tokens,
         weights=converted,
         # The base's output, the adapter's scaled one, their sum.
         forward=arrives + 2 * last + (into if read != s.value else 0),
@@ -216,6 +225,16 @@ def _trained_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool
     )
 
 
+def _partly_trained_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool) -> Part:
+    """Some maps are trained, the others frozen and so keep nothing. Gradients of weights are there throughout."""
+    trained, whole = [m for m in maps if m.trained], _trained_maps(s, maps, read, kept)
+    if trained:
+        some = _trained_maps(s, trained, read, kept)
+        return replace(whole, saved=some.saved, weights=some.weights, gradients=0.0)
+    work = max(0.0, 2 * whole.leaves - maps[-1].outputs * s.value * s.tokens) if len(maps) > 1 else 0.0
+    return replace(whole, saved=0.0, weights=0.0, gradients=0.0, keeps_input=False, work=work)
+
+
 def plain_rotary(s: Sizes) -> Part:
     """q cos + rotate(q) sin."""
     turned = s.value * (s.queries + s.keys) * s.tokens
@@ -233,6 +252,8 @@ def scores_attention(s: Sizes, copied: bool) -> Part:
         "attention",
         saved=inputs + kept,
         scores=kept,
+        small=s.facts.context * s.tokens,
+        wide_values=FP32 * matrix if s.half else 0.0,
         forward=2 * FP32 * matrix,
         arrives=s.value * s.queries * s.tokens,
         leaves=inputs + expanded,
@@ -250,7 +271,9 @@ def plain_activation(s: Sizes) -> Part:
         return _activation(s.value * unit, s.value * unit, leaves=s.value * unit, hands=s.value)
     # CUDA's autocast takes the power to fp32, and three of the four factors with it.
     widened = FP32 if s.half and s.on_cuda else s.value
-    return _activation((3 * widened + s.value) * unit, widened * unit, leaves=widened * unit, work=widened * unit, hands=widened)
+    wide = 3 * widened * unit if widened > s.value else 0.0
+    kept = (3 * widened + s.value) * unit
+    return _activation(kept, widened * unit, leaves=widened * unit, work=widened * unit, hands=widened, wide_values=wide)
 
 
 def _activation(saved: float, out: float, **more: float) -> Part:

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from elite.config import AdapterMethod, RunConfig
 from elite.errors import PlanError
 from elite.facts import Device, Facts, ModelShape
+from elite.optimizations import reshaped
+from elite.optimizations.gqa_conversion import GQAConversion
 
 CONTEXT_MULTIPLE = 8
 """Tensor cores and 8-byte aligned rows want it."""
@@ -24,18 +26,42 @@ class BatchGeometry:
 
 
 def facts_of(config: RunConfig, device: Device, shape: ModelShape, executor: str = "whole") -> Facts:
-    """What optimizations may ask about this run under one executor."""
-    lora = config.adapter.method is AdapterMethod.lora
+    """What optimizations may ask about this run under one executor; the model is the one that they make of the loaded one.
+
+    Raises:
+        PlanError: what should be converted cannot be.
+    """
+    shape = reshaped(config.optimizations, shape)
+    if config.adapter.method is AdapterMethod.converted:
+        shape = _marked(config, shape)
     return Facts(
         model=shape,
         device=device,
         context=config.tier.context,
         micro_batch=config.training.sequences,
-        trainable_params=shape.lora_params(config.adapter.rank) if lora else shape.total_params,
+        trainable_params=_trainable(config, shape),
         adapter=config.adapter.method.value,
         executor=executor,
         accumulation=max(1, sequences_of_a_rank(config, device) // config.training.sequences),
     )
+
+
+def _trainable(config: RunConfig, shape: ModelShape) -> int:
+    if config.adapter.method is AdapterMethod.lora:
+        return shape.lora_params(config.adapter.rank)
+    return shape.total_params if config.adapter.method is AdapterMethod.full else shape.trained_linear_params
+
+
+def _marked(config: RunConfig, shape: ModelShape) -> ModelShape:
+    """The shape with the converted maps marked, which are all that is trained."""
+    conversion = GQAConversion(config.optimizations.gqa_conversion)
+    if shape.num_key_value_heads == shape.as_loaded.num_key_value_heads:
+        raise PlanError(
+            f"adapter.method=converted trains what optimizations.gqa_conversion converts, and of {shape.name}'s "
+            f"{shape.num_key_value_heads} key/value heads it converts none",
+            f"optimizations.gqa_conversion.enabled=true and a kv_heads that divides {shape.num_key_value_heads}",
+        )
+    return conversion.converted(shape)
 
 
 def batch_geometry(config: RunConfig, device: Device) -> BatchGeometry:

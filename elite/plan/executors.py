@@ -125,7 +125,7 @@ def _streamed_in_turn(config: RunConfig, device: Device, shape: ModelShape, accu
     of_switches = host(facts, decisions)
     for layout in streamed.layouts(config.executor, facts.context, folder):
         check_layout(layout)
-        if layout.keys_values is Place.host and shape.sliding_window:
+        if layout.keys_values is Place.host and facts.model.sliding_window:
             continue
         if facts.adapter == "full" and layout.weights is WeightPlace.streamed:
             continue

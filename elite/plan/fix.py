@@ -75,8 +75,8 @@ def _best(config: RunConfig, device: Device, shape: ModelShape) -> type[Optimiza
     claimed = {site for kind in on for site in kind.claims}
     before = choose_executor(config, device, shape, 1)
     facts: Facts = before.facts
-    # What acts around steps saves nothing of a step's peak.
-    apt = [kind for kind in ALL if kind not in on and kind.stage is not Stage.loop]
+    # What acts around steps saves nothing of a step's peak, and another model is no small change.
+    apt = [kind for kind in ALL if kind not in on and kind.stage not in (Stage.loop, Stage.geometry)]
     idle = [kind for kind in apt if not kind.claims & claimed and kind(getattr(options, kind.name)).check(facts) is None]
     made = {kind: choose_executor(_switched(config, kind, True), device, shape, 1) for kind in idle}
     saving = [kind for kind in idle if made[kind].estimate.total < before.estimate.total]

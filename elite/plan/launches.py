@@ -45,6 +45,8 @@ def operations(facts: Facts, decisions: tuple[Decision, ...], layout: Streaming 
     maps, layer = len(facts.model.layer_linears), PLAIN[kind]
     if facts.adapter == "full":
         layer += Cost(0, WEIGHT_GRADIENTS) * maps
+    elif facts.adapter == "converted":
+        layer += Cost(0, WEIGHT_GRADIENTS) * sum(linear.trained for linear in facts.model.layer_linears)
     else:
         layer += (FUSED_ADAPTER if active(decisions, Site.LORA_FORWARD) else ADAPTER) * maps
     if active(decisions, Site.ELEMENTWISE):

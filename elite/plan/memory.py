@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from elite.facts import Facts
+from elite.optimizations.activation_quantization import TILE_VALUES
 from elite.optimizations.contract import Decision, Estimate, Site, Step
 from elite.optimizations.parts import FP32, Part, Sizes
-from elite.optimizations.shapes import adapter_rank, layer_maps
+from elite.optimizations.shapes import adapter_rank, is_gated, layer_maps, mlp_width
 
 ADAM_STATE_BYTES = 8
 """Two fp32 moments a trained parameter."""
@@ -90,25 +91,27 @@ def moments(step: Step, facts: Facts) -> Iterator[Estimate]:
     layers, parts = facts.model.num_hidden_layers, layer_parts(step, facts, facts.micro_tokens)
     model, width = facts.model, step.hidden * facts.model.hidden_size
     standing = _plus(step.standing, batch=2 * model.rotary_dim * step.hidden * facts.micro_tokens)
+    # While it works forward, a layer that packs has its tensors beside their copies; while it goes back, what is read is there again.
+    ahead, behind = _packing(step, facts, parts, forward=True), _packing(step, facts, parts, forward=False)
     made = _first_made(facts)
     before = _plus(standing, gradients=-made)
     # Autocast's copies of weights stay through the forward; those that a backward reads are among what parts save.
     copies = layers * sum(part.weights for part in parts) if step.recomputed else 0.0
-    yield from _forward(_plus(before, _kept(step, facts, parts, layers, True)), step, parts, copies)
+    yield from _forward(_plus(before, _kept(step, facts, parts, layers, True)), step, ahead, copies)
     yield from _loss(step, facts, _plus(before, _kept(step, facts, parts, layers, False)), copies)
     for layer in (layers, 1):
         above = FP32 * (_outer_params(facts) + (layers - layer) * model.layer_params)
         held = _plus(before, _kept(step, facts, parts, layer, True), gradients=min(above, made))
-        if layer == 1 and facts.adapter == "lora":
+        if layer == 1 and facts.adapter != "full":
             # No gradient passes the first norm where the embedding is frozen.
-            parts = (replace(parts[0], saved=0.0, whole_input=0.0), *parts[1:])
+            behind = (replace(behind[0], saved=0.0, whole_input=0.0), *behind[1:])
             if step.inputs_at_once is not None:
                 # Nor does anybody hold what came back, once it has been read.
                 held = replace(held, layer_inputs=0.0)
         if step.recomputed:
-            again = [*parts[:-1], replace(parts[-1], forward=parts[-1].forward - parts[-1].spared)]
+            again = [*behind[:-1], replace(behind[-1], forward=behind[-1].forward - behind[-1].spared)]
             yield from _passing(_plus(held, layer_workspace=width * facts.micro_tokens), again, forward=True)
-        yield from _passing(held, parts, forward=False, makes=made > 0)
+        yield from _passing(held, behind, forward=False, makes=made > 0)
     if made:
         # The embedding's gradient is dense, and waits for nothing but itself, unless the head's is to be added to it.
         yield _plus(
@@ -145,7 +148,9 @@ def _one_by_one(facts: Facts) -> int:
     linears = facts.model.layer_linears
     if facts.adapter == "lora":
         return 3 * adapter_rank(facts) * max(max(linear.inputs, linear.outputs) for linear in linears)
-    largest = max(linear.inputs * linear.outputs for linear in linears)
+    largest = max(linear.inputs * linear.outputs for linear in linears if facts.adapter == "full" or linear.trained)
+    if facts.adapter == "converted":
+        return 3 * largest
     return max(3 * largest, 2 * facts.model.embedding_params + (0 if facts.model.tied else largest))
 
 
@@ -153,11 +158,71 @@ def _kept(step: Step, facts: Facts, parts: tuple[Part, ...], layers: int, at_wor
     """What so many layers keep; the last of them at work shows its parts itself."""
     if step.recomputed:
         there = layers if step.inputs_at_once is None else min(layers, step.inputs_at_once)
-        return Estimate(layer_inputs=there * step.hidden * facts.model.hidden_size * facts.micro_tokens)
+        width = step.hidden if step.packed_bits is None else step.packed_bits / 8
+        return Estimate(layer_inputs=there * width * facts.model.hidden_size * facts.micro_tokens)
+    if step.packed_bits is not None:
+        packed = [_packed(part, step) for part in parts]
+        # The layer at work shows its own itself.
+        count = layers - (1 if at_work else 0)
+        first = _unread_in_first(facts, tuple(replace(part, saved=size) for part, size in zip(parts, packed, strict=True)))
+        return Estimate(saved_activations=count * sum(packed) - (first if count else 0.0))
     whole, scores = layers - (1 if at_work else 0), sum(part.scores for part in parts)
-    # No gradient passes the first norm where the embedding is frozen.
-    first = parts[0].saved if whole and facts.adapter == "lora" else 0.0
+    first = _unread_in_first(facts, parts) if whole else 0.0
     return Estimate(saved_activations=whole * (sum(part.saved for part in parts) - scores) - first, attention_scores=whole * scores)
+
+
+def _packed(part: Part, step: Step) -> float:
+    """Bytes of what a part leaves once that is packed."""
+    if step.packed_bits is None:
+        return part.saved
+    left = part.small + part.weights
+    narrow = max(0.0, part.saved - left - part.wide_values)
+    return left + step.packed_bits / 8 * (narrow / step.value + part.wide_values / FP32)
+
+
+def _packing(step: Step, facts: Facts, parts: tuple[Part, ...], forward: bool) -> tuple[Part, ...]:
+    """A layer's parts at work where what they save is packed."""
+    if step.packed_bits is None:
+        return parts
+    if step.recomputed:
+        # What is computed again is not packed. The layer's input is a copy of the packed one.
+        bare = [replace(part, whole_input=0.0) for part in parts]
+        return (replace(bare[0], forward=max(bare[0].forward, _scratch(step, facts, parts[0]))), *bare[1:])
+    return tuple((_packed_ahead if forward else _packed_behind)(step, facts, part) for part in parts)
+
+
+def _scratch(step: Step, facts: Facts, part: Part) -> float:
+    """Bytes at work while one of a part's tensors is packed or unpacked."""
+    width = mlp_width(facts) if part.wide else facts.model.hidden_size
+    return step.packing * min(TILE_VALUES, width * facts.micro_tokens)
+
+
+def _packed_ahead(step: Step, facts: Facts, part: Part) -> Part:
+    """While a part works, what its functions read is there beside the packed copies of it."""
+    forward = _read_at_once(step, facts, part) + max(part.forward, _scratch(step, facts, part))
+    return replace(part, saved=_packed(part, step), scores=0.0, forward=forward)
+
+
+def _packed_behind(step: Step, facts: Facts, part: Part) -> Part:
+    """What a function reads is there again while it goes back."""
+    work = max(part.work + _read_at_once(step, facts, part), _scratch(step, facts, part) - part.leaves)
+    return replace(part, saved=_packed(part, step), scores=0.0, work=work)
+
+
+def _read_at_once(step: Step, facts: Facts, part: Part) -> float:
+    """Of what a part saves and packs, what is there unpacked at once; of an MLP's elementwise functions two factors, and the input of a
+    formula."""
+    read, tensors = part.saved - part.small - part.weights, 2 if is_gated(facts) else 3
+    return min(read, tensors * step.value * mlp_width(facts) * facts.micro_tokens) if part.wide else read
+
+
+def _unread_in_first(facts: Facts, parts: tuple[Part, ...]) -> float:
+    """What parts of the first layer would keep if a gradient passed them: where the embedding is frozen, none passes the first norm, nor
+    a frozen MLP that reads the same norm as the attention."""
+    if facts.adapter == "full":
+        return 0.0
+    beside = facts.adapter == "converted" and facts.model.model_type in PARALLEL_BLOCKS
+    return parts[0].saved + (sum(part.saved for part in parts if part.wide) if beside else 0.0)
 
 
 def _passing(held: Estimate, parts: Sequence[Part], forward: bool, makes: bool = False) -> Iterator[Estimate]:

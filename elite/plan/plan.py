@@ -168,9 +168,9 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
     return Plan(
         model=shape.name,
         model_type=shape.model_type,
-        total_params=shape.total_params,
+        total_params=facts.model.total_params,
         trainable_params=facts.trainable_params,
-        adapter=facts.adapter if facts.adapter == "full" else f"lora, rank {config.adapter.rank}",
+        adapter=f"lora, rank {config.adapter.rank}" if facts.adapter == "lora" else facts.adapter,
         device=device.name,
         device_kind=device.kind,
         device_present=device.present,

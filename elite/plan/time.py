@@ -1,7 +1,8 @@
 """How long a step takes: what each kind of operation needs at that kind's rate. Times are for one rank; all ranks work alike.
 
 Symbols as in `memory.py`. A multiply-add is two operations. Causal attention is counted once, at half of S²: 2·2·HD·S²/2 a
-sequence and layer for scores and weighted sum. Packed documents attend less than that, so times err on the long side.
+sequence and layer for scores and weighted sum; a layer with a window counts what its queries see. Packed documents attend less than
+that, so times err on the long side.
 
 A step is a forward and a backward phase, the latter with what is computed again. In each the device computes, the host hands it its
 operations and copies go to and from host memory, all at once: the longest of the three decides.
@@ -83,11 +84,13 @@ def _adapters(facts: Facts) -> float:
 def _attention(facts: Facts) -> float:
     """Operations of causal attention in one forward pass, a token, all layers."""
     model = facts.model
-    return 2.0 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * facts.context
+    return 4.0 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * model.keys_seen(facts.context)
 
 
 def _frozen_backward(facts: Facts) -> float:
     """Backward over forward in the base's linear maps: gradient of the input, and of the weight where it is trained."""
+    if facts.adapter == "converted":
+        return 1.0 + facts.model.trained_linear_params / facts.model.linear_params
     return 1.0 if facts.adapter == "lora" else 2.0
 
 

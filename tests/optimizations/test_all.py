@@ -39,7 +39,14 @@ SHAPE = ModelShape(
     8,
     97,
     2048,
-    (LinearShape("self_attn.q_proj", 32, 32), LinearShape("mlp.up_proj", 32, 64), LinearShape("mlp.down_proj", 64, 32)),
+    (
+        LinearShape("self_attn.q_proj", 32, 32),
+        LinearShape("self_attn.k_proj", 32, 16),
+        LinearShape("self_attn.v_proj", 32, 16),
+        LinearShape("self_attn.o_proj", 32, 32),
+        LinearShape("mlp.up_proj", 32, 64),
+        LinearShape("mlp.down_proj", 64, 32),
+    ),
     9000,
     30000,
 )
@@ -47,7 +54,12 @@ FACTS = Facts(SHAPE, CPU, 4096, 1, 1000, "lora")
 ALONE = Ranks(0, 1, torch.device("cpu"))
 BY_NAME = {kind.name: kind for kind in ALL}
 ON = OptimizationConfig(enabled=True)
-NEEDS: dict[str, dict[str, Any]] = {"tiled_mlp": {"tile": 7}}
+NEEDS: dict[str, dict[str, Any]] = {
+    "tiled_mlp": {"tile": 7},
+    "gqa_conversion": {"kv_heads": 1},
+    "sliding_window": {"window": 5},
+    "activation_quantization": {"width": 8},
+}
 """Options without which it would find nothing to do in models this small."""
 CUDA_ONLY = {"fused_kernels", "liger_kernels", "memory_pool", "defragmentation"}
 
@@ -262,10 +274,11 @@ def test_an_inactive_one_says_why() -> None:
 
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
-def test_nothing_grows_but_copies_of_what_is_trained(kind: type[Optimization]) -> None:
+def test_nothing_grows_but_copies_of_what_is_trained_and_a_mask(kind: type[Optimization]) -> None:
     everything = Step(Estimate(**dict.fromkeys(Estimate().by_component(), 1000000000.0)), optimizer_workspace=1000.0)
     made = kind(on(kind)).memory(everything, FACTS)
-    assert replace(made.standing, trainable_copy=0.0).total <= replace(everything.standing, trainable_copy=0.0).total
+    assert replace(made.standing, trainable_copy=0.0, batch=0.0).total <= replace(everything.standing, trainable_copy=0.0, batch=0.0).total
+    assert made.standing.batch == everything.standing.batch or kind.name == "sliding_window"
     assert made.standing.trainable_copy <= everything.standing.trainable_copy + 2 * FACTS.trainable_params * everything.value
     assert made.optimizer_workspace <= everything.optimizer_workspace
     assert made.value <= everything.value and made.hidden <= everything.hidden

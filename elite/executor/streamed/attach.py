@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from elite.attention import windowed
 from elite.chunks import cut
 from elite.data.batches import IGNORE
 from elite.errors import ModelError
@@ -59,7 +60,7 @@ def attach(model: Any, layout: Streaming, device: torch.device | None = None, ch
     check_layout(layout)
     core: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
     against = reason_against(core)
-    if against is None and layout.keys_values is Place.host and sliding_window(core.config):
+    if against is None and layout.keys_values is Place.host and (sliding_window(core.config) or windowed(core)):
         against = "keys and values in host memory do not go with its sliding window (executor.keys_values)"
     if against is not None:
         raise ModelError(f"{type(core).__name__} cannot be streamed: {against}", "executor=whole")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from elite.attention import window_of
 from elite.chunks import Chunk
 from elite.errors import ModelError
 from elite.executor.streamed.kernels import AttentionShape, Kernel, group_sum, merge
@@ -197,7 +198,8 @@ def _attention(
     if work.phase is Phase.refill:
         raise KeysKnown
     # A window that reaches over whole documents is none, and more kernels serve.
-    window = sliding_window if sliding_window is not None and sliding_window < work.chunk.longest else None
+    window = window_of(module, sliding_window)
+    window = window if window is not None and window < work.chunk.longest else None
     kernel = work.choose(AttentionShape(q.shape[1], k.shape[1], q.shape[2], dtype, window))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _ChunkAttention.apply(q, k, v, _Call(work, kernel, window, scale))[None], None
