@@ -21,16 +21,18 @@ from elite.compose import show
 from elite.console import console, start_logging
 from elite.data.batches import TrainStream
 from elite.data.tokens import TokenStore, open_store
-from elite.data.validation import completion_example, validation_batches
+from elite.data.validation import Completion, completion_example, validation_batches
 from elite.distributed.ranks import Ranks, joined
 from elite.errors import DataError, EliteError
 from elite.executor.build import build, streams_weights
 from elite.executor.streamed.attach import Attached
 from elite.model import LoadedModel, load, save_trained
+from elite.optimizations.contract import Applied
 from elite.plan import model_flops_per_token
 from elite.plan.words import duration, gib
 from elite.prepared import Run, prepared
 from elite.runfolder import RunFolder
+from elite.training.generation import generator
 from elite.training.heap import settled
 from elite.training.loop import Interrupted, Observer, Progress, Trainer
 from elite.training.optimizer import build_optimizer
@@ -38,7 +40,7 @@ from elite.training.schedules import schedule
 from elite.training.shortage import actual, is_out_of_memory
 from elite.training.step import make_scaler
 from elite.training.telemetry import Meter, error_percent, pinned_bytes
-from elite.training.validation import Validator, complete
+from elite.training.validation import Validator
 
 
 def train(folder: RunFolder, ranks: Ranks) -> None:
@@ -104,7 +106,7 @@ def _carried_out(parts: _Parts) -> None:
         measured = meter.measured_peak_bytes()
         if ranks.is_main:
             save_trained(loaded, folder.final)
-            applied = run.applied | loaded.applied | trainer.applied
+            applied = run.applied | loaded.applied | trainer.applied | completion.applied
             acts = {name: f"{act.count} {act.detail}" for name, act in applied.items()}
             pinned = pinned_bytes(attached.runner.host_bytes() if attached else 0, ranks.device)
             summary = _summary(run, progress, meter, measured, pinned) | {"applied": acts}
@@ -168,20 +170,23 @@ class _Completion:
 
     def __init__(self, run: Run, loaded: LoadedModel, store: TokenStore) -> None:
         config, tokens = run.config, run.config.training.completion_tokens
-        self._loaded, self._dtype, self._device = loaded, run.dtype, run.ranks.device
+        self.applied: dict[str, Applied] = {}
+        """What the optimizations of generation touched."""
         self._file = run.folder.path / "completion.json"
-        wanted = run.ranks.is_main and tokens > 0
-        # Generation keeps keys and values of all layers, which training need not have room for.
-        self._example = completion_example(store, run.plan["generation_tokens"], tokens, config.seed) if wanted else None
-        cache = Path(config.output.cache).expanduser()
-        self._tokenizer: Any = pretrained.tokenizer(config.model, cache, download=False) if wanted else None
+        self._example: Completion | None = None
+        if run.ranks.is_main and tokens > 0:
+            self._tokenizer: Any = pretrained.tokenizer(config.model, Path(config.output.cache).expanduser(), download=False)
+            # Generation keeps keys and values of all layers, which training need not have room for.
+            self._example = completion_example(store, run.plan["generation_tokens"], tokens, config.seed)
+            self._generator, self.applied = generator(loaded, run.decisions, run.dtype, run.ranks.device, self._tokenizer.eos_token_id)
 
     def write(self, when: str) -> None:
         """Complete now and record it as `before` or `after`."""
         if self._example is None:
             return
         example, decode = self._example, self._tokenizer.decode
-        text = complete(self._loaded, self._tokenizer, example, self._dtype, self._device)
+        (found,) = self._generator(example.prompt, len(example.reference))
+        text = decode(found, skip_special_tokens=True)
         known = json.loads(self._file.read_text()) if self._file.exists() else {}
         known |= {"path": example.path, "prompt_end": decode(example.prompt[-64:]), "reference": decode(example.reference), when: text}
         self._file.write_text(json.dumps(known, indent=2))

@@ -15,6 +15,7 @@ from elite.optimizations.gradient_checkpointing import GradientCheckpointing
 from elite.optimizations.liger_kernels import LigerKernels
 from elite.optimizations.memory_pool import MemoryPool
 from elite.optimizations.mixed_precision import MixedPrecision
+from elite.optimizations.paged_attention import PagedAttention
 from elite.optimizations.qlora import QLoRA
 from elite.optimizations.sequence_packing import SequencePacking
 from elite.optimizations.tiled_mlp import TiledMLP
@@ -32,7 +33,8 @@ ALL: tuple[type[Optimization], ...] = (
     GradientCheckpointing,  # wraps whole layers, adapters included
     CheckpointOffload,  # the same place, when inputs wait in host memory
     FusedLoss,  # replaces the whole model's forward, so after every part of it; its proof runs the model as it then is
-    AdamW8bit,  # needs the trainable parameters, so last
+    AdamW8bit,  # needs the trainable parameters, so last of what trains
+    PagedAttention,  # generates with what was trained
 )
 
 
@@ -54,6 +56,7 @@ class OptimizationsConfig:
     checkpoint_offload: OptimizationConfig = field(default_factory=CheckpointOffload.Config)
     fused_loss: OptimizationConfig = field(default_factory=FusedLoss.Config)
     adamw_8bit: OptimizationConfig = field(default_factory=AdamW8bit.Config)
+    paged_attention: OptimizationConfig = field(default_factory=PagedAttention.Config)
 
 
 def decide(config: OptimizationsConfig, facts: Facts) -> tuple[Decision, ...]:

@@ -26,6 +26,8 @@ class Stage(Enum):
     """The model with its adapters."""
     optimizer = "optimizer"
     """An `OptimizerBuild`, before the optimizer exists."""
+    generation = "generation"
+    """A `GenerationBuild`, before text is generated."""
 
 
 class Exactness(Enum):
@@ -53,6 +55,7 @@ class Site(Enum):
     LAYER_ACTIVATIONS = "what a layer keeps for its backward"
     LOSS = "head and loss"
     OPTIMIZER_STATE = "storage of optimizer state"
+    GENERATION_CACHE = "keys and values while text is generated"
 
 
 STREAMED_SITES = frozenset({Site.ATTENTION, Site.MLP_FORWARD, Site.LAYER_ACTIVATIONS, Site.LOSS})

@@ -32,3 +32,13 @@ class OptimizerBuild:
     """`lr`, `betas`, `eps`, `weight_decay`."""
     factory: Callable[..., Any] | None = None
     """Called with groups and arguments; None is torch's AdamW."""
+
+
+@dataclass
+class GenerationBuild:
+    """Stage `generation`: how keys and values are kept while text is generated."""
+
+    page: int | None = None
+    """Tokens of a page; None: each sequence has its own, in one piece."""
+    piece: int = 0
+    """Tokens of a prompt that are read at once; without pages always all of them."""

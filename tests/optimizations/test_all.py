@@ -17,7 +17,7 @@ from elite.facts import Device, Facts, LinearShape, ModelShape
 from elite.model import apply_stage
 from elite.optimizations import ALL, OptimizationsConfig, decide
 from elite.optimizations.contract import Decision, Estimate, Exactness, Optimization, OptimizationConfig, Stage, Step
-from elite.optimizations.targets import BatchLayout, OptimizerBuild, Runtime
+from elite.optimizations.targets import BatchLayout, GenerationBuild, OptimizerBuild, Runtime
 from elite.training.step import accumulate, make_scaler
 from tests.models import tiny
 from tests.test_attention import row
@@ -71,6 +71,8 @@ def target(stage: Stage, kind: str, adapters: bool = False) -> Any:
         return BatchLayout()
     if stage is Stage.runtime:
         return Runtime(supports_bf16=True)
+    if stage is Stage.generation:
+        return GenerationBuild()
     if stage is Stage.optimizer:
         return OptimizerBuild([{"params": list(model.parameters())}], {"lr": 1e-3})
     return model
