@@ -175,10 +175,11 @@ class _Completion:
         self._file = run.folder.path / "completion.json"
         self._example: Completion | None = None
         if run.ranks.is_main and tokens > 0:
-            self._tokenizer: Any = pretrained.tokenizer(config.model, Path(config.output.cache).expanduser(), download=False)
+            tokenizer: Any = pretrained.tokenizer(config.model, Path(config.output.cache).expanduser(), download=False)
+            self._tokenizer = tokenizer
             # Generation keeps keys and values of all layers, which training need not have room for.
             self._example = completion_example(store, run.plan["generation_tokens"], tokens, config.seed)
-            self._generator, self.applied = generator(loaded, run.decisions, run.dtype, run.ranks.device, self._tokenizer.eos_token_id)
+            self._generator, self.applied = generator(loaded, run.decisions, run.dtype, run.ranks.device, tokenizer.eos_token_id)
 
     def write(self, when: str) -> None:
         """Complete now and record it as `before` or `after`."""

@@ -105,7 +105,7 @@ class Generator:
     def _paged(self, prompt: list[int], config: GenerationConfig, seed: int, pages: Pages) -> list[list[int]]:
         core: Any = self.loaded.core
         kind, count = _attention(core, self.device), config.num_return_sequences or 1
-        options = {
+        options: dict[str, Any] = {
             "page_size" if "page_size" in KNOWN else "block_size": pages.page,
             "num_blocks": pages.total,
             "max_requests_per_batch": count,
@@ -125,9 +125,8 @@ class Generator:
             kind = f"paged|{kind}"
         core.set_attn_implementation(kind)
         results: dict[str, Any] = {}
-        session = core.continuous_batching_context_manager(
-            config, continuous_batching_config=ContinuousBatchingConfig(**options), warmup=False
-        )
+        pool = ContinuousBatchingConfig(**options)
+        session = core.continuous_batching_context_manager(config, continuous_batching_config=pool, warmup=False)
         with self._forward_in_autocast(), session as manager:
             manager.add_request(prompt, max_new_tokens=config.max_new_tokens, eos_token_id=self.end_token)
             while len(results) < count:

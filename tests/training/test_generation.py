@@ -24,8 +24,9 @@ PROMPT = torch.randint(3, 97, (150,), generator=torch.Generator().manual_seed(1)
 
 def adapted(kind: str, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """With adapters that change what it says."""
-    core = tiny(kind, DOCUMENT_EAGER, max_position_embeddings=512, initializer_range=0.3).to(dtype)
-    model = get_peft_model(core, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False))
+    core: Any = tiny(kind, DOCUMENT_EAGER, max_position_embeddings=512, initializer_range=0.3)
+    core.to(dtype)
+    model: Any = get_peft_model(core, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False))
     for module in model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = False
