@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import II
 
+from elite.mode_options import CalibrateConfig, EvaluateConfig, ProbeConfig
 from elite.optimizations import OptimizationsConfig
 from elite.scaling import LrScaling
 from elite.streaming import BoundaryEncoding, Keep, Place, WeightPlace
@@ -31,6 +32,7 @@ class Mode(Enum):
     profile = "profile"
     probe = "probe"
     calibrate = "calibrate"
+    evaluate = "evaluate"
     interactive = "interactive"
 
 
@@ -324,30 +326,6 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
-class ProbeConfig:
-    """What `mode=probe` does."""
-
-    steps: int = 0
-    """Whole optimizer steps on random tokens, to hold the estimate against."""
-    file: str | None = None
-    """JSON file for the result."""
-
-
-@dataclass(frozen=True)
-class CalibrateConfig:
-    """What `mode=calibrate` does."""
-
-    count: int = 40
-    """Configurations that are drawn."""
-    seed: int = 2
-    """Of the draw."""
-    seconds: float | None = None
-    """No configuration is begun later than this; a rerun goes on. Unset: all of them."""
-    file: str = "calibration.json"
-    """JSON file for the result."""
-
-
-@dataclass(frozen=True)
 class OutputConfig:
     """Where things are written."""
 
@@ -383,4 +361,5 @@ class RunConfig:
     plan: PlanConfig = field(default_factory=PlanConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     output: OutputConfig = field(default_factory=OutputConfig)

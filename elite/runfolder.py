@@ -5,7 +5,7 @@ plan.json          what was predicted                   checkpoints/    step_NNN
 environment.json   versions, device, commit, command    final/          the adapter or model
 run.json           identity: request, tokens, tracker   summary.json    written when the run has ended well
 micro_batch.json   how training.micro_batch=auto ended  failure.json    how memory ran out, if it did
-preflight.json     what was measured before a step
+preflight.json     what was measured before a step    evaluation.json what mode=evaluate found
 """
 
 import fcntl
@@ -61,6 +61,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.final = path / "final"
         self.summary = path / "summary.json"
+        self.evaluation = path / "evaluation.json"
         self._lock = path / ".lock"
 
     @property

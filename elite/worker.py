@@ -20,17 +20,17 @@ from elite.callbacks.trackers import start_tracker
 from elite.compose import show
 from elite.console import console, start_logging
 from elite.data.batches import TrainStream
-from elite.data.tokens import TokenStore, open_store
+from elite.data.tokens import TokenStore
 from elite.data.validation import Completion, completion_example, validation_batches
 from elite.distributed.ranks import Ranks, joined
-from elite.errors import DataError, EliteError
+from elite.errors import EliteError
 from elite.executor.build import build, streams_weights
 from elite.executor.streamed.attach import Attached
 from elite.model import LoadedModel, load, save_trained
 from elite.optimizations.contract import Applied
 from elite.plan import model_flops_per_token
 from elite.plan.words import duration, gib
-from elite.prepared import Run, prepared
+from elite.prepared import Run, corpus_of, prepared
 from elite.runfolder import RunFolder
 from elite.training.generation import generator
 from elite.training.heap import settled
@@ -88,7 +88,7 @@ def _carried_out(parts: _Parts) -> None:
     meter = Meter(ranks, model_flops_per_token(facts), device.matmul_flops_per_s if device.kind == "cuda" else 0.0)
     loaded = parts.loaded = _loaded(parts.run)
     run = parts.run = rehearsal.micro_batch_found(parts.run, loaded)
-    store = _tokens(folder)
+    store = corpus_of(folder)
     trainer, attached = _assemble(run, loaded, store, meter)
     parts.trainer = trainer
     completion = _Completion(run, loaded, store)
@@ -119,14 +119,6 @@ def _carried_out(parts: _Parts) -> None:
         completion.show()
         _show(summary, folder)
     ranks.barrier()
-
-
-def _tokens(folder: RunFolder) -> TokenStore:
-    path = Path(folder.read_identity()["tokens"])
-    store = open_store(path)
-    if store is None:
-        raise DataError(f"the tokenised corpus {path} is gone or damaged", "resume=never tokenises anew and starts another run")
-    return store
 
 
 def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) -> tuple[Trainer, Attached | None]:

@@ -7,12 +7,12 @@ from typing import Any, TypeGuard
 
 import pytest
 
-from elite import config
+from elite import config, mode_options
 
 ROOT = config.CONF_DIR.parent
 # Each layer may import the layers before it, and its own.
 LAYERS = (
-    {"errors", "facts", "console", "streaming", "chunks", "revolve", "scaling", "kernels"},
+    {"errors", "facts", "console", "streaming", "chunks", "revolve", "scaling", "kernels", "mode_options"},
     {"optimizations", "losses"},
     {"config"},
     {"schema", "compose", "hardware", "geometry", "pretrained", "attention", "streamable"},
@@ -22,7 +22,7 @@ LAYERS = (
     {"checkpoint"},
     {"training"},
     {"callbacks", "runfolder", "report"},
-    {"prepared", "rehearsal", "worker"},
+    {"prepared", "rehearsal", "worker", "evaluation"},
     {"bench"},
     {"modes"},
 )
@@ -95,7 +95,7 @@ def test_every_field_of_the_configuration_is_read() -> None:
     fields = {
         f"{kind.__name__}.{field.name}": field.name
         for kind in vars(config).values()
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__module__ == config.__name__
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__module__ in (config.__name__, mode_options.__name__)
         for field in dataclasses.fields(kind)
     }
     assert {name for name, field in fields.items() if field not in read} == set()
