@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 ARGS ?= experiment=quickstart
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-gpu lint docs clean
+.PHONY: help setup train test test-slow test-gpu lint docs clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +21,9 @@ train: setup ## Train; without ARGS the quickstart: a small pretrained model on 
 
 test: setup ## The whole suite that needs no GPU
 	$(PYTHON) -m pytest --numprocesses 2 --dist loadgroup
+
+test-slow: setup ## Tests of minutes: every pair of optimizations in a training run, a real model
+	$(PYTHON) -m pytest -m slow --numprocesses 2
 
 test-gpu: setup ## Tests that need a CUDA GPU
 	$(PYTHON) -m pytest -m gpu

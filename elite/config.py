@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import II
 
 from elite.curriculum import CurriculumConfig
+from elite.mode_options import CalibrateConfig, EvaluateConfig, LrRangeConfig, ProbeConfig
 from elite.optimizations import OptimizationsConfig
 from elite.scaling import LrScaling
 from elite.streaming import BoundaryEncoding, Keep, Place, WeightPlace
@@ -35,6 +36,7 @@ class Mode(Enum):
     optimizations = "optimizations"
     lr_range = "lr_range"
     uptrain = "uptrain"
+    evaluate = "evaluate"
     interactive = "interactive"
 
 
@@ -328,48 +330,6 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
-class ProbeConfig:
-    """What `mode=probe` does."""
-
-    steps: int = 0
-    """Whole optimizer steps on random tokens, to hold the estimate against."""
-    file: str | None = None
-    """JSON file for the result."""
-
-
-@dataclass(frozen=True)
-class CalibrateConfig:
-    """What `mode=calibrate` does."""
-
-    count: int = 40
-    """Configurations that are drawn."""
-    seed: int = 2
-    """Of the draw."""
-    seconds: float | None = None
-    """No configuration is begun later than this; a rerun goes on. Unset: all of them."""
-    file: str = "calibration.json"
-    """JSON file for the result."""
-
-
-@dataclass(frozen=True)
-class LrRangeConfig:
-    """What `mode=lr_range` does."""
-
-    lowest: float = 1e-6
-    """Learning rate of the first step."""
-    highest: float = 1.0
-    """Of the last, unless the loss diverges before it."""
-    steps: int = 100
-    """Optimizer steps at most."""
-    accumulation: int | None = None
-    """Micro-batches in one of them; unset: as many as the run has."""
-    smoothing: float = 0.8
-    """Weight of the mean so far in the smoothed loss."""
-    divergence: float = 2.0
-    """It ends when the smoothed loss is so many times its lowest."""
-
-
-@dataclass(frozen=True)
 class AblationConfig:
     """What each active optimization costs and saves, by runs that differ in one of them."""
 
@@ -416,4 +376,5 @@ class RunConfig:
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     lr_range: LrRangeConfig = field(default_factory=LrRangeConfig)
     ablation: AblationConfig = field(default_factory=AblationConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     output: OutputConfig = field(default_factory=OutputConfig)

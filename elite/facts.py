@@ -194,6 +194,8 @@ class Facts:
     """`whole` or `streamed`."""
     accumulation: int = 1
     """Forward and backward passes of one optimizer step."""
+    generates: bool = True
+    """Text is generated: a completion to look at, or an evaluation."""
 
     @property
     def micro_tokens(self) -> int:

@@ -24,6 +24,7 @@ from elite.facts import NO_CORPUS, Corpus, Device, ModelShape
 from elite.plan import Plan, choose_tier, longest_contexts, make_plan, render, render_longest, render_survey, render_tiers, survey
 from elite.plan.ablated import require_variation
 from elite.plan.executors import least_bytes
+from elite.plan.values import check_values
 from elite.runfolder import RunFolder, interrupted_run, new_folder, request_key, write_request, write_start
 
 
@@ -162,6 +163,24 @@ def calibrate(composed: Composed) -> None:
     measure(composed.config)
 
 
+def evaluate(composed: Composed) -> None:
+    """Score a run's last weights, or the base model, on held-out files, and continue some of them."""
+    config = composed.config
+    check_values(config)
+    if launched():
+        raise ConfigError("mode=evaluate runs in one process", "python train.py mode=evaluate, without torchrun")
+    if config.evaluate.run is None:
+        folder, _ = _prepare(replace(composed, config=replace(config, resume="never")))
+    else:
+        folder = RunFolder(Path(config.evaluate.run).expanduser().absolute())
+        if not folder.identity.is_file():
+            raise ConfigError(f"evaluate.run={config.evaluate.run}: this folder holds no run", "the folder that a run printed")
+    from elite import evaluation
+
+    with joined() as ranks:
+        evaluation.evaluate(folder, config.evaluate, config.optimizations, ranks)
+
+
 MODES: dict[Mode, Callable[[Composed], float | None]] = {
     Mode.plan: plan,
     Mode.tiers: tiers,
@@ -173,6 +192,7 @@ MODES: dict[Mode, Callable[[Composed], float | None]] = {
     Mode.optimizations: optimizations,
     Mode.lr_range: lr_range,
     Mode.uptrain: uptrain,
+    Mode.evaluate: evaluate,
     Mode.interactive: interactive,
 }
 

@@ -3,13 +3,16 @@
 import json
 import os
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from elite import geometry, hardware
 from elite.config import AUTO, Cap, Executor, RunConfig
+from elite.data.tokens import TokenStore, open_store
 from elite.distributed.ranks import Ranks
+from elite.errors import DataError
 from elite.facts import Corpus, Device, Facts
 from elite.model import apply_stage
 from elite.optimizations import decide
@@ -70,6 +73,22 @@ def prepared(folder: RunFolder, ranks: Ranks) -> Run:
     dtype, of_dtype = compute_dtype(decisions, device)
     applied |= of_dtype
     return Run(config, plan, searches, device, facts, decisions, dtype, batches.packed, batches.mapped, applied, folder, ranks)
+
+
+def corpus_of(folder: RunFolder, mapped: bool = True) -> TokenStore:
+    """The tokenised corpus that the folder names.
+
+    Args:
+        mapped: read it from the disk as it is needed, not into memory at once.
+
+    Raises:
+        DataError: it is not there any more.
+    """
+    path = Path(folder.read_identity()["tokens"])
+    store = open_store(path)
+    if store is None:
+        raise DataError(f"the tokenised corpus {path} is gone or damaged", "resume=never tokenises anew and starts another run")
+    return store if mapped else store.resident()
 
 
 def completed(plan: dict[str, Any], config: RunConfig, device: Device) -> dict[str, Any]:

@@ -9,6 +9,7 @@ preflight.json     what was measured before a step      report.html     all of i
 job.json           as a job of a multirun               error.txt       why a process failed, if one did
 difficulty.json    how the untrained model found each file, if it was asked
 base/              a converted model, where adapters belong to it
+evaluation.json    what mode=evaluate found
 """
 
 import fcntl
@@ -66,6 +67,7 @@ class RunFolder:
         self.final = path / "final"
         self.base = path / "base"
         self.summary = path / "summary.json"
+        self.evaluation = path / "evaluation.json"
         self._lock = path / ".lock"
 
     @property

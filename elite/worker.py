@@ -20,22 +20,23 @@ from elite.callbacks.trackers import start_tracker
 from elite.compose import show
 from elite.console import console, start_logging
 from elite.data.batches import Batch, TrainStream
-from elite.data.tokens import TokenStore, open_store
-from elite.data.validation import completion_example, validation_batches
+from elite.data.tokens import TokenStore
+from elite.data.validation import Completion, completion_example, validation_batches
 from elite.distributed.launch import LAST_WORDS
 from elite.distributed.ranks import Ranks, joined
-from elite.errors import DataError, EliteError
+from elite.errors import EliteError
 from elite.executor.build import build, streams_weights
 from elite.executor.streamed.attach import Attached
 from elite.model import LoadedModel, apply_stage, export, load
-from elite.optimizations.contract import Stage
+from elite.optimizations.contract import Applied, Stage
 from elite.optimizations.targets import LoopBuild
 from elite.plan import model_flops_per_token
 from elite.plan.words import duration, gib
-from elite.prepared import Run, prepared
+from elite.prepared import Run, corpus_of, prepared
 from elite.report.run_report import RunReport, convergence
 from elite.runfolder import RunFolder
 from elite.training.curriculum import course_of
+from elite.training.generation import generator
 from elite.training.heap import settled
 from elite.training.loop import Interrupted, Observer, Progress, Trainer
 from elite.training.optimizer import build_optimizer
@@ -43,7 +44,7 @@ from elite.training.schedules import schedule
 from elite.training.shortage import actual, is_out_of_memory
 from elite.training.step import make_scaler
 from elite.training.telemetry import Meter, error_percent, paged_bytes, pinned_bytes
-from elite.training.validation import Validator, complete
+from elite.training.validation import Validator
 
 SCRATCH_BYTES = 2**20
 """Less pinned host memory than this is what libraries hold for themselves, and not worth a line."""
@@ -100,7 +101,7 @@ def _carried_out(parts: _Parts) -> None:
         lambda context: model_flops_per_token(replace(facts, context=context)),
         device.matmul_flops_per_s if device.kind == "cuda" else 0.0,
     )
-    store = _tokens(folder, parts.run.mapped)
+    store = corpus_of(folder, parts.run.mapped)
     before = uptraining.losses_before(parts.run, *_held_out(parts.run, store)) if uptraining.uptrains(parts.run) else None
     loaded = parts.loaded = _loaded(parts.run)
     run = parts.run = rehearsal.micro_batch_found(parts.run, loaded)
@@ -125,7 +126,7 @@ def _carried_out(parts: _Parts) -> None:
         if ranks.is_main:
             if before is not None:
                 uptraining.with_tokenizer(run, folder.final)
-            applied = run.applied | loaded.applied | trainer.applied
+            applied = run.applied | loaded.applied | trainer.applied | completion.applied
             acts = {name: f"{act.count} {act.detail}" for name, act in applied.items()}
             pinned = pinned_bytes(attached.runner.host_bytes() if attached else 0, ranks.device) + paged_bytes(trainer.optimizer)
             summary = _summary(run, progress, meter, measured, pinned) | {"applied": acts} | _of_hooks(trainer)
@@ -139,14 +140,6 @@ def _carried_out(parts: _Parts) -> None:
         completion.show()
         _show(summary, folder)
     ranks.barrier()
-
-
-def _tokens(folder: RunFolder, mapped: bool) -> TokenStore:
-    path = Path(folder.read_identity()["tokens"])
-    store = open_store(path)
-    if store is None:
-        raise DataError(f"the tokenised corpus {path} is gone or damaged", "resume=never tokenises anew and starts another run")
-    return store if mapped else store.resident()
 
 
 def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) -> tuple[Trainer, Attached | None]:
@@ -214,20 +207,24 @@ class _Completion:
 
     def __init__(self, run: Run, loaded: LoadedModel, store: TokenStore) -> None:
         config, tokens = run.config, run.config.training.completion_tokens
-        self._loaded, self._dtype, self._device = loaded, run.dtype, run.ranks.device
+        self.applied: dict[str, Applied] = {}
+        """What the optimizations of generation touched."""
         self._file = run.folder.path / "completion.json"
-        wanted = run.ranks.is_main and tokens > 0
-        # Generation keeps keys and values of all layers, which training need not have room for.
-        self._example = completion_example(store, run.plan["generation_tokens"], tokens, config.seed) if wanted else None
-        cache = Path(config.output.cache).expanduser()
-        self._tokenizer: Any = pretrained.tokenizer(config.model, cache, download=False) if wanted else None
+        self._example: Completion | None = None
+        if run.ranks.is_main and tokens > 0:
+            tokenizer: Any = pretrained.tokenizer(config.model, Path(config.output.cache).expanduser(), download=False)
+            self._tokenizer = tokenizer
+            # Generation keeps keys and values of all layers, which training need not have room for.
+            self._example = completion_example(store, run.plan["generation_tokens"], tokens, config.seed)
+            self._generator, self.applied = generator(loaded, run.decisions, run.dtype, run.ranks.device, tokenizer.eos_token_id)
 
     def write(self, when: str) -> None:
         """Complete now and record it as `before` or `after`."""
         if self._example is None:
             return
         example, decode = self._example, self._tokenizer.decode
-        text = complete(self._loaded, self._tokenizer, example, self._dtype, self._device)
+        (found,) = self._generator(example.prompt, len(example.reference))
+        text = decode(found, skip_special_tokens=True)
         known = json.loads(self._file.read_text()) if self._file.exists() else {}
         known |= {"path": example.path, "prompt_end": decode(example.prompt[-64:]), "reference": decode(example.reference), when: text}
         self._file.write_text(json.dumps(known, indent=2))

@@ -7,12 +7,12 @@ from typing import Any, TypeGuard
 
 import pytest
 
-from elite import config, curriculum
+from elite import config, curriculum, mode_options
 
 ROOT = config.CONF_DIR.parent
 # Each layer may import the layers before it, and its own.
 LAYERS = (
-    {"errors", "facts", "console", "streaming", "chunks", "revolve", "scaling", "curriculum", "kernels"},
+    {"errors", "facts", "console", "streaming", "chunks", "revolve", "scaling", "curriculum", "kernels", "mode_options"},
     {"optimizations", "losses"},
     {"config"},
     {"schema", "ablation", "jobs", "compose", "hardware", "geometry", "pretrained", "attention", "streamable"},
@@ -22,7 +22,7 @@ LAYERS = (
     {"checkpoint"},
     {"training"},
     {"callbacks", "runfolder", "report"},
-    {"prepared", "rehearsal", "uptraining", "worker"},
+    {"prepared", "rehearsal", "uptraining", "worker", "evaluation"},
     {"bench"},
     {"modes"},
 )
@@ -92,10 +92,11 @@ def test_every_field_of_the_configuration_is_read() -> None:
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     # Defaults that are another field's value: II("tier.lora_rank").
     read |= {str(node.args[0].value).split(".")[-1] for node in nodes if _interpolates(node)}
+    declared = (config.__name__, curriculum.__name__, mode_options.__name__)
     fields = {
         f"{kind.__name__}.{field.name}": field.name
         for kind in vars(config).values()
-        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__module__ in (config.__name__, curriculum.__name__)
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and kind.__module__ in declared
         for field in dataclasses.fields(kind)
     }
     assert {name for name, field in fields.items() if field not in read} == set()

@@ -91,14 +91,26 @@ def context_spans(store: TokenStore, repo: str, path: str, room: int) -> list[Sp
 def completion_example(store: TokenStore, context: int, tokens: int, seed: int) -> Completion | None:
     """A held-out file cut in its middle, at a line start where there is one: `tokens` tokens of reference after at most
     `context - tokens` of prompt. None if no held-out file has twice `tokens`, or `context` has no room."""
+    files = _continued(store, context, tokens)
+    return _cut(store, random.Random(seed).choice(files), context, tokens) if files else None
+
+
+def completion_examples(store: TokenStore, context: int, tokens: int, count: int, seed: int) -> list[Completion]:
+    """Up to `count` of them, each of another file."""
+    files = _continued(store, context, tokens)
+    return [_cut(store, file, context, tokens) for file in random.Random(seed).sample(files, min(count, len(files)))]
+
+
+def _continued(store: TokenStore, context: int, tokens: int) -> list[TokenFile]:
+    """Held-out files that are long enough: the longer half of them, which have more of themselves before the cut."""
     files = [file for file in store.select("val") if file.length > 2 * tokens]
-    room = context - tokens
-    if not files or room < 1:
-        return None
-    # A longer file has more of itself before the cut.
-    files = sorted(files, key=lambda file: (file.length, file.path))[len(files) // 2 :]
-    file = random.Random(seed).choice(files)
-    split = _middle(store, file, tokens)
+    if context - tokens < 1:
+        return []
+    return sorted(files, key=lambda file: (file.length, file.path))[len(files) // 2 :]
+
+
+def _cut(store: TokenStore, file: TokenFile, context: int, tokens: int) -> Completion:
+    split, room = _middle(store, file, tokens), context - tokens
     first = min(split, room)
     spans = [*context_spans(store, file.repo, file.path, room - first), (file.start + split - first, first)]
     prompt = np.concatenate([store.tokens[start : start + count] for start, count in spans])

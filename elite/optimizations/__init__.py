@@ -28,6 +28,7 @@ from elite.optimizations.lora_plus import LoRAPlus
 from elite.optimizations.memory_mapped_data import MemoryMappedData
 from elite.optimizations.memory_pool import MemoryPool
 from elite.optimizations.mixed_precision import MixedPrecision
+from elite.optimizations.paged_attention import PagedAttention
 from elite.optimizations.qlora import QLoRA
 from elite.optimizations.sequence_packing import SequencePacking
 from elite.optimizations.sliding_window import SlidingWindow
@@ -63,6 +64,7 @@ ALL: tuple[type[Optimization], ...] = (
     SWA,  # the same place
     EarlyStopping,  # judges what the averages' validation says
     Defragmentation,  # when all of a step is done
+    PagedAttention,  # generates with what was trained
 )
 
 
@@ -99,6 +101,7 @@ class OptimizationsConfig:
     swa: OptimizationConfig = field(default_factory=SWA.Config)
     early_stopping: OptimizationConfig = field(default_factory=EarlyStopping.Config)
     defragmentation: OptimizationConfig = field(default_factory=Defragmentation.Config)
+    paged_attention: OptimizationConfig = field(default_factory=PagedAttention.Config)
 
 
 def reshaped(config: OptimizationsConfig, shape: ModelShape) -> ModelShape:

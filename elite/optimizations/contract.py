@@ -30,6 +30,8 @@ class Stage(Enum):
     """An `OptimizerBuild`, before the optimizer exists."""
     loop = "loop"
     """A `LoopBuild`, before the first step."""
+    generation = "generation"
+    """A `GenerationBuild`, before text is generated."""
 
 
 class Exactness(Enum):
@@ -84,6 +86,7 @@ class Site(Enum):
     EVALUATED_WEIGHTS = "weights that are validated and exported"
     LAST_STEP = "when the run ends"
     ALLOCATOR_CACHE = "what the allocator keeps between steps"
+    GENERATION_CACHE = "keys and values while text is generated"
 
 
 STREAMED_SITES = frozenset({Site.ATTENTION, Site.MLP_FORWARD, Site.LAYER_ACTIVATIONS, Site.LOSS})

@@ -65,3 +65,13 @@ class LoopBuild:
         """Append a hook; what is returned removes it."""
         self.hooks.append(hook)
         return lambda: self.hooks.remove(hook)
+
+
+@dataclass
+class GenerationBuild:
+    """Stage `generation`: how keys and values are kept while text is generated."""
+
+    page: int | None = None
+    """Tokens of a page; None: each sequence has its own, in one piece."""
+    piece: int = 0
+    """Tokens of a prompt that are read at once; without pages always all of them."""

@@ -43,6 +43,7 @@ def facts_of(config: RunConfig, device: Device, shape: ModelShape, executor: str
         adapter=config.adapter.method.value,
         executor=executor,
         accumulation=max(1, sequences_of_a_rank(config, device) // config.training.sequences),
+        generates=config.training.completion_tokens > 0,
     )
 
 

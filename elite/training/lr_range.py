@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from elite.config import LrRangeConfig
+from elite.mode_options import LrRangeConfig
 from elite.training.step import DivergedError
 
 

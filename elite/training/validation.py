@@ -1,17 +1,13 @@
-"""Validation: the loss on held-out files with the repository before them, and without; and a completion to look at."""
+"""Validation: the loss on held-out files with the repository before them, and without."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from elite.attention import generating
 from elite.data.batches import IGNORE, Batch
-from elite.data.validation import Completion
 from elite.distributed.ranks import Ranks
 from elite.executor.contract import Executor
-from elite.model import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -44,19 +40,3 @@ class Validator:
             tokens += batch.label_tokens
         model.train(training)
         return self.ranks.sum(total) / self.ranks.sum(float(tokens))
-
-
-@torch.no_grad()
-def complete(loaded: LoadedModel, tokenizer: Any, example: Completion, compute_dtype: torch.dtype, device: torch.device) -> str:
-    """Greedy continuation of a held-out file, as long as its reference."""
-    prompt = torch.tensor([example.prompt], device=device)
-    with generating(loaded.core), torch.autocast(device.type, dtype=compute_dtype, enabled=compute_dtype != torch.float32):
-        out = loaded.model.generate(
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=len(example.reference),
-            do_sample=False,
-            use_cache=True,
-            pad_token_id=tokenizer.eos_token_id,
-        )
-    return str(tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True))

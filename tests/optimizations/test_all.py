@@ -19,7 +19,7 @@ from elite.facts import Device, Facts, LinearShape, ModelShape
 from elite.model import LoadedModel, apply_stage
 from elite.optimizations import ALL, OptimizationsConfig, decide
 from elite.optimizations.contract import Decision, Estimate, Exactness, Optimization, OptimizationConfig, Site, Stage, Step
-from elite.optimizations.targets import BatchLayout, LoopBuild, OptimizerBuild, Runtime
+from elite.optimizations.targets import BatchLayout, GenerationBuild, LoopBuild, OptimizerBuild, Runtime
 from elite.training.live_bytes import LiveBytes
 from elite.training.loop import Trainer
 from elite.training.step import accumulate, make_scaler
@@ -88,6 +88,8 @@ def target(stage: Stage, kind: str, adapters: bool = False) -> Any:
         return BatchLayout()
     if stage is Stage.runtime:
         return Runtime(supports_bf16=True)
+    if stage is Stage.generation:
+        return GenerationBuild()
     if stage is Stage.optimizer:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         return OptimizerBuild([{"params": trained, "weight_decay": 0.0}], {"lr": 1e-3}, model=model)
