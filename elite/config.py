@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import II
 
+from elite.ablation import AblationConfig
 from elite.optimizations import OptimizationsConfig
 from elite.scaling import LrScaling
 from elite.streaming import BoundaryEncoding, Keep, Place, WeightPlace
@@ -94,17 +95,6 @@ class Curriculum(Enum):
     """In which order and at which lengths sequences are seen."""
 
     none = "none"
-
-
-class AblationKind(Enum):
-    """Which runs of a sweep show what each active optimization does."""
-
-    none = "none"
-    leave_one_out = "leave_one_out"
-    """All of them, and all but one."""
-    one_at_a_time = "one_at_a_time"
-    """None of them, and each alone."""
-    both = "both"
 
 
 class Cap(Enum):
@@ -356,15 +346,6 @@ class CalibrateConfig:
     """No configuration is begun later than this; a rerun goes on. Unset: all of them."""
     file: str = "calibration.json"
     """JSON file for the result."""
-
-
-@dataclass(frozen=True)
-class AblationConfig:
-    """What each active optimization costs and saves, by runs that differ in one of them."""
-
-    kind: AblationKind = AblationKind.none
-    variant: str | None = None
-    """Which of these runs this one is: `all`, `without_NAME`, `none` or `only_NAME`; the sweep sets it."""
 
 
 @dataclass(frozen=True)
