@@ -6,16 +6,36 @@ alone.
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import Enum
 
-from elite.config import AblationKind, RunConfig
 from elite.errors import ConfigError
-from elite.optimizations import ALL
+from elite.optimizations import ALL, OptimizationsConfig
 
 EVERYTHING, NOTHING = "all", "none"
 """What leaving one out is held against, and what one alone is."""
 WITHOUT, ONLY = "without_", "only_"
 NAMES = tuple(kind.name for kind in ALL)
+
+
+class AblationKind(Enum):
+    """Which runs of a sweep show what each active optimization does."""
+
+    none = "none"
+    leave_one_out = "leave_one_out"
+    """All of them, and all but one."""
+    one_at_a_time = "one_at_a_time"
+    """None of them, and each alone."""
+    both = "both"
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """What each active optimization costs and saves, by runs that differ in one of them."""
+
+    kind: AblationKind = AblationKind.none
+    variant: str | None = None
+    """Which of these runs this one is: `all`, `without_NAME`, `none` or `only_NAME`; the sweep sets it."""
 
 
 def variants(kind: AblationKind, parts: Sequence[str]) -> list[str]:
@@ -43,15 +63,14 @@ def baseline_of(variant: str) -> str:
     return EVERYTHING if variant == EVERYTHING or variant.startswith(WITHOUT) else NOTHING
 
 
-def varied(config: RunConfig) -> RunConfig:
-    """The configuration with its variant carried out on the optimizations that it names; of one that was varied, the same.
+def varied(switches: OptimizationsConfig, variant: str | None) -> OptimizationsConfig:
+    """The optimizations with a variant carried out on them; of some that were varied so before, the same.
 
     Raises:
         ConfigError: there is no such variant.
     """
-    variant = config.ablation.variant
     if variant is None:
-        return config
+        return switches
     known = variants(AblationKind.both, NAMES)
     if variant not in known:
         close = difflib.get_close_matches(variant, known, n=1)
@@ -63,5 +82,5 @@ def varied(config: RunConfig) -> RunConfig:
         wanted = {name: name == part for name in NAMES}
     elif part is not None:
         wanted = {part: False}
-    made = {name: replace(getattr(config.optimizations, name), enabled=enabled) for name, enabled in wanted.items()}
-    return replace(config, optimizations=replace(config.optimizations, **made))
+    made = {name: replace(getattr(switches, name), enabled=enabled) for name, enabled in wanted.items()}
+    return replace(switches, **made)

@@ -57,7 +57,8 @@ def from_overrides(*overrides: str) -> Composed:
 
 def _placed(composed: DictConfig, job: str | None) -> RunConfig:
     """The configuration of one run: jobs of a multirun write where Hydra numbers them, and form one group in the tracker."""
-    config = varied(build(composed))
+    config = build(composed)
+    config = replace(config, optimizations=varied(config.optimizations, config.ablation.variant))
     if job is None:
         return config
     group = group_of(config, Path(job).parent)
@@ -97,6 +98,9 @@ def explain(error: Exception) -> ConfigError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
+        if group.startswith("hydra/"):
+            # Hydra's plugins are named so: hydra-optuna-sweeper, hydra-joblib-launcher.
+            return ConfigError(f"{group}={option} is not installed", f"pip install hydra-{option}-{group.removeprefix('hydra/')}")
         return ConfigError(f"{group}={option} is unknown", _suggest(option, options(group)) or f"one of {', '.join(options(group))}")
     unknown = re.match(r"Could not override '([^']+)'", lines[0])
     if unknown:

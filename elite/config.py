@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import II
 
+from elite.ablation import AblationConfig
 from elite.curriculum import CurriculumConfig
 from elite.mode_options import CalibrateConfig, EvaluateConfig, LrRangeConfig, ProbeConfig
 from elite.optimizations import OptimizationsConfig
@@ -96,17 +97,6 @@ class Logger(Enum):
     wandb = "wandb"
     trackio = "trackio"
     none = "none"
-
-
-class AblationKind(Enum):
-    """Which runs of a sweep show what each active optimization does."""
-
-    none = "none"
-    leave_one_out = "leave_one_out"
-    """All of them, and all but one."""
-    one_at_a_time = "one_at_a_time"
-    """None of them, and each alone."""
-    both = "both"
 
 
 class Cap(Enum):
@@ -327,15 +317,6 @@ class PlanConfig:
     """`tier=auto` refuses tiers for which the corpus gives fewer training sequences."""
     headroom_fraction: float = 0.08
     """Share of usable memory that a plan leaves free for what is not modelled."""
-
-
-@dataclass(frozen=True)
-class AblationConfig:
-    """What each active optimization costs and saves, by runs that differ in one of them."""
-
-    kind: AblationKind = AblationKind.none
-    variant: str | None = None
-    """Which of these runs this one is: `all`, `without_NAME`, `none` or `only_NAME`; the sweep sets it."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from elite import __version__
-from elite.config import AblationConfig, Mode, OutputConfig, RunConfig
+from elite.ablation import AblationConfig
+from elite.config import Mode, OutputConfig, RunConfig
 from elite.errors import CheckpointError, ConfigError
 from elite.facts import Device
 from elite.schema import to_yaml

@@ -13,9 +13,9 @@ ROOT = config.CONF_DIR.parent
 # Each layer may import the layers before it, and its own.
 LAYERS = (
     {"errors", "facts", "console", "streaming", "chunks", "revolve", "scaling", "curriculum", "kernels", "mode_options"},
-    {"optimizations", "losses"},
+    {"optimizations", "losses", "ablation"},
     {"config"},
-    {"schema", "ablation", "jobs", "compose", "hardware", "geometry", "pretrained", "attention", "streamable"},
+    {"schema", "jobs", "compose", "hardware", "geometry", "pretrained", "attention", "streamable"},
     {"plan"},
     {"model", "data"},
     {"executor", "distributed"},

@@ -27,7 +27,8 @@ GROUPS = (
     "hparams_search",
     "debug",
 )
-EVERY_YAML = [(group, option) for group in GROUPS for option in compose.options(group)]
+EVERY_YAML = [(group, option) for group in GROUPS if group != "hparams_search" for option in compose.options(group)]
+"""A search needs a plugin of Hydra's (tests/test_hparams_search.py)."""
 
 
 def test_no_group_is_forgotten() -> None:

@@ -201,10 +201,11 @@ def test_records_from_a_file(trained: Trained, repository: Path, tmp_path: Path)
     assert json.loads(folder.plan.read_text())["corpus"]["origin"] == str(records)
 
 
-def test_a_logger_that_does_not_start_stops_the_run(program: Program) -> None:
+def test_a_logger_that_does_not_start_stops_the_run(program: Program, tmp_path: Path) -> None:
     done = program("debug=tiny", "logger=wandb", "logger.project=a/b", "training.completion_tokens=0")
     assert done.returncode == 2 and "logger=wandb does not start" in done.stderr and "logger=none" in done.stderr
     assert "Traceback" not in done.stderr and done.stderr.count("error:") == 1
+    assert "logger=wandb does not start" in (only_run(tmp_path).path / "error.txt").read_text()
 
 
 def test_a_model_from_a_folder(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from elite.ablation import part_of
-from elite.config import AblationKind, RunConfig
+from elite.ablation import AblationKind, part_of
+from elite.config import RunConfig
 from elite.errors import ConfigError, InapplicableError
 from elite.facts import NO_CORPUS, Device, ModelShape
 from elite.plan.plan import Switch, make_plan

@@ -73,7 +73,8 @@ def bars(title: str, stacks: Mapping[str, Mapping[str, float]]) -> str:
     longest = max((sum(parts.values()) for parts in stacks.values()), default=0.0)
     if not longest:
         return ""
-    width, left, top = 2 * WIDTH - 20, 150, 34
+    # About seven pixels a letter.
+    width, left, top = 2 * WIDTH - 20, min(480, 24 + 7.2 * max(map(len, stacks))), 34
     scale = (width - left - 100) / longest
     made = [text(8, 18, title)]
     for row, (name, parts) in enumerate(stacks.items()):

@@ -17,9 +17,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict, read_write
 
-from elite.ablation import variants
+from elite.ablation import AblationKind, variants
 from elite.compose import group_of, show
-from elite.config import AblationKind, Logger, RunConfig
+from elite.config import Logger, Mode, RunConfig
 from elite.errors import ConfigError, EliteError
 from elite.jobs import State, read
 from elite.report import comparison, sweep
@@ -43,25 +43,24 @@ class Multirun(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Write the table anew: it is there however the multirun ends."""
-        if config.hydra.mode is RunMode.MULTIRUN:
+        if config.hydra.mode is RunMode.MULTIRUN and config.mode is Mode.train:
             folder = Path(config.hydra.runtime.output_dir).parent
             comparison.write(folder, sweep.gathered(folder))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Say where the table is, hand it to the tracker, and end with the code of a job that failed."""
         folder = Path(config.hydra.sweep.dir).absolute()
-        jobs = read(folder)
-        rows = sweep.gathered(folder)
-        from elite.console import console
+        jobs = read(folder).values()
+        failed = [job for job in jobs if job.state is State.failed]
+        if config.mode is Mode.train:
+            from elite.console import console
 
-        failed = [job for job in jobs.values() if job.state is State.failed]
-        console.print(f"{len(jobs)} jobs, {len(failed)} failed; side by side in {folder / 'ablation.md'}", markup=False)
-        try:
-            if rows and _plain(config).logger.name is Logger.wandb:
-                _log(_plain(config), folder, rows)
-        except EliteError as error:
-            show(error)
-            sys.exit(error.exit_code)
+            console.print(f"{len(jobs)} jobs, {len(failed)} failed; side by side in {folder / 'ablation.md'}", markup=False)
+            try:
+                _log(_plain(config), folder)
+            except EliteError as error:
+                show(error)
+                sys.exit(error.exit_code)
         if failed:
             sys.exit(failed[0].exit_code)
 
@@ -102,8 +101,12 @@ def _active(overrides: Sequence[str]) -> list[str]:
     return [kind.name for kind in ALL if kind.name in found]
 
 
-def _log(config: RunConfig, folder: Path, rows: Sequence[sweep.Row]) -> None:
+def _log(config: RunConfig, folder: Path) -> None:
+    """Add the table to the jobs' group, if W&B has them."""
+    if config.logger.name is not Logger.wandb:
+        return
     from elite.callbacks.trackers import log_table
 
+    rows = sweep.gathered(folder)
     made = [comparison.values(row, rows) for row in rows]
     log_table(config.logger, folder, group_of(config, folder), [*made[0]], [list(line.values()) for line in made])

@@ -76,3 +76,9 @@ def test_contexts_must_not_differ(program: Program, tmp_path: Path) -> None:
     done = program("-m", "experiment=ablation", "debug=tiny", "tier.name=auto")
     assert done.returncode == 2 and "tier=auto" in done.stderr and done.stderr.count("error:") == 1
     assert not (tmp_path / "multiruns").exists()
+
+
+def test_a_sweep_of_plans_has_no_table(program: Program, tmp_path: Path) -> None:
+    done = program("-m", "debug=tiny", "mode=plan", "seed=0,-1", "hydra.sweep.dir=plans")
+    assert done.returncode == 2 and done.stdout.count("FITS") == 1 and done.stderr.count("error:") == 1, done.stderr
+    assert "Callback" not in done.stderr and not (tmp_path / "plans" / "ablation.md").exists()
