@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from elite.errors import ModelError
 from elite.optimizations.sliding_window import block_of
+from elite.optimizations.torch_compile import DOCUMENTS
 
 DOCUMENT_SDPA = "elite_document_sdpa"
 DOCUMENT_EAGER = "elite_document_eager"
@@ -71,10 +72,8 @@ def _windowed(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, 
     block, back = block_of(window)
     bias, starts = _bias(block, back, window, query.dtype, query.device), range(before, before + length, block)
     reach = tuple((max(0, start - back), min(start + block, before + length)) for start in starts)
-    parts = []
-    for start, q, k, v in zip(
-        starts, query.split(block, dim=2), _Overlapping.apply(key, reach), _Overlapping.apply(value, reach), strict=True
-    ):
+    keys, values, parts = _Overlapping.apply(key, reach), _Overlapping.apply(value, reach), []
+    for start, q, k, v in zip(starts, query.split(block, dim=2), keys, values, strict=True):
         beyond = max(0, back - start)
         seen = bias[: q.shape[2], beyond : beyond + k.shape[2]]
         parts.append(F.scaled_dot_product_attention(q, k, v, seen, dropout, scale=scaling))
@@ -120,13 +119,14 @@ def _by_document(kernel: Any, query: Tensor, key: Tensor, value: Tensor, documen
 
 
 def _interface(kernel: Any) -> Any:
+    @torch.compiler.disable
     def attention(
         module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        documents: Documents,
+        documents: Documents | None = None,
         scaling: float | None = None,
         dropout: float = 0.0,
         sliding_window: int | None = None,
@@ -138,6 +138,9 @@ def _interface(kernel: Any) -> Any:
             raise ModelError(
                 f"{type(module).__name__} needs soft-capped scores or attention sinks, which fused kernels lack", "another model"
             )
+        if documents is None:
+            # A compiled layer is not told of them: it would be compiled anew for every number of documents.
+            documents = getattr(module, DOCUMENTS)
         out = _by_document(kernel, query, key, value, documents, scaling, dropout, window_of(module, sliding_window))
         return out.transpose(1, 2).contiguous(), None
 

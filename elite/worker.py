@@ -127,7 +127,7 @@ def _carried_out(parts: _Parts) -> None:
             if before is not None:
                 uptraining.with_tokenizer(run, folder.final)
             applied = run.applied | loaded.applied | trainer.applied | completion.applied
-            acts = {name: f"{act.count} {act.detail}" for name, act in applied.items()}
+            acts = {name: act.words for name, act in applied.items()}
             pinned = pinned_bytes(attached.runner.host_bytes() if attached else 0, ranks.device) + paged_bytes(trainer.optimizer)
             summary = _summary(run, progress, meter, measured, pinned) | {"applied": acts} | _of_hooks(trainer)
             summary |= uptraining.reported(before, progress) if before is not None else {}

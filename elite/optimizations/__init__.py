@@ -7,6 +7,7 @@ from elite.facts import Facts, ModelShape
 from elite.optimizations.activation_quantization import ActivationQuantization
 from elite.optimizations.adamw_8bit import AdamW8bit
 from elite.optimizations.adaptive_gradient_clipping import AdaptiveGradientClipping
+from elite.optimizations.backend_flags import BackendFlags
 from elite.optimizations.checkpoint_offload import CheckpointOffload
 from elite.optimizations.contract import STREAMED_SITES, Decision, Optimization, OptimizationConfig, Site
 from elite.optimizations.defragmentation import Defragmentation
@@ -34,11 +35,13 @@ from elite.optimizations.sequence_packing import SequencePacking
 from elite.optimizations.sliding_window import SlidingWindow
 from elite.optimizations.swa import SWA
 from elite.optimizations.tiled_mlp import TiledMLP
+from elite.optimizations.torch_compile import TorchCompile
 
 ALL: tuple[type[Optimization], ...] = (
     SequencePacking,  # decides what a batch is, before any model exists
     MemoryMappedData,  # how tokens are reached; no other part asks
     MemoryPool,  # before anything is on the device
+    BackendFlags,  # before anything is computed
     MixedPrecision,  # decides the dtype in which weights are loaded
     GQAConversion,  # makes another model of the one that was loaded, so before anything stands in for its modules
     SlidingWindow,  # likewise: what the layers' attention sees
@@ -48,6 +51,7 @@ ALL: tuple[type[Optimization], ...] = (
     LigerKernels,  # the same places; patches them by its own rules
     FusedLoRA,  # acts on adapters, inside what checkpointing wraps
     TiledMLP,  # wraps MLPs with their adapters, inside the layers that checkpointing wraps
+    TorchCompile,  # traces layers with all that stands in for their modules, inside what checkpointing repeats
     GradientCheckpointing,  # wraps whole layers, adapters included
     CheckpointOffload,  # the same place, when inputs wait in host memory
     ActivationQuantization,  # around checkpointed layers, whose inputs are what they save
@@ -76,6 +80,7 @@ class OptimizationsConfig:
     sequence_packing: OptimizationConfig = field(default_factory=SequencePacking.Config)
     memory_mapped_data: OptimizationConfig = field(default_factory=MemoryMappedData.Config)
     memory_pool: OptimizationConfig = field(default_factory=MemoryPool.Config)
+    backend_flags: OptimizationConfig = field(default_factory=BackendFlags.Config)
     mixed_precision: OptimizationConfig = field(default_factory=MixedPrecision.Config)
     gqa_conversion: OptimizationConfig = field(default_factory=GQAConversion.Config)
     sliding_window: OptimizationConfig = field(default_factory=SlidingWindow.Config)
@@ -85,6 +90,7 @@ class OptimizationsConfig:
     liger_kernels: OptimizationConfig = field(default_factory=LigerKernels.Config)
     fused_lora: OptimizationConfig = field(default_factory=FusedLoRA.Config)
     tiled_mlp: OptimizationConfig = field(default_factory=TiledMLP.Config)
+    torch_compile: OptimizationConfig = field(default_factory=TorchCompile.Config)
     gradient_checkpointing: OptimizationConfig = field(default_factory=GradientCheckpointing.Config)
     checkpoint_offload: OptimizationConfig = field(default_factory=CheckpointOffload.Config)
     activation_quantization: OptimizationConfig = field(default_factory=ActivationQuantization.Config)

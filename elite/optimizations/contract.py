@@ -64,6 +64,7 @@ class Site(Enum):
     BATCH_LAYOUT = "how documents share a sequence"
     CORPUS = "where the tokenised corpus is read"
     COMPUTE_DTYPE = "dtype of computation"
+    BACKEND_FLAGS = "precision and algorithms of backends"
     ALLOCATOR = "how device memory is taken"
     KV_HEADS = "number of key/value heads"
     BASE_WEIGHTS = "storage of frozen weights"
@@ -74,6 +75,7 @@ class Site(Enum):
     MLP_FORWARD = "forward pass of the MLPs"
     LAYER_ACTIVATIONS = "what a layer keeps for its backward"
     SAVED_TENSORS = "where and how saved tensors wait for the backward"
+    COMPILATION = "who runs a layer's operations"
     LOSS = "head and loss"
     OPTIMIZER_STATE = "storage of optimizer state"
     PARAMETER_GROUPS = "learning rates of the parameters"
@@ -186,6 +188,14 @@ class Applied:
     """What was counted, for people."""
     undo: Callable[[], None] | None = None
     """Restores what was touched; None where the original is gone (quantised weights)."""
+    report: Callable[[], str] | None = None
+    """What is known only once the run has used it."""
+
+    @property
+    def words(self) -> str:
+        """What acted on how many, and what came of it so far."""
+        later = f"; {self.report()}" if self.report else ""
+        return f"{self.count} {self.detail}{later}"
 
 
 @dataclass(frozen=True)

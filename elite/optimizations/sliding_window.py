@@ -4,8 +4,8 @@ What:   a query sees itself and the `window` − 1 tokens before it, in all laye
 How:    each attention module carries its window, which elite's attention functions read: fused attention goes over the queries in blocks
         and hands each the keys in its reach; unfused attention masks; the streamed executor reads that far back. Generation keeps to it.
         The exported model does not carry the window: its architecture has no field for one.
-Memory: grows by one mask of v · b · (b + w) bytes for blocks of b queries, shared by all layers, and under flash attention by keys
-        and values expanded to the query heads where these share them. What it saves is time: S · w instead of S² / 2 pairs of query and key.
+Memory: grows by one mask of v · b · (b + w) bytes for blocks of b queries, which all layers share, and under flash attention by keys and
+        values expanded to the query heads where these share them. It saves time: S · w instead of S² / 2 pairs of query and key.
 Source: Beltagy et al. 2020, arXiv:2004.05150 (Longformer); Jiang et al. 2023, arXiv:2310.06825 (Mistral).
 """
 

@@ -20,6 +20,7 @@ from elite.model import LoadedModel, apply_stage
 from elite.optimizations import ALL, OptimizationsConfig, decide
 from elite.optimizations.contract import Decision, Estimate, Exactness, Optimization, OptimizationConfig, Site, Stage, Step
 from elite.optimizations.targets import BatchLayout, GenerationBuild, LoopBuild, OptimizerBuild, Runtime
+from elite.optimizations.torch_compile import Backend
 from elite.training.live_bytes import LiveBytes
 from elite.training.loop import Trainer
 from elite.training.step import accumulate, make_scaler
@@ -58,10 +59,11 @@ NEEDS: dict[str, dict[str, Any]] = {
     "tiled_mlp": {"tile": 7},
     "gqa_conversion": {"kv_heads": 1},
     "sliding_window": {"window": 5},
+    "torch_compile": {"backend": Backend.aot_eager},
     "activation_quantization": {"width": 8},
 }
 """Options without which it would find nothing to do in models this small."""
-CUDA_ONLY = {"fused_kernels", "liger_kernels", "memory_pool", "defragmentation"}
+CUDA_ONLY = {"backend_flags", "fused_kernels", "liger_kernels", "memory_pool", "defragmentation"}
 
 
 def on(kind: type[Optimization]) -> OptimizationConfig:

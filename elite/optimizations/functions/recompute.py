@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
+from elite.optimizations.functions.compiled import CompiledForward
 from elite.optimizations.functions.hooks import hooks_aside
 from elite.optimizations.functions.unread import UnreadOutputs
 
@@ -53,7 +54,8 @@ class Recomputed:
         forward = self._forwards[index]
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        if index == 0:
+        # What a compiled layer keeps depends on what it computes, and hooks would not reach into it.
+        if index == 0 and not isinstance(forward, CompiledForward):
             self._find(args, kwargs)
         first = True
 
