@@ -2,14 +2,15 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from elite.config import RunConfig
 from elite.facts import Corpus, Device, Facts, ModelShape
+from elite.optimizations import decide
 from elite.optimizations.contract import Decision, Estimate
 from elite.optimizations.memory_mapped_data import MemoryMappedData, corpus_bytes
-from elite.plan.batch import BatchGeometry, batch_geometry
+from elite.plan.batch import BatchGeometry, batch_geometry, facts_of
 from elite.plan.executors import Prediction, choose_executor
 from elite.plan.fix import smallest_change
 from elite.plan.generation import generation_tokens
@@ -148,20 +149,20 @@ def make_plan(config: RunConfig, device: Device, shape: ModelShape, corpus: Corp
         PlanError: the batch geometry is impossible, or two optimizations exclude each other.
     """
     check_values(config)
-    return _planned(settled(config, device, shape), device, shape, corpus)
+    in_memory = _in_memory(config, device, shape, corpus)
+    return _planned(settled(config, _beside(in_memory, config, device), shape), device, shape, corpus, in_memory)
 
 
-def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Corpus) -> Plan:
+def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Corpus, in_memory: float) -> Plan:
     config, training = micro_batch.config, micro_batch.config.training
     batch = batch_geometry(config, device)
     rate = training.learning_rate, training.lr_scaling, batch.step_tokens, training.lr_reference_tokens
-    made = choose_executor(config, device, shape, batch.accumulation)
+    room = _beside(in_memory, config, device)
+    made = choose_executor(config, room, shape, batch.accumulation)
     steps = _steps(config, corpus, batch)
-    stages = predict_stages(config, device, shape, made, batch.accumulation, steps)
+    stages = predict_stages(config, room, shape, made, batch.accumulation, steps)
     facts, estimate = made.facts, max((one.estimate for _, one in reversed(stages)), key=lambda found: found.total)
-    host_bytes = max(one.host_bytes for _, one in stages)
-    in_memory = corpus_bytes(folded(facts, made.decisions), corpus, shape)
-    fits, has_room = all(one.fits for _, one in stages), _has_room(config, device, estimate.total, host_bytes, in_memory)
+    fits = all(one.fits for _, one in stages) and (device.kind == "cpu" or in_memory <= host_usable(device))
     factor, positions = _positions(config, shape)
     usable = device.memory_usable_bytes * (1 - config.plan.headroom_fraction)
     beyond = peaks(estimate.total, made.decisions, device)
@@ -193,11 +194,11 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
         device_bytes=beyond.device_bytes if beyond else None,
         usable_bytes=device.memory_usable_bytes,
         headroom_bytes=device.memory_usable_bytes * config.plan.headroom_fraction,
-        fits=fits and has_room,
-        fix=_fix(config, device, shape, fits, has_room),
+        fits=fits,
+        fix="" if fits else _fix(config, device, shape, in_memory),
         executor=made.executor.value,
         layout=made.layout.to_dict() if made.layout else None,
-        host_bytes=host_bytes,
+        host_bytes=max(one.host_bytes for _, one in stages),
         host_usable_bytes=host_usable(device),
         corpus_bytes=in_memory,
         disk_bytes=max(one.disk_bytes for _, one in stages),
@@ -212,17 +213,25 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
     )
 
 
-def _has_room(config: RunConfig, device: Device, total_bytes: float, host_bytes: float, in_memory: float) -> bool:
-    """Whether the host holds the corpus beside everything else that is in its memory."""
-    if device.kind == "cuda":
-        return in_memory == 0 or host_bytes + in_memory <= host_usable(device)
-    return in_memory == 0 or total_bytes + in_memory <= device.memory_usable_bytes * (1 - config.plan.headroom_fraction)
+def _in_memory(config: RunConfig, device: Device, shape: ModelShape, corpus: Corpus) -> float:
+    """Host memory of one rank's tokens. Bytes."""
+    facts = facts_of(config, device, shape)
+    return corpus_bytes(folded(facts, decide(config.optimizations, facts)), corpus, shape)
 
 
-def _fix(config: RunConfig, device: Device, shape: ModelShape, fits: bool, has_room: bool) -> str:
-    if not fits:
-        return smallest_change(config, device, shape)
-    return "" if has_room else f"optimizations.{MemoryMappedData.name}.enabled=true"
+def _beside(in_memory: float, config: RunConfig, device: Device) -> Device:
+    """The machine with so much of the host's memory taken by each rank's tokens; a CPU has no other."""
+    if device.kind == "cpu":
+        left = device.memory_usable_bytes - in_memory / (1 - config.plan.headroom_fraction)
+        return replace(device, memory_usable_bytes=max(1, int(left)))
+    return replace(device, host_ram_bytes=max(0, int(device.host_ram_bytes - in_memory * device.count)))
+
+
+def _fix(config: RunConfig, device: Device, shape: ModelShape, in_memory: float) -> str:
+    """The smallest change that would make it fit; where the corpus is too much, that it stays on disk."""
+    if in_memory and choose_executor(config, device, shape, 1).fits:
+        return f"optimizations.{MemoryMappedData.name}.enabled=true"
+    return smallest_change(config, device, shape)
 
 
 def _switch(decision: Decision) -> Switch:

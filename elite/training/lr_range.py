@@ -38,17 +38,23 @@ class Sweep:
     @property
     def steepest(self) -> float | None:
         """The rate at which the loss falls fastest; None if it never falls."""
-        if len(self.rates) < 2:
+        falling = self._falling
+        if len(falling) < 2:
             return None
-        slopes = np.gradient(np.array(self.smoothed), np.log(self.rates))
+        slopes = np.gradient(np.array(falling), np.log(self.rates[: len(falling)]))
         place = int(slopes.argmin())
         return self.rates[place] if slopes[place] < 0 else None
 
     @property
     def valley(self) -> float | None:
         """The rate in the middle of the longest descent; None if the loss never falls."""
-        descent = longest_descent(self.smoothed)
+        descent = longest_descent(self._falling)
         return self.rates[(descent[0] + descent[-1]) // 2] if len(descent) > 1 else None
+
+    @property
+    def _falling(self) -> list[float]:
+        """The curve up to its lowest point: what comes down after a leap says nothing of a run that begins at such a rate."""
+        return self.smoothed[: self.smoothed.index(min(self.smoothed)) + 1] if self.smoothed else []
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types."""

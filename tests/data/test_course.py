@@ -81,6 +81,17 @@ def test_it_resumes_before_and_after_every_border(store: TokenStore, taken: int)
     assert second.state() == whole.state()
 
 
+def test_a_border_may_lie_in_a_later_epoch(store: TokenStore) -> None:
+    border = growing(store).sequences_per_epoch // STEP + 3
+    stages = (ContextStage(CONTEXT // 2, 2, 0, border), ContextStage(CONTEXT, 1, border, 100))
+    stream = growing(store, stages=stages)
+    contexts = [stream.next_window(2)[0].input_ids.shape[1] for _ in range(border + 3)]
+    assert contexts == [CONTEXT // 2] * border + [CONTEXT] * 3 and stream.state()["epoch"] == 1
+    resumed = growing(store, stages=stages)
+    resumed.load_state(stream.state())
+    assert all(same(one, other) for one, other in zip(resumed.next_window(4), stream.next_window(4), strict=True))
+
+
 def test_ranks_share_a_growing_context(store: TokenStore) -> None:
     alone, pair = growing(store), [growing(store, rank, 2) for rank in range(2)]
     for _ in range(7):
