@@ -54,12 +54,15 @@ def choose_executor(config: RunConfig, device: Device, shape: ModelShape, accumu
     if config.adapter.method is AdapterMethod.full and config.executor.weights is WeightPlace.streamed and wanted is not Executor.whole:
         trained = "executor.weights=streamed with adapter.method=full: weights that are trained stay on the device"
         raise PlanError(trained, "executor.weights=resident")
+    if wanted is Executor.streamed:
+        # What the whole executor's parts would refuse each other is no concern of its.
+        return _streamed(config, device, shape, accumulation)
     whole = _whole(config, device, shape, accumulation)
     if wanted is Executor.whole or shape.unstreamable or (wanted is Executor.auto and whole.fits and device.kind == "cpu"):
         return whole
     small = _streamed(config, device, shape, accumulation)
-    if wanted is Executor.streamed or not whole.fits:
-        return small if small.fits or wanted is Executor.streamed else min((whole, small), key=lambda made: made.estimate.total)
+    if not whole.fits:
+        return small if small.fits else min((whole, small), key=lambda made: made.estimate.total)
     return small if small.fits and small.step_s * STREAMED_GAIN < whole.step_s else whole
 
 

@@ -31,6 +31,8 @@ TINY = (
     f"training.max_steps={STEPS}",
     "training.learning_rate=3e-3",
     "training.preflight=false",
+    # Smaller matrices keep fp32 state under 8-bit optimizers.
+    "adapter.rank=64",
 )
 OFF, IDLE, ACTIVE = "off", "idle", "active"
 """Idle: asked for where it cannot act, which is no error and has a reason."""

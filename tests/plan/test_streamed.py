@@ -167,6 +167,14 @@ def test_auto_is_the_fastest_that_fits() -> None:
     assert make_plan(run_config(4096, executor=Executor.auto), hardware.device(run_config().hardware), phi2(), CORPUS).executor == "whole"
 
 
+def test_parts_of_the_whole_executor_do_not_clash_in_a_streamed_plan() -> None:
+    both = (*STANDARD, "checkpoint_offload")
+    made = make_plan(run_config(on=both, executor=Executor.streamed), device("rtx3090"), phi2(), CORPUS)
+    assert {switch.name for switch in made.decisions if switch.requested and not switch.active} >= {"checkpoint_offload", "flash_attention"}
+    with pytest.raises(PlanError, match="both decide"):
+        make_plan(run_config(on=both, executor=Executor.whole), device("rtx3090"), phi2(), CORPUS)
+
+
 def test_a_host_without_room_is_said() -> None:
     small_host = replace(device("rtx2060s"), host_ram_bytes=8 * GIB)
     made = make_plan(run_config(1 << 20, executor=Executor.streamed), small_host, phi2(), CORPUS)
