@@ -66,11 +66,12 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 @pytest.mark.parametrize("kind", ["llama", "phi", "qwen3"])
 def test_greedy_tokens_are_the_same_with_pages(kind: str) -> None:
     loaded = adapted(kind)
-    names, own = sorted(vars(loaded.core)), loaded.core.generation_config
+    names, own, random = sorted(vars(loaded.core)), loaded.core.generation_config, torch.get_rng_state()
     dense, paged = (generator(loaded, flag)(PROMPT, 24) for flag in (False, True))
     assert dense == paged and len(dense) == 1 and len(dense[0]) == 24 and len(set(dense[0])) > 8
     assert sorted(vars(loaded.core)) == names and loaded.core.generation_config is own
     assert loaded.core.config._attn_implementation == DOCUMENT_EAGER and loaded.core.training
+    assert torch.equal(torch.get_rng_state(), random), "what trains goes on as if nothing had been said"
 
 
 def test_generation_ends_where_the_text_does() -> None:
