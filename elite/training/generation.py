@@ -85,8 +85,10 @@ class Generator:
         )
         core: Any = self.loaded.core
         own, core.generation_config = core.generation_config, config
+        devices = [self.device] if self.device.type == "cuda" else []
         try:
-            with generating(core):
+            # Both ways seed torch's own generator; the run's dropout must not notice.
+            with generating(core), torch.random.fork_rng(devices):
                 if self.build.page is None:
                     return self._dense(prompt, config, seed)
                 return self._paged(prompt, config, seed, pages_for(len(prompt), new, count, self.build.page))
@@ -96,8 +98,7 @@ class Generator:
     def _dense(self, prompt: list[int], config: GenerationConfig, seed: int) -> list[list[int]]:
         core: Any = self.loaded.core
         ids = torch.tensor([prompt], device=self.device)
-        devices = [self.device] if self.device.type == "cuda" else []
-        with self._autocast(), torch.random.fork_rng(devices):
+        with self._autocast():
             torch.manual_seed(seed)
             out = core.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
         return [_ended(row[len(prompt) :], self.end_token) for row in out.tolist()]
@@ -111,6 +112,7 @@ class Generator:
             "max_requests_per_batch": count,
             "max_batch_tokens": self.build.piece,
             "safety_margin": 0.0,  # the cache is exactly as large as the one request
+            "max_memory_percent": 1.0,  # the plan has left headroom
             "seed": seed,
             "use_cuda_graph": False,
             "use_async_batching": False,
