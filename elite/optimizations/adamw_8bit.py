@@ -3,7 +3,8 @@
 What:   both moments of Adam in 8 bits, block-wise quantised.
 How:    bitsandbytes' AdamW8bit; tensors under 4,096 elements keep fp32 state, as that library does. With `paged`, its PagedAdamW8bit:
         the state of tensors of 100,000 elements and more lies in memory that CUDA moves between host and device as it is used.
-Memory: 2 bytes of state a trained parameter (and 8 bytes a block of 256) instead of 8. Paged, what is paged counts as the host's.
+Memory: in tensors of at least 4,096 elements 2 bytes of state a trained parameter (and 8 bytes a block of 256) instead of 8. Paged, what
+        is paged counts as the host's.
 Source: Dettmers et al. 2022, arXiv:2110.02861; bitsandbytes.
 """
 
@@ -45,10 +46,13 @@ class AdamW8bit(Optimization):
     def check(self, facts: Facts) -> str | None:
         if self.config.paged and facts.device.kind != "cuda":
             return "bitsandbytes pages state on CUDA devices only: optimizations.adamw_8bit.paged=false"
+        if not trained_in_tensors_of(facts, MIN_QUANTISED_ELEMENTS):
+            return f"no trained tensor has {MIN_QUANTISED_ELEMENTS:,} elements; smaller ones keep fp32 state"
         return None
 
     def memory(self, step: Step, facts: Facts) -> Step:
-        state = step.standing.optimizer_state * STATE_BYTES / 8 - self.host_memory(step, facts)
+        saved = (8 - STATE_BYTES) * trained_in_tensors_of(facts, MIN_QUANTISED_ELEMENTS)
+        state = step.standing.optimizer_state - saved - self.host_memory(step, facts)
         return replace(step, standing=replace(step.standing, optimizer_state=state), optimizer_workspace=0.0)
 
     def host_memory(self, step: Step, facts: Facts) -> float:

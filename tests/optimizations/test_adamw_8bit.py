@@ -44,8 +44,14 @@ def test_the_plan_moves_what_the_library_pages(rank: int | None) -> None:
 
 
 def test_on_a_cpu_it_says_why_not() -> None:
-    assert "CUDA" in str(PAGED.check(FACTS)) and PLAIN.check(FACTS) is None
-    assert PAGED.check(replace(FACTS, device=device("rtx3090"))) is None
+    facts, _ = trained(64)
+    on_cpu = replace(facts, device=FACTS.device)
+    assert "CUDA" in str(PAGED.check(on_cpu)) and PLAIN.check(on_cpu) is None
+    assert PAGED.check(replace(facts, device=device("rtx3090"))) is None
+
+
+def test_it_needs_tensors_that_the_library_packs() -> None:
+    assert "4,096 elements" in str(PLAIN.check(replace(FACTS, trainable_params=FACTS.model.lora_params(16))))
 
 
 @pytest.mark.gpu

@@ -51,7 +51,7 @@ SHAPE = ModelShape(
     9000,
     30000,
 )
-FACTS = Facts(SHAPE, CPU, 4096, 1, 1000, "lora")
+FACTS = Facts(SHAPE, CPU, 4096, 1, SHAPE.lora_params(128), "lora")
 ALONE = Ranks(0, 1, torch.device("cpu"))
 BY_NAME = {kind.name: kind for kind in ALL}
 ON = OptimizationConfig(enabled=True)
