@@ -60,8 +60,9 @@ def test_presets_hold_what_they_say() -> None:
         made = compose.from_overrides(f"optimizations={preset}").config.optimizations
         return {kind.name for kind in ALL if getattr(made, kind.name).enabled}
 
-    # Each takes the place of another; one needs a package of its own.
-    beside = {"checkpoint_offload", "liger_kernels"}
+    # Each takes the place of another, makes another model, or is to be asked for; one needs a package of its own.
+    beside = {"checkpoint_offload", "liger_kernels", "gqa_conversion", "sliding_window"}
+    beside |= {"torch_compile", "activation_quantization", "backend_flags"}
     assert active("none") == set() < active("standard") < active("extreme") == {kind.name for kind in ALL} - beside
 
 
