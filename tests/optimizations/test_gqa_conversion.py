@@ -17,9 +17,9 @@ from elite import geometry
 from elite.attention import DOCUMENT_EAGER
 from elite.compose import from_overrides
 from elite.config import RunConfig
-from elite.errors import ConfigError, PlanError
+from elite.errors import ConfigError, ModelError, PlanError
 from elite.facts import NO_CORPUS
-from elite.model import _train_converted, apply_stage
+from elite.model import LoadedModel, _train_converted, apply_stage, load_trained, save_trained
 from elite.optimizations import OptimizationsConfig, decide, reshaped
 from elite.optimizations.contract import Stage
 from elite.optimizations.gqa_conversion import GQAConversion, HeadInit
@@ -197,6 +197,34 @@ def test_up_training_changes_the_converted_maps_alone(trained: Trained, init: st
     adapted = PeftModel.from_pretrained(base, again.final)
     assert adapted.peft_config["default"].base_model_name_or_path == str(again.base)
     assert (again.base / "tokenizer.json").is_file() and (run.final / "tokenizer.json").is_file()
+
+
+def test_a_checkpoint_holds_what_is_trained_and_gives_it_back(tmp_path: Path) -> None:
+    def made() -> LoadedModel:
+        core = convert(tiny("phi"), 2)
+        options = replace(OptimizationsConfig(), gqa_conversion=GQAConversion.Config(True, 2))
+        _train_converted(core, replace(RunConfig(), optimizations=options))
+        return LoadedModel(core, core, {})
+
+    one, two = made(), made()
+    for parameter in one.trainable:
+        parameter.data.add_(1)
+    save_trained(one, tmp_path)
+    load_trained(two, tmp_path)
+    assert len(one.trainable) == 2 * 2 * 2
+    assert all(torch.equal(a, b) for a, b in zip(one.core.parameters(), two.core.parameters(), strict=True))
+    (tmp_path / "trained.safetensors").unlink()
+    with pytest.raises(ModelError, match="8 tensors missing"):
+        load_trained(two, tmp_path)
+
+
+def test_up_training_streams(trained: Trained) -> None:
+    """The same loss before and after the conversion under both executors, and about the same after three steps."""
+    found = []
+    for executor in ("whole", "streamed"):
+        run = trained("debug=tiny", "mode=uptrain", "adapter.method=converted", *CONVERT, f"executor={executor}", f"name={executor}")
+        found.append([losses["val_loss"] for losses in json.loads(run.summary.read_text())["conversion"].values()])
+    assert found[0] == pytest.approx(found[1], abs=2e-3)
 
 
 def test_an_exported_model_gives_the_same_logits(tmp_path: Path) -> None:

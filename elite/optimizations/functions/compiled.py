@@ -15,6 +15,11 @@ class CompiledForward:
     def __init__(self, layer: nn.Module, forward: Callable[..., Any], backend: str) -> None:
         self._attentions = [module for module in layer.modules() if hasattr(module, "is_causal")]
         self._eager = forward
+        # Adapted maps that compute for their siblings keep state between calls, which is not to be traced.
+        self._opaque = [module for module in layer.modules() if hasattr(module, "output_unread")]
+        self._traced = [module.forward for module in self._opaque]
+        for module in self._opaque:
+            module.forward = torch.compiler.disable(module.forward)
         self._compiled = torch.compile(forward, backend=backend)
 
     def __call__(self, *args: Any, documents: Any = None, **kwargs: Any) -> Any:
@@ -29,6 +34,8 @@ class CompiledForward:
         """Leave nothing behind in the layer."""
         for attention in self._attentions:
             attention.__dict__.pop(DOCUMENTS, None)
+        for module, forward in zip(self._opaque, self._traced, strict=True):
+            module.forward = forward
 
 
 class CompiledLayers:
@@ -60,10 +67,11 @@ class CompiledLayers:
 def _counts() -> dict[str, int]:
     """What torch has counted in this process."""
     # Seconds to import, for a run that compiles alone.
-    from torch._dynamo.utils import counters, get_compilation_metrics
+    from torch._dynamo.convert_frame import FRAME_COMPILE_COUNTER
+    from torch._dynamo.utils import counters
 
     return {
         "graphs": counters["stats"]["unique_graphs"],
         "breaks": sum(counters["graph_break"].values()),
-        "recompilations": sum(metrics.recompile_reason is not None for metrics in get_compilation_metrics()),
+        "recompilations": sum(FRAME_COMPILE_COUNTER.values()) - len(FRAME_COMPILE_COUNTER),
     }
