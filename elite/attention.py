@@ -57,17 +57,24 @@ def _bias(queries: int, reach: int, window: int, dtype: torch.dtype, device: tor
 def _fused(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, window: int | None) -> Tensor:
     if window is not None and window < key.shape[2]:
         return _windowed(query, key, value, scaling, dropout, window)
+    if query.is_cuda and query.dtype is torch.float32:
+        # The one fused kernel for fp32 takes no shared heads; torch would form the scores instead.
+        key, value = _for_each_query_head(query, key, value)
     return F.scaled_dot_product_attention(
         query, key, value, None, dropout, is_causal=True, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
     )
 
 
+def _for_each_query_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [B,K,S,D] as [B,H,S,D]."""
+    groups = query.shape[1] // key.shape[1]
+    return (key, value) if groups == 1 else (key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1))
+
+
 def _windowed(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, dropout: float, window: int) -> Tensor:
     """Blocks of queries [B,H,L,D], the last of all tokens, on the keys [B,K,S,D] in their reach."""
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        # Kernels that take a mask want a key for each query head.
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    # Nor do kernels that take a mask.
+    key, value = _for_each_query_head(query, key, value)
     length, before = query.shape[2], key.shape[2] - query.shape[2]
     block, back = block_of(window)
     bias, starts = _bias(block, back, window, query.dtype, query.device), range(before, before + length, block)

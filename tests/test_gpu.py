@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
 from elite.attention import DOCUMENT_SDPA
 from elite.callbacks import metrics_file
@@ -41,6 +42,19 @@ def test_low_precision_stays_close_to_fp32(kind: str, dtype: torch.dtype) -> Non
     for name, gradient in full.items():
         cosine = torch.nn.functional.cosine_similarity(low[name].flatten().float(), gradient.flatten(), dim=0)
         assert cosine > 0.99, (name, cosine.item())
+
+
+def test_shared_heads_in_fp32_form_no_scores() -> None:
+    query, key, value = (torch.randn(1, heads, 8192, 64, device="cuda", requires_grad=True) for heads in (8, 2, 2))
+    module = torch.nn.Module()
+    module.is_causal = True  # type: ignore[assignment]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, _ = AttentionInterface()[DOCUMENT_SDPA](module, query, key, value, None, documents=((8192,),))
+    out.sum().backward()
+    # Scores of all heads would take 2 GiB.
+    assert torch.cuda.max_memory_allocated() - before < 256 * 2**20
+    assert key.grad is not None and key.grad.shape == key.shape
 
 
 def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:

@@ -2,7 +2,8 @@
 
 What:   attention without the matrix of scores.
 How:    torch's scaled_dot_product_attention runs a fused kernel (FlashAttention-2, cuDNN or memory-efficient, by its own order of
-        preference for the machine); documents of a packed sequence are attended one by one, so no mask is ever formed.
+        preference for the machine); documents of a packed sequence are attended one by one, so no mask is ever formed. In fp32 on CUDA
+        keys and values are expanded to the query heads first, as the only kernel for it shares none.
 Memory: no [heads, S, S] scores: the layer keeps its output and, in fp32, one log-sum-exp a query and head instead.
 Source: Dao 2023, arXiv:2307.08691; torch.nn.functional.scaled_dot_product_attention.
 """
@@ -53,6 +54,11 @@ class FlashAttention(Optimization):
         return Applied(count, "decoder layers", undo)
 
 
+def _expanded(s: Sizes) -> int:
+    """Keys and values for each query head, where a kernel takes no shared ones, besides."""
+    return 2 * s.value * (s.queries - s.keys) * s.tokens
+
+
 def fused_attention(s: Sizes, copied: bool) -> Part:
     """Queries, keys, values, output and log-sum-exps; the backward sums dQ in fp32 on CUDA.
 
@@ -68,7 +74,9 @@ def fused_attention(s: Sizes, copied: bool) -> Part:
     if window is not None and window < s.facts.context and s.facts.executor == "whole":
         # Keys and values stand there for each query head, and the outputs of blocks of queries are put together.
         copied = True
-        rows += 2 * s.value * (s.queries - s.keys) * s.tokens
+        rows += _expanded(s)
+    elif s.on_cuda and not s.half:
+        rows += _expanded(s)
     return Part(
         "attention",
         saved=rows + out + numbers,
