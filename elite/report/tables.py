@@ -14,7 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from elite.config import CONF_DIR
-from elite.report import agreement, calibration, calibration_plot, claims, fused, kernels, kernels_plot, plot, streamed, times
+from elite.report import (
+    agreement,
+    calibration,
+    calibration_plot,
+    claims,
+    fused,
+    kernels,
+    kernels_plot,
+    optimizations,
+    plot,
+    streamed,
+    times,
+)
 from elite.report.markdown import NONE, gibibytes, grid, missing
 from elite.report.measurement import MEASUREMENTS
 
@@ -105,6 +117,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "calibration": calibration.summary,
     "calibration_rows": calibration.every,
     "claims": claims.table,
+    "optimizations": optimizations.table,
 }
 
 
