@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from elite.config import RunConfig
-from elite.facts import Device, ModelShape
+from elite.errors import PlanError
+from elite.facts import GIB, Device, ModelShape
 from elite.optimizations import ALL
 from elite.optimizations.contract import Optimization
 from elite.plan.batch import batch_geometry
@@ -19,6 +20,9 @@ from elite.plan.executors import Prediction, choose_executor, held_to
 from elite.plan.micro_batch import settled
 from elite.plan.values import check_values
 from elite.plan.words import duration, gib
+
+NONE = "–"
+"""A cell without an effect."""
 
 
 @dataclass(frozen=True)
@@ -86,21 +90,27 @@ def survey(config: RunConfig, device: Device, shape: ModelShape) -> Survey:
         kind = type(decision.optimization)
         rivals = conflicts_of(kind)
         names = tuple(rival.name for rival in rivals if rival.name in requested)
-        on = made(switched(pinned, {kind.name: True} | dict.fromkeys(names, False)))
-        reason = next(d.reason for d in on.decisions if d.name == kind.name)
         effect = None
+        try:
+            on = made(switched(pinned, {kind.name: True} | dict.fromkeys(names, False)))
+            reason = next(d.reason for d in on.decisions if d.name == kind.name)
+        except PlanError as refusal:
+            reason = str(refusal).splitlines()[0]
         if not reason:
             without = made(switched(pinned, {kind.name: False}))
-            toggled = without if decision.active else on
-            effect = Effect(
-                total_bytes=toggled.estimate.total,
-                memory_bytes=on.estimate.total - without.estimate.total,
-                host_bytes=on.host_bytes - without.host_bytes,
-                step_s=on.step_s - without.step_s,
-            )
+            effect = _effect(on, without, without if decision.active else on)
         replaced = tuple(name for name in names if requested[name])
         lines.append(Line(kind, decision.requested, decision.active, reason, tuple(rival.name for rival in rivals), replaced, effect))
     return Survey(present, tuple(lines))
+
+
+def _effect(on: Prediction, without: Prediction, toggled: Prediction) -> Effect:
+    return Effect(
+        total_bytes=toggled.estimate.total,
+        memory_bytes=on.estimate.total - without.estimate.total,
+        host_bytes=on.host_bytes - without.host_bytes,
+        step_s=on.step_s - without.step_s,
+    )
 
 
 def switched(config: RunConfig, states: dict[str, bool]) -> RunConfig:
@@ -110,32 +120,40 @@ def switched(config: RunConfig, states: dict[str, bool]) -> RunConfig:
 
 
 def render_survey(found: Survey) -> Group:
-    """Two tables: what the parts do here, and what they are."""
+    """What the parts do here, why some do not act, and what they are."""
     facts = found.present.facts
     where = facts.device.name + ("" if facts.device.present else " (not in this machine)")
     run = f"{facts.context:,} tokens × {facts.micro_batch}, {found.present.executor.value} executor"
     now = f"{gib(found.present.estimate.total)} planned, {duration(found.present.step_s)} a step"
     title = f"Optimizations of {facts.model.name} on {where}, {run}: {now}"
-    effects = _table(title, "row", "name", "stage", "class", "state", "memory", "toggled", "a step")
+    effects = _table("row", "name", "class", "state", "GiB", "on host", "a step")
     for line in found.lines:
         kind, effect = line.kind, line.effect
         cells = ("", "", "")
         if effect is not None:
-            pinned = f", host {_signed_gib(effect.host_bytes)}" if effect.host_bytes else ""
-            cells = (_signed_gib(effect.memory_bytes) + pinned, gib(effect.total_bytes), _signed_s(effect.step_s))
-        effects.add_row(str(kind.row), kind.name, kind.stage.value, kind.exactness.value, _state(line), *cells)
-    places = _table("Their places", "name", "what it is", "decides", "excludes", "source")
+            cells = (_signed_gib(effect.memory_bytes), _signed_gib(effect.host_bytes), _signed_s(effect.step_s))
+        effects.add_row(str(kind.row), kind.name, kind.exactness.value, _state(line), *cells)
+    reasons = _table("name", "why it does not act")
+    for line in found.lines:
+        if reason := line.reason or ("would replace " + ", ".join(line.instead_of) if line.instead_of else ""):
+            reasons.add_row(line.kind.name, reason)
+    places = _table("name", "stage", "what it is", "decides", "excludes", "source")
     for line in found.lines:
         decides = ", ".join(sorted(site.value for site in line.kind.claims))
-        places.add_row(line.kind.name, line.kind.title, decides, ", ".join(line.conflicts) or "none", line.kind.source)
-    notes = "memory, a step: with the part, less without it (planned, this model and context); toggled: the whole run with it the other way"
-    return Group(effects, Text(notes, style="dim"), Text(), places)
+        places.add_row(
+            line.kind.name, line.kind.stage.value, line.kind.title, decides, ", ".join(line.conflicts) or "none", line.kind.source
+        )
+    notes = "GiB of the device, of the host, time of a step: with the part, less without it, as planned for this model and context"
+    return Group(Text(title, style="bold"), effects, Text(notes, style="dim"), Text(), reasons, Text(), places)
 
 
-def _table(title: str, *heads: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+def _table(*heads: str) -> Table:
+    table = Table(box=None, pad_edge=False)
     for head in heads:
-        table.add_column(head, justify="right" if head in ("row", "toggled", "a step") else "left", overflow="fold", no_wrap=head == "name")
+        right = head in ("row", "GiB", "on host", "a step")
+        table.add_column(
+            head, justify="right" if right else "left", overflow="fold", no_wrap=right or head in ("name", "class", "state", "stage")
+        )
     return table
 
 
@@ -143,15 +161,13 @@ def _state(line: Line) -> Text:
     if line.active:
         return Text("active", style="green")
     if line.requested:
-        return Text(f"requested, inactive: {line.reason}", style="yellow")
-    if line.reason:
-        return Text(f"off, cannot act: {line.reason}", style="dim")
-    return Text("off" + (f", would replace {', '.join(line.instead_of)}" if line.instead_of else ""), style="dim")
+        return Text("inactive", style="yellow")
+    return Text("cannot act" if line.reason else "off", style="dim")
 
 
 def _signed_gib(value: float) -> str:
-    return f"{'+' if value > 0 else '−' if value < 0 else '±'}{gib(abs(value))}"
+    return f"{'+' if value > 0 else '−'}{abs(value) / GIB:.2f}" if value else NONE
 
 
 def _signed_s(seconds: float) -> str:
-    return f"{'+' if seconds > 0 else '−'}{duration(abs(seconds))}" if seconds else "as before"
+    return f"{'+' if seconds > 0 else '−'}{duration(abs(seconds))}" if seconds else NONE
