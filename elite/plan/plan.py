@@ -7,7 +7,7 @@ from typing import Any
 
 from elite.config import RunConfig
 from elite.facts import Corpus, Device, Facts, ModelShape
-from elite.optimizations import decide
+from elite.optimizations import OptimizationsConfig, decide
 from elite.optimizations.contract import Decision, Estimate
 from elite.optimizations.memory_mapped_data import MemoryMappedData, corpus_bytes
 from elite.plan.batch import BatchGeometry, batch_geometry, facts_of
@@ -216,7 +216,9 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
 def _in_memory(config: RunConfig, device: Device, shape: ModelShape, corpus: Corpus) -> float:
     """Host memory of one rank's tokens. Bytes."""
     facts = facts_of(config, device, shape)
-    return corpus_bytes(folded(facts, decide(config.optimizations, facts)), corpus, shape)
+    # No other part is asked: which of them go together depends on the executor, which is not chosen yet.
+    alone = OptimizationsConfig(memory_mapped_data=config.optimizations.memory_mapped_data)
+    return corpus_bytes(folded(facts, decide(alone, facts)), corpus, shape)
 
 
 def _beside(in_memory: float, config: RunConfig, device: Device) -> Device:

@@ -11,7 +11,7 @@ from elite.config import CONF_DIR, AdapterConfig, Executor, ExecutorConfig, Hard
 from elite.facts import Corpus, Device, ModelShape
 from elite.optimizations import ALL, OptimizationsConfig
 
-STANDARD = ("sequence_packing", "mixed_precision", "flash_attention", "gradient_checkpointing")
+STANDARD = ("memory_mapped_data", "sequence_packing", "mixed_precision", "flash_attention", "gradient_checkpointing")
 CORPUS = Corpus("here", 900, 100, 3_000_000, 300_000, 12_000_000, "exact", {"binary": 3})
 
 
