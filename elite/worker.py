@@ -27,14 +27,14 @@ from elite.distributed.ranks import Ranks, joined
 from elite.errors import EliteError
 from elite.executor.build import build, streams_weights
 from elite.executor.streamed.attach import Attached
-from elite.model import LoadedModel, apply_stage, export, load
-from elite.optimizations.contract import Applied, Stage
-from elite.optimizations.targets import LoopBuild
+from elite.model import LoadedModel, export, load
+from elite.optimizations.contract import Applied
 from elite.plan import model_flops_per_token
 from elite.plan.words import duration, gib
 from elite.prepared import Run, corpus_of, prepared
 from elite.report.run_report import RunReport, convergence
 from elite.runfolder import RunFolder
+from elite.training.around import loop_hooks
 from elite.training.curriculum import course_of
 from elite.training.generation import generator
 from elite.training.heap import settled
@@ -149,18 +149,11 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
     course = course_of(config, run.plan, store, executors.validation, ranks, run.folder.difficulty)
     optimizer, applied = build_optimizer(loaded.trainable, run.plan["learning_rate"], config.training, run.decisions, loaded.model)
     scheduler = schedule(optimizer, config.schedule, steps)
-    around = LoopBuild(
-        executor=executors.training,
-        optimizer=optimizer,
-        parameters=loaded.trainable,
-        steps=steps,
-        validations=len({*range(config.training.val_every, steps, config.training.val_every), steps}),
-        seed=config.seed,
-        device=ranks.device,
+    hooks, of_loop = loop_hooks(
+        *(config, run.decisions, executors.training, optimizer, loaded.trainable, steps, ranks.device),
         # Under DDP a rank that fails would leave the others waiting.
         rehearse=lambda: rehearsal.warm(run, loaded, executors.validation),
     )
-    applied |= apply_stage(Stage.loop, run.decisions, around)
     trainer = Trainer(
         config=config.training,
         steps=steps,
@@ -177,8 +170,8 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
         meter=meter,
         ranks=ranks,
         checkpoints=run.folder.checkpoints,
-        applied=applied,
-        hooks=around.hooks,
+        applied=applied | of_loop,
+        hooks=hooks,
     )
     return trainer, executors.attached
 

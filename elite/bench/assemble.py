@@ -3,9 +3,10 @@
 import json
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,19 @@ from elite.facts import NO_CORPUS, Device
 from elite.model import LoadedModel, load
 from elite.optimizations import decide
 from elite.optimizations.contract import Applied
+from elite.optimizations.hooks import Hook
 from elite.plan import Plan, facts_of, make_plan
 from elite.plan.batch import with_micro_batch
 from elite.plan.words import gib
 from elite.prepared import compute_dtype, prepare_process
 from elite.streaming import Streaming
+from elite.training.around import hooked_step, loop_hooks
 from elite.training.heap import settled
 from elite.training.optimizer import build_optimizer
-from elite.training.step import make_scaler, optimizer_step
+from elite.training.step import make_scaler
+
+STEPS = 1000
+"""Of the loop that hooks are told of."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,9 @@ class Assembled:
     executors: Executors
     optimizer: torch.optim.Optimizer
     ranks: Ranks
+    hooks: Sequence[Hook] = ()
+    numbers: Iterator[int] = field(default_factory=lambda: count(1))
+    """Of the steps."""
 
     @property
     def vocab(self) -> int:
@@ -57,7 +66,8 @@ class Assembled:
         synchronise(device)
         began = time.perf_counter()
         scaler, norm = make_scaler(device, self.dtype), self.config.training.max_grad_norm
-        done = optimizer_step(self.executors.training, self.optimizer, scaler, [batch], self.loaded.trainable, norm, self.ranks)
+        around = (next(self.numbers), self.hooks, self.executors.training, self.optimizer)
+        done = hooked_step(*around, scaler, [batch], self.loaded.trainable, norm, self.ranks)
         synchronise(device)
         seconds = time.perf_counter() - began
         return {"step_s": seconds, "tokens_per_s": batch.input_ids.numel() / seconds, "loss": done.loss} | peaks(device)
@@ -89,7 +99,11 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
         if executors.attached is not None:
             undone.callback(executors.attached.undo)
         optimizer, _ = build_optimizer(loaded.trainable, plan.learning_rate, config.training, decisions, loaded.model)
-        made = Assembled(config, plan, dtype, loaded, executors, optimizer, ranks)
+        # A bench's own first step warms up; more steps than these no bench takes.
+        parts = (config, decisions, executors.training, optimizer, loaded.trainable, STEPS, ranks.device)
+        hooks, of_loop = loop_hooks(*parts, rehearse=lambda: 0.0)
+        _undo_after(undone, of_loop)
+        made = Assembled(config, plan, dtype, loaded, executors, optimizer, ranks, hooks)
         with settled():
             yield made
 

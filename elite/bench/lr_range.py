@@ -4,6 +4,7 @@ It has a folder of its own with `lr_range.json` and `lr_range.svg`, and leaves n
 """
 
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from elite.model import load
 from elite.prepared import Run, prepared
 from elite.report.lr_range_plot import drawn
 from elite.runfolder import RunFolder, environment
+from elite.training.around import hooked_step, loop_hooks
 from elite.training.heap import settled
 from elite.training.lr_range import Sweep, sweep
 from elite.training.optimizer import build_optimizer
 from elite.training.shortage import actual, is_out_of_memory
-from elite.training.step import make_scaler, optimizer_step
+from elite.training.step import make_scaler
 
 
 def lr_range(folder: RunFolder, store: TokenStore) -> dict[str, Any]:
@@ -58,18 +60,25 @@ def _swept(run: Run, store: TokenStore) -> tuple[Run, Sweep]:
     config = run.config
     torch.manual_seed(config.seed)
     executors = build(loaded, run.layout, run.dtype, run.device, ranks, Path(config.output.cache).expanduser())
-    optimizer, _ = build_optimizer(loaded.trainable, run.plan["learning_rate"], config.training, run.decisions)
+    optimizer, _ = build_optimizer(loaded.trainable, run.plan["learning_rate"], config.training, run.decisions, loaded.model)
     untrained = _untrained(run, executors.validation, _stream(run, store))
     stream = _stream(run, store)
     scaler, norm = make_scaler(ranks.device, run.dtype), config.training.max_grad_norm
     # Groups keep the proportions that their rates have.
     own = [group["lr"] / run.plan["learning_rate"] for group in optimizer.param_groups]
 
+    hooks, _ = loop_hooks(
+        *(config, run.decisions, executors.training, optimizer, loaded.trainable, config.lr_range.steps, ranks.device),
+        rehearse=lambda: rehearsal.warm(run, loaded, executors.validation),
+    )
+    numbers = count(1)
+
     def step(rate: float) -> float:
         for group, share in zip(optimizer.param_groups, own, strict=True):
             group["lr"] = share * rate
         window = stream.next_window(_accumulation(run))
-        return optimizer_step(executors.training, optimizer, scaler, window, loaded.trainable, norm, ranks).loss
+        around = (next(numbers), hooks, executors.training, optimizer)
+        return hooked_step(*around, scaler, window, loaded.trainable, norm, ranks).loss
 
     try:
         with settled():

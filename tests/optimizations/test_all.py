@@ -61,8 +61,9 @@ NEEDS: dict[str, dict[str, Any]] = {
     "sliding_window": {"window": 5},
     "torch_compile": {"backend": Backend.aot_eager},
     "activation_quantization": {"width": 8},
+    "early_stopping": {"patience": 2},
 }
-"""Options without which it would find nothing to do in models this small."""
+"""Options without which it would find nothing to do in models this small and runs this short."""
 CUDA_ONLY = {"backend_flags", "fused_kernels", "liger_kernels", "memory_pool", "defragmentation"}
 
 

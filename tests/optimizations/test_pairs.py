@@ -40,6 +40,9 @@ EXECUTORS = ("whole", "streamed")
 ADAPTERS = ("lora", "full")
 FACTORS = {"executor": EXECUTORS, "adapter": ADAPTERS, **dict.fromkeys(BY_NAME, (OFF, IDLE, ACTIVE))}
 
+MILD: dict[str, dict[str, Any]] = {"gradient_noise": {"eta": 1e-6}}
+"""Options with which a loss does not rise over so few steps: the paper's noise is larger than these gradients."""
+
 
 class Rules:
     """What the program itself says of single parts and of pairs, under each executor and adapter."""
@@ -96,7 +99,7 @@ def overrides(row: Row) -> list[str]:
         words += ["executor.chunk=48", "executor.block=100"]
     for name in BY_NAME:
         if row[name] != OFF:
-            options = {"enabled": True, **NEEDS.get(name, {})}
+            options = {"enabled": True, **NEEDS.get(name, {}), **MILD.get(name, {})}
             words += [f"optimizations.{name}.{option}={value}" for option, value in options.items()]
     return words
 
