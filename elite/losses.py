@@ -137,6 +137,9 @@ def _add_product(total: Tensor, one: Tensor, two: Tensor) -> None:
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, rows: int) -> Tensor:
     """`factor` times `gradient`, as `dtype`; row tiles keep the product in fp32 without a whole fp32 copy of a half gradient."""
+    if gradient.dtype == factor.dtype == dtype:
+        # In place: a head's gradient is as large as the head. A second backward would find it changed, and says so.
+        return gradient.mul_(factor)
     out = torch.empty_like(gradient, dtype=dtype)
     if gradient.dtype == factor.dtype:
         # One pass: the product is converted as it is written.

@@ -268,7 +268,7 @@ def _loss(step: Step, facts: Facts, held: Estimate, copies: float) -> Iterator[E
         rows = (s.value + (s.value if norm.hands != s.value else 0)) * s.d
         tile = min(step.loss_tile, s.tokens) * (logits * vocab + rows)
         yield _plus(kept, loss_workspace=2 * hidden + tile + FP32 * head + copy, trainable_copy=copies)
-        yield _plus(kept, loss_workspace=2 * hidden + 2 * FP32 * head)
+        yield _plus(kept, loss_workspace=(1 if norm.hands == FP32 else 2) * hidden + FP32 * head)
     yield from _passing(_plus(held, gradients=made), [norm], forward=False)
 
 

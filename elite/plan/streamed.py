@@ -89,12 +89,11 @@ class StreamedMemory:
         # Of all weights, in the only pass of a step, gradients exist once the backward has made them.
         once = full and facts.accumulation == 1
         hidden, embedding = self._stream_width * model.hidden_size * chunk, FP32 * model.embedding_params
-        head = 0.0
+        half, cuda, head = self._width < FP32, facts.device.kind == "cuda", 0.0
         if full:
-            # The sum over chunks, a chunk's own and a tile's part of it; the weight in the compute dtype.
-            head = 3 * embedding + (self._width * model.embedding_params if self._width < FP32 else 0)
+            # The sum over chunks and a chunk's own; the weight in the compute dtype; on a CPU a tile's product before it is added.
+            head = 2 * embedding + (self._width * model.embedding_params * (1 if cuda else 2) if half else 0)
         # The kernel works in place, in the compute dtype; tiles are cut by what fp32 would take.
-        half, cuda = self._width < FP32, facts.device.kind == "cuda"
         logits = self._width if cuda or not half else FP32 + self._width
         tile = min(logit_bytes(full) / FP32, chunk * model.vocab_size) * logits
         before = every - (FP32 * facts.trainable_params if once else 0)

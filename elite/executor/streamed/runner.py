@@ -230,11 +230,14 @@ class Runner:
                     loss += part.detach()
                     if not step.trains:
                         continue
-                    first, *rest = torch.autograd.grad(part, [hidden, *parameters] if descend else [*parameters], allow_unused=True)
-                    total.add(rest if descend else [first, *rest])
-                    gradient = first
+                    found = torch.autograd.grad(part, [*([hidden] if descend else []), *parameters], allow_unused=True)
+                    total.add(found[1:] if descend else found)
+                    gradient = found[0]
+                    # The head's is as large as the head, and the next chunk's would be made beside it.
+                    del found, part
                 if descend:
                     live.write(self.transfers, chunk, gradient)
+                del gradient
         return loss, total.result()
 
     def host_bytes(self) -> int:

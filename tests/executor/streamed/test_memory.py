@@ -2,6 +2,7 @@
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from elite.streaming import Keep, Place, Streaming
 from tests.executor.streamed.exactness import tokens
 from tests.models import tiny
 from tests.plan.live_bytes import LiveBytes
+from tests.plan.steps import as_on_cuda
 
 HIDDEN, KV_HEADS, HEAD_DIM, CHUNK = 64, 2, 16, 64
 TILED = Math(tile_elements=2**15)
@@ -71,6 +73,21 @@ def test_a_whole_pass_holds_several_times_more(tmp_path: Path) -> None:
     with live:
         model(input_ids=ids, labels=ids).loss.backward()
     assert live.peak > 5 * peak(6, 512, tmp_path)
+
+
+def test_the_gradient_of_a_head_is_there_twice_at_most() -> None:
+    """The sum over chunks and one chunk's own, whatever the chunks."""
+    model: Any = tiny("llama", hidden_size=HIDDEN, vocab_size=8192)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lm_head" in name)
+    attached = attach(model, Streaming(chunk=CHUNK, block=64), choice=lambda _shape: TILED)
+    ids, live = tokens(1, 5 * CHUNK), LiveBytes()
+    live.ignore([ids, *model.parameters(), *model.buffers()])
+    with as_on_cuda(), live:
+        model(input_ids=ids, labels=ids).loss.backward()
+    attached.undo()
+    head, logits = model.lm_head.weight.nbytes, CHUNK * 8192 * 4
+    assert 2 * head + logits <= live.peak <= 2.4 * head + logits
 
 
 @pytest.mark.parametrize("keep", [Keep.layers, Keep.attention], ids=lambda keep: keep.value)
