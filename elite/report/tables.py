@@ -20,6 +20,7 @@ from elite.report import (
     calibration_plot,
     claims,
     fused,
+    gains,
     kernels,
     kernels_plot,
     optimizations,
@@ -118,6 +119,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "calibration_rows": calibration.every,
     "claims": claims.table,
     "optimizations": optimizations.table,
+    "convergence": gains.table,
 }
 
 
