@@ -17,6 +17,8 @@ from elite.plan import make_plan
 from tests.conftest import Trained
 from tests.plan.helpers import CORPUS, STANDARD, device, phi2, run_config
 
+OTHERS = (*(name for name in STANDARD if name != MemoryMappedData.name), "adamw_8bit", "qlora")
+
 ON, OFF = (f"optimizations.memory_mapped_data.enabled={word}" for word in ("true", "false"))
 
 
@@ -57,11 +59,11 @@ def test_reading_takes_what_the_plan_says(tmp_path: Path) -> None:
 def test_a_corpus_beyond_the_host_is_to_be_mapped(name: str) -> None:
     machine = device(name)
     huge = replace(CORPUS, train_tokens=machine.host_ram_bytes)
-    config = run_config(4096, (*STANDARD, "adamw_8bit", "qlora"))
+    config = run_config(4096, OTHERS)
     if name == "cpu":
         machine = replace(machine, memory_usable_bytes=machine.host_ram_bytes)
     refused = make_plan(config, machine, phi2(), huge)
     assert not refused.fits and refused.shortage and refused.fix == "optimizations.memory_mapped_data.enabled=true"
-    mapped = make_plan(run_config(4096, (*STANDARD, "adamw_8bit", "qlora", MemoryMappedData.name)), machine, phi2(), huge)
+    mapped = make_plan(run_config(4096, (*OTHERS, MemoryMappedData.name)), machine, phi2(), huge)
     assert mapped.fits and mapped.corpus_bytes == 0 and not mapped.shortage
     assert mapped.total_bytes == refused.total_bytes, "device memory is not touched by it"

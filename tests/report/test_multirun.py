@@ -25,11 +25,18 @@ def found(sweep: Path) -> list[dict[str, Any]]:
     return jobs
 
 
+def _heeds_interrupts() -> None:
+    # Whatever a shell starts in the background ignores them, and so would all that it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def interrupted(folder: Path, repository: Path, cache: Path) -> None:
     """Start the ablation and stop it when the job without checkpointing has ended."""
     command = [sys.executable, str(ROOT / "train.py"), *COMMAND, f"output.cache={cache}", f"data.repo={repository}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heeds_interrupts
+    )
     deadline = time.monotonic() + 200
     while not (folder / "ablation" / "3" / "job.json").exists():
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()

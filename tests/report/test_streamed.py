@@ -107,7 +107,7 @@ def test_encodings() -> None:
     assert runs[0]["environment"]["device"]["name"] in table and runs[0]["environment"]["commit"] in table
 
 
-@pytest.mark.parametrize("name", tables.TABLES)
+@pytest.mark.parametrize("name", sorted(tables.TABLES.keys() - {"optimizations"}))
 def test_what_was_not_measured_says_so(name: str, tmp_path: Path) -> None:
     made = tables.filled(f"<!-- table: {name} -->\n| old | 1.23 |\n<!-- end -->", tmp_path)
     assert "Not measured yet: no `docs/measurements/" in made and "old" not in made and made.endswith("\n<!-- end -->")
