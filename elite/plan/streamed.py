@@ -97,7 +97,7 @@ class StreamedMemory:
         logits = self._width if cuda or not half else FP32 + self._width
         tile = min(logit_bytes(full) / FP32, chunk * model.vocab_size) * logits
         before = every - (FP32 * facts.trainable_params if once else 0)
-        yield Estimate(loss_workspace=tile + (4 if full else 2) * hidden + head, gradients=before)
+        yield Estimate(loss_workspace=tile + head + self._around_loss(chunk, hidden), gradients=before)
         sums = 0.0 if once else FP32 * (model.layer_params if full else facts.trainable_params / model.num_hidden_layers)
         gradients = every - (embedding if once and not model.tied else 0)
         blocks = self._blocks(chunk, block, keys_leave)
@@ -113,6 +113,15 @@ class StreamedMemory:
             dense = embedding * (1 if once and not model.tied else 2)
             yield Estimate(gradients=every, layer_workspace=dense + 2 * hidden)
         yield Estimate(gradients=every, optimizer_workspace=step.optimizer_workspace)
+
+    def _around_loss(self, chunk: int, hidden: float) -> float:
+        """What stands around the head while a chunk's logits do: what the final norm reads, keeps and gives, its gradient, and the last
+        layer's output, on its way out; a conversion to the compute dtype and the product in it, where they differ."""
+        s = self._step.sizes(self._facts, chunk)
+        norm = self._step.form.norm(s)
+        out = norm.hands * s.d * chunk
+        converted = 2 * s.value * s.d * chunk if norm.hands != s.value else 0.0
+        return 2 * hidden + norm.saved - norm.whole_input + 2 * out + converted
 
     def _blocks(self, chunk: int, block: int, keys_leave: bool) -> float:
         """What the attention's backward takes besides what it hands out."""

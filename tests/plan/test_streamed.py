@@ -3,11 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from elite import geometry, hardware
+from elite import geometry, hardware, losses
 from elite.config import AdapterMethod, Executor, ExecutorConfig
 from elite.errors import PlanError
 from elite.executor.streamed.attach import attach
@@ -225,3 +226,30 @@ def test_weights_that_are_trained_stay_on_the_device() -> None:
     asked = replace(config, executor=replace(config.executor, weights=WeightPlace.streamed))
     with pytest.raises(PlanError, match="trained stay on the device"):
         choose_executor(asked, device("rtx3060"), phi2(), 1)
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_the_loss_holds_what_is_said(kind: str, full: bool) -> None:
+    """Where the vocabulary is large: tiles of logits, a trained head's gradients, and what stands around them."""
+    case, chunk = Case(kind, ("mixed_precision", "flash_attention"), cuda=True, full=full, tokens=1024, width=64, vocab=8192), 256
+    facts = replace(facts_of(case), executor="streamed")
+    decisions = decisions_of(case, facts)
+    model = built(case, decisions)
+    core: Any = model if full else model.get_base_model()
+    layout = Streaming(chunk=chunk, block=chunk, keep=Keep.layers)
+    attached = attach(core, layout, choice=lambda _shape: Math(tile_elements=2**15))
+    ids = torch.randint(0, case.vocab, (1, case.tokens))
+    # The kernel adds in place.
+    with as_on_cuda(), patch.object(losses, "_add_product", lambda *_: None), torch.autocast("cpu", torch.bfloat16):
+        core(input_ids=ids, labels=ids).loss.backward()
+        core.zero_grad(set_to_none=True)
+        live = LiveBytes()
+        # Rows, keys and values are there by now.
+        live.ignore([ids, *core.parameters(), *core.buffers()])
+        with live:
+            core(input_ids=ids, labels=ids)
+    attached.undo()
+    arguments = 2 * (4 if full else 2) * facts.model.rotary_dim * case.tokens
+    predicted = StreamedMemory(facts, decisions).device(layout).loss_workspace
+    assert predicted > 0 and predicted + arguments == pytest.approx(live.peak, rel=0.03)
