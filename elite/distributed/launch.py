@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import sys
 import uuid
 from collections.abc import Iterator
@@ -27,6 +28,18 @@ def _own_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _own_name() -> Iterator[None]:
+    """The launcher asks for the host's full name at each of its events, and nobody reads it. Where no name server answers, as on a node
+    without network, that is seconds each time."""
+    before = socket.getfqdn
+    socket.getfqdn = lambda name="": name or socket.gethostname()
+    try:
+        yield
+    finally:
+        socket.getfqdn = before
 
 
 class WorkerError(EliteError):
@@ -83,7 +96,7 @@ def launch(folder: Path, processes: int) -> None:
     last_words = folder / LAST_WORDS
     last_words.unlink(missing_ok=True)
     try:
-        with _own_signals():
+        with _own_signals(), _own_name():
             elastic_launch(config, sys.executable)("-c", start, str(folder))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
