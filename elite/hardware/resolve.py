@@ -13,6 +13,8 @@ from elite.hardware.presets import is_preset, presets, rates
 
 CPU_FLOPS_PER_CORE_S = 50e9
 """fp32 matrix products on one core with AVX2 (assumption, not measured on this machine)."""
+CPU_BF16_FLOPS_PER_CORE_S = {"_is_amx_tile_supported": 250e9, "_is_avx512_bf16_supported": 100e9}
+"""The same in bf16, by what torch says the core has, the fastest first (AMX: quickstart_cpu.json, a small model; AVX-512: assumption)."""
 CPU_MEMORY_BYTES_PER_S = 20e9
 """Host memory bandwidth (assumption)."""
 BEFORE_AMPERE = ("efficient", "math")
@@ -89,6 +91,7 @@ def _check(config: HardwareConfig) -> None:
 
 def _cpu(processes: int) -> Device:
     total, available = host_memory()
+    bf16 = _cpu_bf16()
     return Device(
         name=f"CPU, {cores()} cores",
         kind="cpu",
@@ -98,8 +101,8 @@ def _cpu(processes: int) -> Device:
         memory_total_bytes=total,
         memory_usable_bytes=available // max(1, processes),
         compute_capability=None,
-        supports_bf16=_cpu_has_bf16(),
-        matmul_flops_per_s=CPU_FLOPS_PER_CORE_S * cores(),
+        supports_bf16=bf16 is not None,
+        matmul_flops_per_s=(bf16 or CPU_FLOPS_PER_CORE_S) * cores(),
         memory_bytes_per_s=CPU_MEMORY_BYTES_PER_S,
         host_link_bytes_per_s=CPU_MEMORY_BYTES_PER_S,
         host_ram_bytes=total,
@@ -107,12 +110,12 @@ def _cpu(processes: int) -> Device:
     )
 
 
-def _cpu_has_bf16() -> bool:
-    """Whether matrix products in bf16 are faster than in fp32: AVX-512 BF16 or AMX."""
+def _cpu_bf16() -> float | None:
+    """Rate of one core where matrix products in bf16 are faster than in fp32: with AMX or AVX-512 BF16. None without."""
     import torch
 
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, probe)() for probe in probes if hasattr(torch.cpu, probe))
+    found = (rate for probe, rate in CPU_BF16_FLOPS_PER_CORE_S.items() if getattr(torch.cpu, probe, lambda: False)())
+    return next(found, None)
 
 
 def context_bytes() -> int:

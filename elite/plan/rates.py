@@ -6,6 +6,7 @@ sheets until `mode=profile` has measured them.
 
 from elite.facts import AttentionRates, Device, Rates
 from elite.hardware.detect import DISK_READ_BYTES_PER_S, DISK_WRITE_BYTES_PER_S
+from elite.hardware.resolve import CPU_FLOPS_PER_CORE_S
 
 MATMUL_SHARE = 0.65
 """Sustained over data-sheet rate of matrix products: 647 of 989 TFLOP/s (streamed_peers.json, `rates`)."""
@@ -74,7 +75,7 @@ def _cpu(device: Device) -> Rates:
     forward, backward, *halves = ATTENTION_SHARE_CPU
     return Rates(
         matmul_flops_per_s=sheet,
-        fp32_flops_per_s=sheet,
+        fp32_flops_per_s=min(sheet, CPU_FLOPS_PER_CORE_S * device.cores),
         attention={64: AttentionRates(forward * sheet, backward * sheet, *halves)},
         memory_bytes_per_s=device.memory_bytes_per_s,
         to_device_bytes_per_s=device.memory_bytes_per_s,
