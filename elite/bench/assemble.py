@@ -32,9 +32,10 @@ from elite.training.around import hooked_step, loop_hooks
 from elite.training.heap import settled
 from elite.training.optimizer import build_optimizer
 from elite.training.step import make_scaler
+from elite.training.trial import Subject, rehearse
 
 STEPS = 1000
-"""Of the loop that hooks are told of."""
+"""Of the loop that hooks are told of: more than any bench takes."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,13 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
         if executors.attached is not None:
             undone.callback(executors.attached.undo)
         optimizer, _ = build_optimizer(loaded.trainable, plan.learning_rate, config.training, decisions, loaded.model)
-        # A bench's own first step warms up; more steps than these no bench takes.
         parts = (config, decisions, executors.training, optimizer, loaded.trainable, STEPS, ranks.device)
-        hooks, of_loop = loop_hooks(*parts, rehearse=lambda: 0.0)
+        vocab = int(loaded.core.config.get_text_config().vocab_size)
+        subject = Subject(executors.training, dtype, loaded.trainable, vocab, plan.context, ranks.device, plan.usable_bytes, 0.0)
+        hooks, of_loop = loop_hooks(*parts, rehearse=lambda: rehearse(subject, plan.micro_batch))
         _undo_after(undone, of_loop)
+        for hook in hooks:
+            hook.begin()
         made = Assembled(config, plan, dtype, loaded, executors, optimizer, ranks, hooks)
         with settled():
             yield made

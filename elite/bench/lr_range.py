@@ -71,6 +71,8 @@ def _swept(run: Run, store: TokenStore) -> tuple[Run, Sweep]:
         *(config, run.decisions, executors.training, optimizer, loaded.trainable, config.lr_range.steps, ranks.device),
         rehearse=lambda: rehearsal.warm(run, loaded, executors.validation),
     )
+    for hook in hooks:
+        hook.begin()
     numbers = count(1)
 
     def step(rate: float) -> float:
