@@ -6,7 +6,7 @@ alone.
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
 from elite.errors import ConfigError
@@ -82,5 +82,4 @@ def varied(switches: OptimizationsConfig, variant: str | None) -> OptimizationsC
         wanted = {name: name == part for name in NAMES}
     elif part is not None:
         wanted = {part: False}
-    made = {name: replace(getattr(switches, name), enabled=enabled) for name, enabled in wanted.items()}
-    return replace(switches, **made)
+    return switches.switched(wanted)

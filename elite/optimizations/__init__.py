@@ -1,5 +1,6 @@
 """Every optimization, in the order in which they act, and the rules that hold between them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from elite.errors import PlanError
@@ -108,6 +109,10 @@ class OptimizationsConfig:
     early_stopping: OptimizationConfig = field(default_factory=EarlyStopping.Config)
     defragmentation: OptimizationConfig = field(default_factory=Defragmentation.Config)
     paged_attention: OptimizationConfig = field(default_factory=PagedAttention.Config)
+
+    def switched(self, states: Mapping[str, bool]) -> "OptimizationsConfig":
+        """The same options with these parts on or off."""
+        return replace(self, **{name: replace(getattr(self, name), enabled=on) for name, on in states.items()})
 
 
 def reshaped(config: OptimizationsConfig, shape: ModelShape) -> ModelShape:

@@ -13,9 +13,9 @@ Source: Chen et al. 2021, arXiv:2104.14129 (ActNN); Liu et al. 2022, arXiv:2206.
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from elite.errors import ConfigError
 from elite.facts import Facts
 from elite.optimizations.contract import Applied, Exactness, Optimization, OptimizationConfig, Site, Stage, Step
+from elite.optimizations.options import require
 from elite.streaming import BoundaryEncoding
 
 ENCODING_OF_BITS = {8: BoundaryEncoding.int8, 4: BoundaryEncoding.int4}
@@ -40,12 +40,8 @@ class ActivationQuantization(Optimization):
         """Values a token that a tensor must have to be packed."""
 
         def __post_init__(self) -> None:
-            if self.bits not in STORED_BITS:
-                raise ConfigError(f"optimizations.activation_quantization.bits={self.bits}: must be 8 or 4", "leave it out for its default")
-            if self.width < 1:
-                raise ConfigError(
-                    f"optimizations.activation_quantization.width={self.width}: must be positive", "leave it out for its default"
-                )
+            require("activation_quantization.bits", self.bits, self.bits in STORED_BITS, "must be 8 or 4")
+            require("activation_quantization.width", self.width, self.width >= 1, "must be positive")
 
     name = "activation_quantization"
     title = "saved activations in 8 or 4 bits"

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, ClassVar
 
-from elite.errors import ConfigError, PlanError
+from elite.errors import PlanError
 from elite.facts import Facts, LinearShape, ModelShape
 from elite.optimizations.contract import Applied, Exactness, Optimization, OptimizationConfig, Site, Stage, Step
+from elite.optimizations.options import require
 
 POOLED = ("k_proj", "v_proj")
 OUTPUTS = ("o_proj", "dense")
@@ -44,10 +45,7 @@ class GQAConversion(Optimization):
         init: HeadInit = HeadInit.mean
 
         def __post_init__(self) -> None:
-            if self.kv_heads < 1:
-                raise ConfigError(
-                    f"optimizations.gqa_conversion.kv_heads={self.kv_heads}: must be positive", "leave it out for its default"
-                )
+            require("gqa_conversion.kv_heads", self.kv_heads, self.kv_heads >= 1, "must be positive")
 
     name = "gqa_conversion"
     title = "fewer key/value heads (GQA conversion)"

@@ -13,9 +13,9 @@ Source: Kwon et al. 2023, arXiv:2309.06180; transformers.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from elite.errors import PlanError
 from elite.facts import Facts
 from elite.optimizations.contract import Applied, Exactness, Optimization, OptimizationConfig, Site, Stage, Step
+from elite.optimizations.options import require
 from elite.optimizations.targets import GenerationBuild
 
 MIN_PAGE = 4
@@ -33,6 +33,10 @@ class PagedAttention(Optimization):
         """Tokens of a page."""
         piece: int = 1024
         """Tokens of the prompt that are read at once."""
+
+        def __post_init__(self) -> None:
+            require("paged_attention.page", self.page, self.page >= MIN_PAGE, f"must be at least {MIN_PAGE}")
+            require("paged_attention.piece", self.piece, self.piece >= 1, "must be at least 1")
 
     name = "paged_attention"
     title = "paged keys and values in generation"
@@ -56,11 +60,6 @@ class PagedAttention(Optimization):
         return step
 
     def apply(self, target: GenerationBuild) -> Applied:
-        if self.config.page < MIN_PAGE or self.config.piece < 1:
-            raise PlanError(
-                f"paged_attention.page={self.config.page}, piece={self.config.piece}: a page has at least {MIN_PAGE} tokens, a piece one",
-                "leave them out for their defaults",
-            )
         before = target.page, target.piece
         target.page, target.piece = self.config.page, self.config.piece
 

@@ -12,9 +12,10 @@ Source: Beltagy et al. 2020, arXiv:2004.05150 (Longformer); Jiang et al. 2023, a
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from elite.errors import ConfigError, PlanError
+from elite.errors import PlanError
 from elite.facts import Facts, ModelShape
 from elite.optimizations.contract import Applied, Exactness, Optimization, OptimizationConfig, Site, Stage, Step
+from elite.optimizations.options import require
 
 LEAST_BLOCK = 512
 """Queries at once, at least."""
@@ -40,12 +41,9 @@ class SlidingWindow(Optimization):
         """Layers that get it, counted from 0; empty: all."""
 
         def __post_init__(self) -> None:
-            if self.window < 1:
-                raise ConfigError(f"optimizations.sliding_window.window={self.window}: must be positive", "leave it out for its default")
-            if min(self.layers, default=0) < 0 or len(set(self.layers)) < len(self.layers):
-                raise ConfigError(
-                    f"optimizations.sliding_window.layers={self.layers}: must be different numbers from 0", "leave it out for all layers"
-                )
+            require("sliding_window.window", self.window, self.window >= 1, "must be positive")
+            different = min(self.layers, default=0) >= 0 and len(set(self.layers)) == len(self.layers)
+            require("sliding_window.layers", self.layers, different, "must be different numbers from 0")
 
     name = "sliding_window"
     title = "sliding-window attention"

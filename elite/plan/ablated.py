@@ -33,8 +33,7 @@ def require_variation(config: RunConfig, device: Device, shape: ModelShape) -> N
     part = part_of(ablation.variant)
     if part is None:
         return
-    on = replace(getattr(config.optimizations, part), enabled=True)
-    with_it = replace(config, optimizations=replace(config.optimizations, **{part: on}))
+    with_it = replace(config, optimizations=config.optimizations.switched({part: True}))
     (switch,) = (switch for switch in _switches(with_it, device, shape) if switch.name == part)
     if not switch.active:
         raise InapplicableError(f"ablation.variant={ablation.variant}: {part} does not act here, {switch.reason}")

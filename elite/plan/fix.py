@@ -64,8 +64,7 @@ def smallest_change(config: RunConfig, device: Device, shape: ModelShape) -> str
 
 
 def _switched(config: RunConfig, kind: type[Optimization], on: bool) -> RunConfig:
-    option = replace(getattr(config.optimizations, kind.name), enabled=on)
-    return replace(config, optimizations=replace(config.optimizations, **{kind.name: option}))
+    return replace(config, optimizations=config.optimizations.switched({kind.name: on}))
 
 
 def _best(config: RunConfig, device: Device, shape: ModelShape) -> type[Optimization] | None:

@@ -115,8 +115,7 @@ def _effect(on: Prediction, without: Prediction, toggled: Prediction) -> Effect:
 
 def switched(config: RunConfig, states: dict[str, bool]) -> RunConfig:
     """The same run with these parts on or off."""
-    options = {name: replace(getattr(config.optimizations, name), enabled=on) for name, on in states.items()}
-    return replace(config, optimizations=replace(config.optimizations, **options))
+    return replace(config, optimizations=config.optimizations.switched(states))
 
 
 def render_survey(found: Survey) -> Group:

@@ -26,6 +26,12 @@ BAD = (
     ("early_stopping.patience=0", "must be at least 1"),
     ("early_stopping.min_delta=-1.0", "must not be negative, and finite"),
     ("defragmentation.every=0", "must be at least 1"),
+    ("activation_quantization.bits=5", "must be 8 or 4"),
+    ("activation_quantization.width=0", "must be positive"),
+    ("gqa_conversion.kv_heads=0", "must be positive"),
+    ("sliding_window.window=0", "must be positive"),
+    ("paged_attention.page=3", "must be at least 4"),
+    ("paged_attention.piece=0", "must be at least 1"),
 )
 
 
