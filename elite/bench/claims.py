@@ -1,7 +1,8 @@
 """What plans say of contexts that were claimed for small cards: `python -m elite.bench.claims FILE`. No GPU, no network.
 
 Every hardware preset is planned with every tier; where a tier does not fit, again with boundaries on disk. So is each claim, for every
-model preset. FILE gets the rows and the seconds that they took.
+model preset; and so are two presets of optimizations at a context that one of them cannot hold. FILE gets the rows and the seconds that the
+tiers took.
 """
 
 import argparse
@@ -23,6 +24,10 @@ from elite.runfolder import environment
 ON_DISK = "executor.boundaries=disk"
 MODEL = "phi2"
 """That tiers are planned for."""
+PRESETS = {"none": "whole", "extreme": "auto"}
+"""Presets of optimizations that are compared, each with its executor: everything off is the ordinary one, too."""
+PRESET_CARD, PRESET_TIER = "h100", "tier8"
+"""Where presets of optimizations are compared by plans: 512K tokens, which no card holds with everything off."""
 
 
 def main() -> None:
@@ -36,8 +41,9 @@ def main() -> None:
     tiers = [_row(MODEL, card, tier) for card in cards for tier in TIER_OPTIONS[1:]]
     seconds = time.perf_counter() - began
     claims = [_row(model, card, tier) | {"claim": claim} for claim, card, tier in CLAIMS for model in options("model")]
+    presets = [_of_preset(preset, executor) for preset, executor in PRESETS.items()]
     here = hardware.device(HardwareConfig(name="cpu")).name
-    write(file, {"environment": environment(), "device": here, "seconds": seconds, "tiers": tiers, "claims": claims})
+    write(file, {"environment": environment(), "device": here, "seconds": seconds, "tiers": tiers, "claims": claims, "presets": presets})
     for row in claims:
         console.print(_said(row), markup=False)
     console.print(f"{len(tiers)} plans of {MODEL} in {seconds:.0f} s")
@@ -51,6 +57,12 @@ def _row(model: str, card: str, tier: str) -> dict[str, Any]:
         return _described(made, card, "")
     other = _plan((*base, ON_DISK))
     return _described(other, card, ON_DISK) if other.fits else _described(made, card, "")
+
+
+def _of_preset(preset: str, executor: str) -> dict[str, Any]:
+    where = (f"model={MODEL}", "model.weights=random", f"hardware={PRESET_CARD}", f"tier={PRESET_TIER}")
+    made = _plan((*where, f"optimizations={preset}", f"executor={executor}"))
+    return _described(made, PRESET_CARD, "") | {"preset": preset}
 
 
 def _plan(overrides: tuple[str, ...]) -> Plan:

@@ -9,7 +9,7 @@ from elite.facts import GIB
 from elite.jobs import State
 from elite.plan.words import duration
 from elite.report import chart, page
-from elite.report.markdown import NONE, grid, origin
+from elite.report.markdown import NONE, grid, origin, signed
 from elite.report.sweep import Row
 
 HEAD = (
@@ -92,27 +92,23 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     return [
         row.label,
         f"{found['peak_gib']:.3f}",
-        _signed(found["peak_gib_difference"], ".3f"),
+        signed(found["peak_gib_difference"], ".3f"),
         f"{found['reserved_gib']:.3f}" if found["reserved_gib"] else NONE,
         f"{found['host_gib']:.2f}",
         f"{found['tokens_per_s']:,.0f}",
-        _signed(speed, ".1f", " %"),
+        signed(speed, ".1f", " %"),
         duration(found["step_s"]),
         f"{found['train_loss']:.4f}",
         f"{found['val_loss']:.4f}",
-        _signed(found["val_loss_difference"], ".4f"),
-        _kept(found),
-        _signed(found["plan_peak_error_percent"], ".1f", " %"),
-        _signed(found["plan_step_error_percent"], ".1f", " %"),
+        signed(found["val_loss_difference"], ".4f"),
+        kept(found),
+        signed(found["plan_peak_error_percent"], ".1f", " %"),
+        signed(found["plan_step_error_percent"], ".1f", " %"),
         row.claimed,
     ]
 
 
-def _signed(value: float | None, form: str, unit: str = "") -> str:
-    return NONE if value is None else f"{value:+{form}}{unit}"
-
-
-def _kept(found: dict[str, Any]) -> str:
+def kept(found: dict[str, Any]) -> str:
     """The largest difference of the losses, and whether it is within its class's word."""
     if found["largest_loss_difference"] is None:
         return NONE

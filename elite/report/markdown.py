@@ -19,6 +19,11 @@ def gibibytes(value: float | None) -> str:
     return NONE if value is None else f"{value / GIB:.2f}"
 
 
+def signed(value: float | None, form: str, unit: str = "") -> str:
+    """A difference with its sign, in a number format such as `.2f`."""
+    return NONE if value is None else f"{value:+{form}}{unit}"
+
+
 def origin(environments: Sequence[dict[str, Any]], devices: Iterable[str] = ()) -> str:
     """Devices, versions and commits, each named once."""
     versions = [f"torch {e['versions']['torch']}, transformers {e['versions']['transformers']}" for e in environments]

@@ -15,6 +15,7 @@ from typing import Any
 
 from elite.config import CONF_DIR
 from elite.report import (
+    ablations,
     agreement,
     calibration,
     calibration_plot,
@@ -120,6 +121,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "claims": claims.table,
     "optimizations": optimizations.table,
     "convergence": gains.table,
+    "ablation_phi2": ablations.leave_one_out,
+    "none_extreme": ablations.extremes,
+    "gqa_uptraining": ablations.conversion,
 }
 
 
