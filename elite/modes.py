@@ -17,7 +17,7 @@ from elite.data.batches import TrainStream
 from elite.data.harvest import Harvest, estimate, harvest
 from elite.data.sources import find_repositories
 from elite.data.tokens import TokenStore, cached, tokenise
-from elite.distributed.launch import launch
+from elite.distributed.launch import ended_by, launch, saved
 from elite.distributed.ranks import joined, launched
 from elite.errors import CheckpointError, ConfigError, ModelError, PlanError
 from elite.facts import NO_CORPUS, Corpus, Device, ModelShape
@@ -107,7 +107,7 @@ def train(composed: Composed) -> float | None:
             try:
                 worker.train(RunFolder(folder), ranks)
             except worker.Interrupted as error:
-                raise KeyboardInterrupt from error
+                raise ended_by(error.number, saved(error.step)) from error
         return None
     folder, processes = _prepare(composed)
     if not folder.finished:
