@@ -21,7 +21,7 @@ LAYERS = (
     {"executor", "distributed"},
     {"checkpoint"},
     {"training"},
-    {"callbacks", "runfolder", "report"},
+    {"callbacks", "continued", "runfolder", "report"},
     {"prepared", "rehearsal", "uptraining", "worker", "evaluation"},
     {"bench"},
     {"modes"},
