@@ -82,9 +82,10 @@ def launch(folder: Path, processes: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The launcher would report a failed child a second and third time.
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # The launcher would report a failed child a second and third time, and a signal too. Its modules' loggers have their own levels.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed."):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     # The package is found beside the program, whatever folder the user stands in.
     start = f"import sys; sys.path.insert(0, {str(CONF_DIR.parent)!r}); from elite.worker import main; main()"
     # What is ignored stays so: nohup does that with the terminal's end.

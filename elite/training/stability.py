@@ -11,6 +11,7 @@ from elite.training.step import DivergedError
 
 log = logging.getLogger("elite.training")
 
+GENTLER = "a lower training.learning_rate is a new run"
 COUNTERS = ("skipped_steps", "spikes", "rewinds")
 """Told at each step."""
 
@@ -73,10 +74,10 @@ def judged(
     verdict = list(Verdict)[gravity]
     numbers = f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}, {'a spike' if fit else 'not finite'}"
     if verdict is Verdict.stop:
-        raise DivergedError(numbers, "lower training.learning_rate, or pass such batches: stability.non_finite=skip")
+        raise DivergedError(numbers, f"the same command with stability.non_finite=skip passes such batches; {GENTLER}")
     if verdict is Verdict.skip and state.skipped_in_a_row >= config.max_skips:
         problem = f"{numbers}, as in {state.skipped_in_a_row} steps before it that were skipped"
-        raise DivergedError(problem, f"lower training.learning_rate; stability.max_skips={config.max_skips} allows no more in a row")
+        raise DivergedError(problem, f"the same command with stability.max_skips={2 * config.max_skips + 1} goes on; {GENTLER}")
     if verdict is Verdict.take:
         state.skipped_in_a_row = 0
         return verdict
@@ -100,5 +101,5 @@ def rewound(state: Setbacks, config: StabilityConfig, step: int) -> None:
     state.rewound_to = step
     if state.rewinds_in_place > config.max_rewinds:
         problem = f"{config.max_rewinds} rewinds to the checkpoint of step {step} have not helped"
-        raise DivergedError(problem, "lower training.learning_rate, or allow more: stability.max_rewinds=")
+        raise DivergedError(problem, f"the same command with stability.max_rewinds={2 * config.max_rewinds} goes on; {GENTLER}")
     state.rewinds += 1
