@@ -8,7 +8,8 @@ micro_batch.json   how training.micro_batch=auto ended  failure.json    how memo
 preflight.json     what was measured before a step      report.html     all of it on one page, for people
 job.json           as a job of a multirun               error.txt       why a process failed, if one did
 difficulty.json    how the untrained model found each file, if it was asked
-base/              a converted model, where adapters belong to it
+base/              a converted model, where adapters     saved.txt       what was saved when a signal ended it
+                   belong to it
 evaluation.json    what mode=evaluate found
 """
 

@@ -38,7 +38,7 @@ with StopRequest() as request:
 
 
 def start(folder: Path, repository: Path, cache: Path, *request: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(ROOT / "train.py"), f"data.repo={repository}", f"output.cache={cache}", *request]
+    command = [sys.executable, str(ROOT / "train.py"), *request, f"data.repo={repository}", f"output.cache={cache}"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(command, cwd=folder, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -117,7 +117,7 @@ def test_under_another_launcher_the_process_itself_asks(tmp_path: Path, reposito
 
 @pytest.mark.faults
 def test_a_preempted_sweep_ends_and_goes_on(tmp_path: Path, repository: Path, cache: Path) -> None:
-    request = ("-m", *REQUEST, "training.max_steps=40", "seed=0,1", "hydra.sweep.dir=sweep")
+    request = ("-m", *REQUEST, "training.max_steps=60", "seed=0,1", "hydra.sweep.dir=sweep")
     process = start(tmp_path, repository, cache, *request)
     deadline = time.monotonic() + 120
     while not (tmp_path / "sweep/0/metrics.jsonl").is_file() or len(losses(RunFolder(tmp_path / "sweep/0"))) < 5:
