@@ -19,7 +19,7 @@ from rich.console import Console
 
 from elite.ablation import varied
 from elite.config import CONF_DIR, TIERS, RunConfig
-from elite.errors import ConfigError, EliteError, InapplicableError
+from elite.errors import ConfigError, EliteError, InapplicableError, Preempted
 from elite.jobs import Job, State
 from elite.schema import build, schema
 
@@ -122,7 +122,7 @@ def _suggest(word: str, known: list[str]) -> str:
 def show(error: EliteError) -> None:
     """Print an error once, on stderr."""
     if not error.shown:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", markup=False)
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"{error.heading}: {error}", markup=False)
         error.shown = True
 
 
@@ -147,6 +147,10 @@ def _swept(program: Callable[[Composed], float | None], composed: DictConfig, fo
     job.write(folder)
     try:
         value = program(from_hydra(composed))
+    except Preempted as error:
+        # The whole sweep was meant, and ends here as one that the same command continues; Hydra would begin the next job on an error.
+        show(error)
+        sys.exit(error.exit_code)
     except EliteError as error:
         show(error)
         state = State.inapplicable if isinstance(error, InapplicableError) else State.failed
@@ -164,7 +168,8 @@ def _swept(program: Callable[[Composed], float | None], composed: DictConfig, fo
 
 
 def at_the_edge(program: Callable[[], None]) -> None:
-    """Run a `hydra.main` program and end the process: 0, an error's exit code (2 unless it says otherwise), 130 when interrupted."""
+    """Run a `hydra.main` program and end the process: 0, an error's exit code (2 unless it says otherwise), 75 when preempted, 130 when
+    interrupted."""
     # Hydra prints and swallows errors itself otherwise, with exit code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

@@ -16,6 +16,7 @@ from elite.curriculum import CurriculumConfig
 from elite.mode_options import CalibrateConfig, EvaluateConfig, LrRangeConfig, ProbeConfig
 from elite.optimizations import OptimizationsConfig
 from elite.scaling import LrScaling
+from elite.stability import StabilityConfig
 from elite.streaming import BoundaryEncoding, Keep, Place, WeightPlace
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
@@ -350,6 +351,7 @@ class RunConfig:
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)

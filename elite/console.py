@@ -21,5 +21,7 @@ def start_logging() -> None:
     # Deprecations inside libraries are for their authors.
     warnings.simplefilter("ignore", FutureWarning)
     warnings.simplefilter("ignore", DeprecationWarning)
+    # A step whose update is skipped is one of the schedule all the same, also if it is the first.
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

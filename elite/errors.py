@@ -13,6 +13,8 @@ class EliteError(Exception):
     """
 
     exit_code = 2
+    heading = "error"
+    """What it is called where it is shown."""
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         self.shown = False
@@ -52,3 +54,15 @@ class CheckpointError(EliteError):
 
 class LoggerError(EliteError):
     """A logger that was asked for does not start."""
+
+
+class Preempted(EliteError):
+    """A signal of a scheduler or the system ended the run; the same command continues it.
+
+    Args:
+        problem: what was saved.
+    """
+
+    exit_code = 75
+    """EX_TEMPFAIL of sysexits.h: not done, to be tried again; what a scheduler requeues on."""
+    heading = "preempted"

@@ -10,14 +10,15 @@ from typing import Any
 from rich.prompt import Prompt
 
 from elite import geometry, hardware, pretrained
-from elite.compose import TIER_OPTIONS, Composed, options
+from elite.compose import TIER_OPTIONS, Composed, from_overrides, options
 from elite.config import Mode, RunConfig
 from elite.console import console, start_logging
+from elite.continued import FREE, among, changes, refusal, typed, with_values, words
 from elite.data.batches import TrainStream
 from elite.data.harvest import Harvest, estimate, harvest
 from elite.data.sources import find_repositories
 from elite.data.tokens import TokenStore, cached, tokenise
-from elite.distributed.launch import launch
+from elite.distributed.launch import ended_by, launch, saved
 from elite.distributed.ranks import joined, launched
 from elite.errors import CheckpointError, ConfigError, ModelError, PlanError
 from elite.facts import NO_CORPUS, Corpus, Device, ModelShape
@@ -26,6 +27,7 @@ from elite.plan.ablated import require_variation
 from elite.plan.executors import least_bytes
 from elite.plan.values import check_values
 from elite.runfolder import RunFolder, interrupted_run, new_folder, request_key, write_request, write_start
+from elite.schema import from_yaml
 
 
 def run(composed: Composed) -> float | None:
@@ -107,7 +109,7 @@ def train(composed: Composed) -> float | None:
             try:
                 worker.train(RunFolder(folder), ranks)
             except worker.Interrupted as error:
-                raise KeyboardInterrupt from error
+                raise ended_by(error.number, saved(error.step)) from error
         return None
     folder, processes = _prepare(composed)
     if not folder.finished:
@@ -220,6 +222,7 @@ def _prepare(composed: Composed) -> tuple[RunFolder, int]:
         console.print(f"finished before: {interrupted.path}", markup=False)
         return interrupted, device.count
     if interrupted is not None:
+        _take_over(interrupted, composed, device)
         console.print(f"continuing the interrupted run in {interrupted.path} (resume=never starts anew)", markup=False)
         return interrupted, device.count
     require_variation(composed.config, device, geometry.shape(composed.config.model))
@@ -274,6 +277,31 @@ def _to_resume(config: RunConfig, request: str) -> RunFolder | None:
         folder = RunFolder(Path(config.output.folder).expanduser().absolute())
         return folder if folder.resumable and folder.asked_for(request) else None
     return interrupted_run(Path(config.output.root).expanduser().absolute(), request)
+
+
+def _take_over(folder: RunFolder, composed: Composed, device: Device) -> None:
+    """What this command changes in the run that goes on, which is said.
+
+    Raises:
+        CheckpointError: it cannot go on so.
+    """
+    begun, now = from_yaml(folder.config), composed.config
+    ranks = json.loads(folder.plan.read_text()).get("ranks", device.count)
+    if ranks != device.count:
+        problem = f"the run in {folder.path} was begun on {ranks} ranks, here are {device.count}: its batches would be others"
+        raise CheckpointError(problem, f"hardware.gpus={ranks}, or resume=never")
+    says = _may_change if now.resume == "auto" else typed(now, from_overrides().config, composed.overrides)
+    taken, refused = changes(begun, now, says)
+    if refused:
+        raise CheckpointError(f"resume={now.resume}: {refusal(refused)}", "leave them out, or begin a new run: resume=never")
+    if taken:
+        folder.rewrite_config(with_values(begun, taken))
+        console.print(f"from here on: {', '.join(words(name, value) for name, value in taken.items())}", markup=False)
+
+
+def _may_change(name: str) -> bool:
+    # The rest of a command that found its run by itself is that of the run.
+    return among(name, FREE)
 
 
 def _of_job(job: Path, request: str) -> RunFolder | None:

@@ -2,10 +2,12 @@
 
 import json
 import os
+import random
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from elite import geometry, hardware
@@ -119,4 +121,7 @@ def prepare_process(config: RunConfig, ranks: Ranks, device: Device) -> None:
         # What is left to torch's own attention is the memory-efficient kernel.
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
+    # Nothing of ours draws from the first two; what a library draws is then the same each time, too.
+    random.seed(config.seed)
+    np.random.seed(config.seed % 2**32)
     torch.manual_seed(config.seed)

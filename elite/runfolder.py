@@ -8,7 +8,8 @@ micro_batch.json   how training.micro_batch=auto ended  failure.json    how memo
 preflight.json     what was measured before a step      report.html     all of it on one page, for people
 job.json           as a job of a multirun               error.txt       why a process failed, if one did
 difficulty.json    how the untrained model found each file, if it was asked
-base/              a converted model, where adapters belong to it
+base/              a converted model, where adapters     saved.txt       what was saved when a signal ended it
+                   belong to it
 evaluation.json    what mode=evaluate found
 """
 
@@ -31,6 +32,7 @@ from typing import Any
 from elite import __version__
 from elite.ablation import AblationConfig
 from elite.config import Mode, OutputConfig, RunConfig
+from elite.continued import as_begun
 from elite.errors import CheckpointError, ConfigError
 from elite.facts import Device
 from elite.schema import to_yaml
@@ -117,6 +119,12 @@ class RunFolder:
             self.identity.unlink()
             self.metrics.unlink(missing_ok=True)
 
+    def rewrite_config(self, config: RunConfig) -> None:
+        """Go on under another configuration."""
+        written = self.config.with_suffix(".partial")
+        written.write_text(to_yaml(config))
+        written.rename(self.config)
+
     def read_identity(self) -> dict[str, Any]:
         """Contents of `run.json`."""
         identity = json.loads(self.identity.read_text())
@@ -128,11 +136,11 @@ def request_key(config: RunConfig, origin: str) -> str:
     """Identity of what was asked for: two runs with one key train the same thing on the same data source.
 
     Args:
-        config: as composed, before `auto` is resolved. Where it writes, logs and whether it resumes don't count; what an ablation varies
-            stands in its optimizations.
+        config: as composed, before `auto` is resolved. Where it writes, logs, whether it resumes, and what may change while it goes on
+            (elite/continued.py) don't count; what an ablation varies stands in its optimizations.
         origin: the data source that was found.
     """
-    relevant = replace(config, mode=Mode.train, resume="auto", output=OutputConfig(), ablation=AblationConfig())
+    relevant = replace(as_begun(config), mode=Mode.train, resume="auto", output=OutputConfig(), ablation=AblationConfig())
     text = to_yaml(relevant) + origin
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

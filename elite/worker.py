@@ -22,7 +22,7 @@ from elite.console import console, start_logging
 from elite.data.batches import Batch, TrainStream
 from elite.data.tokens import TokenStore
 from elite.data.validation import Completion, completion_example, validation_batches
-from elite.distributed.launch import LAST_WORDS
+from elite.distributed.launch import LAST_WORDS, left_behind
 from elite.distributed.ranks import Ranks, joined
 from elite.errors import EliteError
 from elite.executor.build import build, streams_weights
@@ -42,6 +42,7 @@ from elite.training.loop import Interrupted, Observer, Progress, Trainer
 from elite.training.optimizer import build_optimizer
 from elite.training.schedules import schedule
 from elite.training.shortage import actual, is_out_of_memory
+from elite.training.stability import Setbacks
 from elite.training.step import make_scaler
 from elite.training.telemetry import Meter, error_percent, paged_bytes, pinned_bytes
 from elite.training.validation import Validator
@@ -172,6 +173,7 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
         checkpoints=run.folder.checkpoints,
         applied=applied | of_loop,
         hooks=hooks,
+        stability=config.stability,
     )
     return trainer, executors.attached
 
@@ -255,6 +257,7 @@ def _summary(run: Run, progress: Progress, meter: Meter, measured_peak_bytes: fl
         "val_last": progress.last_val,
         "best_val_loss": progress.best_val_loss,
         "best_step": progress.best_step,
+        **progress.counts(),
         "predicted_peak_bytes": plan["total_bytes"],
         "measured_peak_bytes": measured_peak_bytes,
         "predicted_reserved_bytes": plan["reserved_bytes"],
@@ -320,6 +323,8 @@ def _ending(summary: dict[str, Any]) -> str:
             f"{_counted(summary['acted'][summary['ended_by']])}; best checkpoint: {kept}"
         )
     lines += [f"{name}  {_counted(counts)}" for name, counts in summary["acted"].items() if name != summary["ended_by"] and counts]
+    setbacks = {name: summary[name] for name in Setbacks().counts() if summary[name]}
+    lines += [f"bad numbers  {_counted(setbacks)}"] if setbacks else []
     if summary["final_weights"] != "the trained weights":
         lines.append(f"final/ holds {summary['final_weights']}; checkpoints hold the trained ones")
     return "".join(f"{line}\n" for line in lines)
@@ -344,8 +349,8 @@ def main() -> None:
         show(error)
         (folder / LAST_WORDS).write_text(error.problem)
         sys.exit(error.exit_code)
-    except Interrupted:
-        sys.exit(130)
+    except Interrupted as error:
+        sys.exit(left_behind(folder, error.number, error.step))
     except Exception as error:
         (folder / LAST_WORDS).write_text(f"{type(error).__name__}: {error}".splitlines()[0])
         raise

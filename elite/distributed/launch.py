@@ -11,18 +11,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from elite.config import CONF_DIR
-from elite.errors import EliteError
+from elite.errors import EliteError, Preempted
 
 SHUTDOWN_S = 600
 """How long an interrupted process may take to finish its step and save."""
 LAST_WORDS = "error.txt"
 """File of a run folder in which a process that fails leaves its reason, one line."""
+SAVED = "saved.txt"
+"""File of a run folder in which a process that a signal ended says what it saved, one line."""
+INTERRUPTED = 130
+"""Exit code of a process that Ctrl+C ended."""
+PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+"""Signals that the launcher hands to the training processes."""
+PREEMPTING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals by which a scheduler or the system, not a person, ends a run."""
 
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
     """The launcher leaves its handlers behind; between the jobs of a multirun an interrupt must mean what it meant before."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
+    before = {number: signal.getsignal(number) for number in map(signal.Signals.__getitem__, PASSED_ON)}
     try:
         yield
     finally:
@@ -67,19 +75,24 @@ def launch(folder: Path, processes: int) -> None:
 
     Raises:
         WorkerError: a child failed; the root cause was printed by the child itself, once.
+        Preempted: a scheduler or the system ended it; the children have saved and ended.
         KeyboardInterrupt: the user interrupted; the children have saved and ended.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The launcher would report a failed child a second and third time.
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # The launcher would report a failed child a second and third time, and a signal too. Its modules' loggers have their own levels.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed."):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     # The package is found beside the program, whatever folder the user stands in.
     start = f"import sys; sys.path.insert(0, {str(CONF_DIR.parent)!r}); from elite.worker import main; main()"
-    # torch before 2.12 has no such option and waits for half a minute.
-    patience = {"shutdown_timeout": SHUTDOWN_S} if "shutdown_timeout" in LaunchConfig.__dataclass_fields__ else {}
+    # What is ignored stays so: nohup does that with the terminal's end.
+    heard = ",".join(name for name in PASSED_ON if signal.getsignal(signal.Signals[name]) is not signal.SIG_IGN)
+    # torch before 2.12 does not have them all: it waits for half a minute, and Slurm's warning ends it.
+    options = {"shutdown_timeout": SHUTDOWN_S, "signals_to_handle": heard}
+    known = {name: value for name, value in options.items() if name in LaunchConfig.__dataclass_fields__}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -91,18 +104,48 @@ def launch(folder: Path, processes: int) -> None:
         max_restarts=0,
         monitor_interval=0.2,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),
-        **patience,  # type: ignore[arg-type]
+        **known,  # type: ignore[arg-type]
     )
-    last_words = folder / LAST_WORDS
+    last_words, left = folder / LAST_WORDS, folder / SAVED
     last_words.unlink(missing_ok=True)
+    left.unlink(missing_ok=True)
     try:
         with _own_signals(), _own_name():
             elastic_launch(config, sys.executable)("-c", start, str(folder))
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        reason = last_words.read_text() if last_words.is_file() else ""
-        raise WorkerError(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode, reason) from error
+        if failure.exitcode in (Preempted.exit_code, INTERRUPTED):
+            # The signal came to the children alone.
+            number = signal.SIGINT if failure.exitcode == INTERRUPTED else signal.SIGTERM
+            raise ended_by(number, _words(left)) from error
+        raise WorkerError(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode, _words(last_words)) from error
     except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from error
-        raise WorkerError(128 + error.sigval) from error
+        raise ended_by(error.sigval, _words(left)) from error
+
+
+def ended_by(number: int, left: str) -> BaseException:
+    """What a run that a signal ended is to the program.
+
+    Args:
+        left: what it saved, in words; empty: nothing.
+    """
+    if number == signal.SIGINT:
+        return KeyboardInterrupt()
+    if number in PREEMPTING:
+        return Preempted(f"{left or 'nothing was saved after the last checkpoint'}; the same command continues")
+    return WorkerError(128 + number)
+
+
+def left_behind(folder: Path, number: int, step: int) -> int:
+    """Say in the run folder what a process saved that a signal ended; returns its exit code."""
+    (folder / SAVED).write_text(saved(step))
+    return INTERRUPTED if number == signal.SIGINT else Preempted.exit_code
+
+
+def saved(step: int) -> str:
+    """In words."""
+    return f"saved after step {step}"
+
+
+def _words(file: Path) -> str:
+    return file.read_text() if file.is_file() else ""

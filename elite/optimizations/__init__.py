@@ -27,6 +27,7 @@ from elite.optimizations.label_smoothing import LabelSmoothing
 from elite.optimizations.liger_kernels import LigerKernels
 from elite.optimizations.lookahead import Lookahead
 from elite.optimizations.lora_plus import LoRAPlus
+from elite.optimizations.loss_spike_detection import LossSpikeDetection
 from elite.optimizations.memory_mapped_data import MemoryMappedData
 from elite.optimizations.memory_pool import MemoryPool
 from elite.optimizations.mixed_precision import MixedPrecision
@@ -64,6 +65,7 @@ ALL: tuple[type[Optimization], ...] = (
     GradientCentralization,  # gradients as they come
     AdaptiveGradientClipping,  # of what will be used of them
     GradientNoise,  # on top, so that no unit's clipping takes it away
+    LossSpikeDetection,  # judges a step by its loss, before its update
     Lookahead,  # settles a step's weights before anything averages them
     EMA,  # averages of settled weights
     SWA,  # the same place
@@ -103,6 +105,7 @@ class OptimizationsConfig:
     gradient_centralization: OptimizationConfig = field(default_factory=GradientCentralization.Config)
     adaptive_gradient_clipping: OptimizationConfig = field(default_factory=AdaptiveGradientClipping.Config)
     gradient_noise: OptimizationConfig = field(default_factory=GradientNoise.Config)
+    loss_spike_detection: OptimizationConfig = field(default_factory=LossSpikeDetection.Config)
     lookahead: OptimizationConfig = field(default_factory=Lookahead.Config)
     ema: OptimizationConfig = field(default_factory=EMA.Config)
     swa: OptimizationConfig = field(default_factory=SWA.Config)

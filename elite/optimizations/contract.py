@@ -87,6 +87,7 @@ class Site(Enum):
     SLOW_WEIGHTS = "weights that steps depart from and return to"
     EVALUATED_WEIGHTS = "weights that are validated and exported"
     LAST_STEP = "when the run ends"
+    STEP_TAKEN = "which losses are too high for a step"
     ALLOCATOR_CACHE = "what the allocator keeps between steps"
     GENERATION_CACHE = "keys and values while text is generated"
 

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from elite.stability import Verdict
+
 
 class Hook:
     """Something that acts between steps; what it does not override does nothing.
@@ -25,12 +27,24 @@ class Hook:
             step: number of the step at work, from 1.
         """
 
+    def judge(self, step: int, loss: float) -> Verdict:
+        """When the gradients of `step` are there and its update is not.
+
+        Args:
+            loss: of the global batch, nats a token, finite; the same on all ranks.
+        """
+        return Verdict.take
+
+    def may_rewind(self) -> bool:
+        """Whether `judge` may ask for a rewind; there must be a checkpoint to go back to then."""
+        return False
+
     def sets_rate(self, step: int) -> bool:
         """Whether the learning rate after `step` is this hook's to set; the run's schedule stands still then."""
         return False
 
     def stepped(self, step: int) -> None:
-        """After the optimizer's step, and the schedule's."""
+        """After the optimizer's step, and the schedule's; also after a step that was skipped, which changed no weights."""
 
     def validated(self, step: int, losses: dict[str, float]) -> bool:
         """After a validation, the one before the first step included; True asks for the end of the run."""

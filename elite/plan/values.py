@@ -52,6 +52,7 @@ RULES = (
             "evaluate.completions",
             "evaluate.tokens",
             "evaluate.temperature",
+            "stability.max_rewinds",
         ),
     ),
     Rule(
@@ -65,6 +66,7 @@ RULES = (
             "probe.steps",
             "calibrate.seed",
             "evaluate.files",
+            "stability.max_skips",
         ),
     ),
     Rule(

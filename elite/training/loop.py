@@ -1,6 +1,5 @@
 """The training loop: steps, validations, checkpoints, in that order; observers are told what happened."""
 
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,13 +12,16 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from elite import checkpoint
 from elite.config import TrainingConfig
-from elite.data.batches import TrainStream
+from elite.data.batches import Batch, TrainStream
 from elite.distributed.ranks import Ranks
 from elite.executor.contract import Executor
 from elite.model import LoadedModel, load_trained, save_trained
 from elite.optimizations.contract import Applied
 from elite.optimizations.hooks import Hook
-from elite.training.step import optimizer_step
+from elite.stability import NonFinite, StabilityConfig, Verdict
+from elite.training.signals import StopRequest
+from elite.training.stability import Setbacks, judged, rewound
+from elite.training.step import DivergedError, StepResult, optimizer_step
 from elite.training.telemetry import Meter
 from elite.training.validation import Validator
 
@@ -38,11 +40,13 @@ class Observer(Protocol):
 
 
 @dataclass
-class Progress:
+class Progress(Setbacks):
     """Where a run stands; part of every checkpoint."""
 
     step: int = 0
+    """Optimizer steps of the schedule, skipped ones included."""
     tokens: int = 0
+    """Of the steps that were taken."""
     first_loss: float | None = None
     last_loss: float | None = None
     first_val: dict[str, float] = field(default_factory=dict)
@@ -54,7 +58,16 @@ class Progress:
 
 
 class Interrupted(Exception):
-    """A signal asked the run to end; a checkpoint of the last finished step is on disk."""
+    """A signal asked the run to end; a checkpoint of the last finished step is on disk.
+
+    Args:
+        number: of the signal.
+        step: that was saved.
+    """
+
+    def __init__(self, number: int, step: int) -> None:
+        super().__init__(number, step)
+        self.number, self.step = number, step
 
 
 @dataclass
@@ -80,33 +93,39 @@ class Trainer:
     """What acts around steps, in this order."""
     observers: Sequence[Observer] = ()
     progress: Progress = field(default_factory=Progress)
-    _stop: bool = False
+    stability: StabilityConfig = field(default_factory=StabilityConfig)
 
     def fit(self) -> Progress:
         """Train to the last step.
 
         Raises:
             Interrupted: a signal came; the step at work was finished and saved.
+            DivergedError: steps with bad numbers left no way on; the state before the last of them is saved.
         """
         for hook in self.hooks:
             hook.begin()
-        handlers = {number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            if self.progress.step == 0:
-                self._validate()
+        with StopRequest() as request:
+            self._begin()
             while not self._done:
-                self._step()
+                if not self._step():
+                    continue
                 validates = self.progress.step == self.steps or self.progress.step % self.config.val_every == 0
                 improved = validates and self._validate()
-                stop = self.ranks.max(float(self._stop)) > 0
+                # All ranks must end at one step; each may have got the signal at another.
+                stop = int(self.ranks.max(float(request.number)))
                 if self._done or stop or improved or self.progress.step % self.config.checkpoint_every == 0:
                     self._save()
                 if stop and not self._done:
-                    raise Interrupted
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+                    raise Interrupted(stop, self.progress.step)
         return self.progress
+
+    def _begin(self) -> None:
+        """Before the first step: where the run starts from, and what a rewind could go back to."""
+        if self.progress.step > 0 or self.progress.first_val:
+            return
+        self._validate()
+        if self.stability.non_finite is NonFinite.rewind or any(hook.may_rewind() for hook in self.hooks):
+            self._save()
 
     @property
     def _done(self) -> bool:
@@ -120,38 +139,66 @@ class Trainer:
                 stack.enter_context(hook.evaluating())
             yield
 
-    def _request_stop(self, number: int, frame: object) -> None:
-        if self._stop:
-            raise KeyboardInterrupt
-        self._stop = True
-
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """The next step of the schedule; False if the run went back to a checkpoint instead."""
         began = time.perf_counter()
+        before = self.stream.state()
         window = self.stream.next_window(self.accumulation)
         rate = float(self.optimizer.param_groups[0]["lr"])
-        state, parameters, norm = self.progress, self.loaded.trainable, self.config.max_grad_norm
-        number = state.step + 1
-
-        def of_hooks() -> None:
-            for hook in self.hooks:
-                hook.gradients(parameters, number)
-
-        result = optimizer_step(self.executor, self.optimizer, self.scaler, window, parameters, norm, self.ranks, of_hooks)
+        state, number = self.progress, self.progress.step + 1
+        try:
+            result = self._optimizer_step(window, number)
+        except DivergedError:
+            # A run that continues meets this batch again, under whatever policy it is given then.
+            self.stream.load_state(before)
+            self._save()
+            raise
+        if result.verdict is Verdict.rewind:
+            self._rewind()
+            return False
         if self.scheduler.last_epoch < self.steps - 1 and not any(hook.sets_rate(number) for hook in self.hooks):
             self.scheduler.step()
         for hook in self.hooks:
             hook.stepped(number)
         state.step = number
-        state.tokens += result.tokens
-        state.last_loss = result.loss
-        state.first_loss = result.loss if state.first_loss is None else state.first_loss
+        if result.verdict is Verdict.take:
+            state.tokens += result.tokens
+            state.last_loss = result.loss
+            state.first_loss = result.loss if state.first_loss is None else state.first_loss
         context = window[0].input_ids.shape[1]
         record = {"step": state.step, "tokens": state.tokens, "loss": result.loss, "grad_norm": result.grad_norm, "lr": rate}
         for hook in self.hooks:
             record |= hook.metrics()
-        record |= {"context": context} | self.meter.read(result.tokens, context, time.perf_counter() - began)
+        record |= state.counters() | {"context": context} | self.meter.read(result.tokens, context, time.perf_counter() - began)
         for observer in self.observers:
             observer.step(record)
+        return True
+
+    def _optimizer_step(self, window: Sequence[Batch], number: int) -> StepResult:
+        parameters = self.loaded.trainable
+
+        def of_hooks() -> None:
+            for hook in self.hooks:
+                hook.gradients(parameters, number)
+
+        def judge(loss: float, norm: float, fit: bool) -> Verdict:
+            return judged(self.progress, self.stability, self.hooks, self.ranks, number, loss, norm, fit)
+
+        norm = self.config.max_grad_norm
+        result = optimizer_step(self.executor, self.optimizer, self.scaler, window, parameters, norm, self.ranks, of_hooks, judge)
+        if result.verdict is not Verdict.take:
+            self.progress.skipped_tokens += result.tokens
+        return result
+
+    def _rewind(self) -> None:
+        """Go back to the last checkpoint in everything but the data, which goes on behind what has been seen, and the counters."""
+        folder = self.ranks.broadcast(checkpoint.require_latest(self.checkpoints) if self.ranks.is_main else None)
+        setbacks, tokens, position = self.progress, self.progress.tokens, self.stream.state()
+        self.resume(folder)
+        self.stream.load_state(position)
+        self.progress.adopt(setbacks)
+        self.progress.skipped_tokens += tokens - self.progress.tokens
+        rewound(self.progress, self.stability, self.progress.step)
 
     def _validate(self) -> bool:
         """Validate; whether the loss is the best so far (the first, before any step, only sets the mark)."""

@@ -1,5 +1,6 @@
 """One optimizer step: a window of micro-batches, normalised by the tokens of the whole global batch."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,10 +14,17 @@ from elite.data.batches import Batch
 from elite.distributed.ranks import Ranks
 from elite.errors import EliteError
 from elite.executor.contract import Executor
+from elite.stability import Verdict
 
 
 class DivergedError(EliteError):
-    """The loss or the gradient is not finite."""
+    """The numbers of a step are bad, and there is no way on."""
+
+
+LEAST_SCALE = 1.0
+"""fp16 gradients that overflow without being scaled up overflow by themselves."""
+Judge = Callable[[float, float, bool], Verdict]
+"""Given a step's loss, its gradient norm and whether they are fit for an update, what becomes of the step; may raise `DivergedError`."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,8 @@ class StepResult:
     """L2 norm before clipping."""
     tokens: int
     """Token slots processed by all ranks, padding included."""
+    verdict: Verdict = Verdict.take
+    """Of `take` alone there was an update."""
 
 
 def accumulate(executor: Executor, window: Sequence[Batch], scaler: torch.amp.GradScaler, ranks: Ranks) -> float:
@@ -59,29 +69,44 @@ def optimizer_step(
     max_grad_norm: float,
     ranks: Ranks,
     before_clipping: Callable[[], None] | None = None,
+    judge: Judge | None = None,
 ) -> StepResult:
     """Forward, backward, clip, update.
 
     Args:
         before_clipping: may change the gradients, which are whole and unscaled then.
+        judge: decides whether there is an update; unset: always, with finite numbers.
 
     Raises:
-        DivergedError: loss or gradient is not finite (with fp16 loss scaling an overflow is skipped by the scaler instead).
-            Nothing has been updated then.
+        DivergedError: the judge says so; without one, loss or gradient is not finite. Nothing has been updated then.
     """
     loss = accumulate(executor, window, scaler, ranks)
     scaler.unscale_(optimizer)
     if before_clipping is not None:
         before_clipping()
     norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
-    finite = torch.isfinite(torch.tensor([loss, norm]))
-    if not finite[0] or not (finite[1] or scaler.is_enabled()):
-        raise DivergedError(f"loss {loss}, gradient norm {norm}: not finite", "lower training.learning_rate; the last checkpoint is intact")
-    scaler.step(optimizer)
-    scaler.update()
+    verdict = (judge or _finite_or_stop)(loss, norm, math.isfinite(loss) and (math.isfinite(norm) or _overflowed(scaler)))
+    if verdict is Verdict.take:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        # Makes the scaler ready for the next gradients; the scale stays.
+        scaler.update(scaler.get_scale())
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(batch.input_ids.numel() for batch in window) * ranks.world
-    return StepResult(loss, norm, tokens)
+    return StepResult(loss, norm, tokens, verdict)
+
+
+def _overflowed(scaler: torch.amp.GradScaler) -> bool:
+    """Whether a gradient that is not finite, of a loss that is, is fp16's overflow: the scaler then skips the update itself and lowers
+    its scale. Where nothing is left to lower it is the gradient itself."""
+    return scaler.is_enabled() and scaler.get_scale() >= LEAST_SCALE
+
+
+def _finite_or_stop(loss: float, norm: float, fit: bool) -> Verdict:
+    if not fit:
+        raise DivergedError(f"loss {loss}, gradient norm {norm}: not finite", "lower training.learning_rate; the last checkpoint is intact")
+    return Verdict.take
 
 
 def make_scaler(device: torch.device, compute_dtype: torch.dtype) -> Any:

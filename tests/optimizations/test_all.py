@@ -62,6 +62,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "torch_compile": {"backend": Backend.aot_eager},
     "activation_quantization": {"width": 8},
     "early_stopping": {"patience": 2},
+    "loss_spike_detection": {"minimum": 4, "threshold": 50},
 }
 """Options without which it would find nothing to do in models this small and runs this short."""
 CUDA_ONLY = {"backend_flags", "fused_kernels", "liger_kernels", "memory_pool", "defragmentation"}

@@ -140,6 +140,8 @@ class RunningMean(Average):
 
     def load_state(self, state: dict[str, Any]) -> None:
         super().load_state(state)
+        # A run that goes back may have begun it since.
+        self._annealing = None
         if state["annealing"] is not None:
             assert self._rate is not None
             self._annealing = self._begin(self._rate)
