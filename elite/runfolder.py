@@ -9,7 +9,7 @@ preflight.json     what was measured before a step      report.html     all of i
 job.json           as a job of a multirun               error.txt       why a process failed, if one did
 difficulty.json    how the untrained model found each file, if it was asked
 base/              a converted model, where adapters belong to it
-evaluation.json    what mode=evaluate found
+evaluation.json    what mode=evaluate found             checkpoint_now  made by a person: save after the step at work
 """
 
 import fcntl

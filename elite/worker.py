@@ -57,7 +57,7 @@ def train(folder: RunFolder, ranks: Ranks) -> None:
         EliteError: the run cannot go on; its checkpoints are intact.
         Interrupted: a signal ended it; its last step is saved.
     """
-    with folder.held() if ranks.is_main else nullcontext():
+    with folder.held() if ranks.is_main else nullcontext(), checkpoint.disk_trouble(folder.path):
         _train(folder, ranks)
 
 
@@ -121,7 +121,7 @@ def _carried_out(parts: _Parts) -> None:
         with trainer.evaluating():
             completion.write("after")
             if ranks.is_main:
-                export(loaded, folder.final)
+                checkpoint.write_folder(folder.final, lambda place: export(loaded, place))
         measured = meter.measured_peak_bytes()
         if ranks.is_main:
             if before is not None:
@@ -129,14 +129,14 @@ def _carried_out(parts: _Parts) -> None:
             applied = run.applied | loaded.applied | trainer.applied | completion.applied
             acts = {name: act.words for name, act in applied.items()}
             pinned = pinned_bytes(attached.runner.host_bytes() if attached else 0, ranks.device) + paged_bytes(trainer.optimizer)
-            summary = _summary(run, progress, meter, measured, pinned) | {"applied": acts} | _of_hooks(trainer)
+            summary = _summary(run, progress, meter, measured, pinned) | {"applied": acts} | _of_hooks(trainer) | trainer.saver.totals()
             summary |= uptraining.reported(before, progress) if before is not None else {}
     finally:
         for observer in trainer.observers:
             observer.end(summary)
     if ranks.is_main:
         folder.failure.unlink(missing_ok=True)
-        folder.summary.write_text(json.dumps(summary, indent=2))
+        checkpoint.write_text(folder.summary, json.dumps(summary, indent=2))
         completion.show()
         _show(summary, folder)
     ranks.barrier()
@@ -172,6 +172,7 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
         checkpoints=run.folder.checkpoints,
         applied=applied | of_loop,
         hooks=hooks,
+        keep=config.checkpoint,
     )
     return trainer, executors.attached
 

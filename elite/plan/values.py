@@ -65,6 +65,8 @@ RULES = (
             "probe.steps",
             "calibrate.seed",
             "evaluate.files",
+            "checkpoint.keep_best",
+            "checkpoint.milestone_every",
         ),
     ),
     Rule(

@@ -1,5 +1,6 @@
 """The training loop: steps, validations, checkpoints, in that order; observers are told what happened."""
 
+import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -15,10 +16,13 @@ from elite import checkpoint
 from elite.config import TrainingConfig
 from elite.data.batches import TrainStream
 from elite.distributed.ranks import Ranks
+from elite.errors import CheckpointError
 from elite.executor.contract import Executor
-from elite.model import LoadedModel, load_trained, save_trained
+from elite.model import LoadedModel, load_trained
 from elite.optimizations.contract import Applied
 from elite.optimizations.hooks import Hook
+from elite.retention import CheckpointConfig
+from elite.training.saving import Saver
 from elite.training.step import optimizer_step
 from elite.training.telemetry import Meter
 from elite.training.validation import Validator
@@ -49,6 +53,10 @@ class Progress:
     last_val: dict[str, float] = field(default_factory=dict)
     best_val_loss: float = float("inf")
     best_step: int = 0
+    lowest: list[float] = field(default_factory=list)
+    """The lowest validation losses after steps, as many as checkpoints are kept for (`checkpoint.keep_best`)."""
+    val_step: int = 0
+    """Of `last_val`."""
     ended_by: str = ""
     """The hook that asked for the end before the last step."""
 
@@ -74,39 +82,56 @@ class Trainer:
     meter: Meter
     ranks: Ranks
     checkpoints: Path
+    """Where they are saved."""
     applied: dict[str, Applied]
     """What the optimizer's and the loop's optimizations touched."""
     hooks: Sequence[Hook] = ()
     """What acts around steps, in this order."""
     observers: Sequence[Observer] = ()
+    keep: CheckpointConfig = CheckpointConfig()
     progress: Progress = field(default_factory=Progress)
+    saver: Saver = field(init=False)
     _stop: bool = False
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.checkpoints, self.keep)
 
     def fit(self) -> Progress:
         """Train to the last step.
 
         Raises:
             Interrupted: a signal came; the step at work was finished and saved.
+            CheckpointError: the end could not be saved.
         """
         for hook in self.hooks:
             hook.begin()
         handlers = {number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            if self.progress.step == 0:
-                self._validate()
-            while not self._done:
-                self._step()
-                validates = self.progress.step == self.steps or self.progress.step % self.config.val_every == 0
-                improved = validates and self._validate()
-                stop = self.ranks.max(float(self._stop)) > 0
-                if self._done or stop or improved or self.progress.step % self.config.checkpoint_every == 0:
-                    self._save()
-                if stop and not self._done:
-                    raise Interrupted
+            with self.saver:
+                self._train()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         return self.progress
+
+    def _train(self) -> None:
+        if self.progress.step == 0:
+            self._validate()
+        while not self._done:
+            self._step()
+            validates = self.progress.step == self.steps or self.progress.step % self.config.val_every == 0
+            improved = validates and self._validate()
+            stop = self.ranks.max(float(self._stop)) > 0
+            asked = self.ranks.max(float(self.ranks.is_main and self.saver.asked())) > 0
+            if self._done or stop or improved or asked or self._due:
+                self._save(asked, last=self._done or stop)
+            if stop and not self._done:
+                raise Interrupted
+
+    @property
+    def _due(self) -> bool:
+        step = self.progress.step
+        return step % self.config.checkpoint_every == 0 or self.keep.is_milestone(step)
 
     @property
     def _done(self) -> bool:
@@ -149,19 +174,21 @@ class Trainer:
         record = {"step": state.step, "tokens": state.tokens, "loss": result.loss, "grad_norm": result.grad_norm, "lr": rate}
         for hook in self.hooks:
             record |= hook.metrics()
-        record |= {"context": context} | self.meter.read(result.tokens, context, time.perf_counter() - began)
+        record |= {"context": context} | self.saver.metrics() | self.meter.read(result.tokens, context, time.perf_counter() - began)
         for observer in self.observers:
             observer.step(record)
 
     def _validate(self) -> bool:
-        """Validate; whether the loss is the best so far (the first, before any step, only sets the mark)."""
+        """Validate; whether its checkpoint is to be kept: the loss is the best so far (the first, before any step, only sets the mark), or
+        among the best where several are kept."""
         with self.evaluating():
             losses = self.validator()
         memory = self.meter.memory()
         state = self.progress
         state.first_val = state.first_val or losses
-        state.last_val = losses
-        improved = losses["val_loss"] < state.best_val_loss and state.step > 0
+        state.last_val, state.val_step = losses, state.step
+        among_best = state.step > 0 and self._among_best(losses["val_loss"])
+        improved = among_best or (losses["val_loss"] < state.best_val_loss and state.step > 0)
         if losses["val_loss"] < state.best_val_loss:
             state.best_val_loss, state.best_step = losses["val_loss"], state.step
         asking = [hook.name for hook in self.hooks if hook.validated(state.step, losses)]
@@ -171,11 +198,28 @@ class Trainer:
             observer.validation({"step": state.step, "tokens": state.tokens, **losses, **memory})
         return improved
 
-    def _save(self) -> None:
+    def _among_best(self, loss: float) -> bool:
+        """Whether a validation loss after a step is among those that checkpoints are kept for; if so it is remembered."""
+        known, count = self.progress.lowest, self.keep.keep_best
+        among = math.isfinite(loss) and (len(known) < count or (count > 0 and loss < known[-1]))
+        if among:
+            self.progress.lowest = sorted([*known, loss])[:count]
+        return among and count > 1
+
+    def _save(self, asked: bool = False, last: bool = False) -> None:
+        """Save in the background; what is to be the last save of this process is waited for.
+
+        Args:
+            asked: by a person, who is told when it is there.
+
+        Raises:
+            CheckpointError: the last one could not be written.
+        """
         randoms = self.ranks.gather(checkpoint.random_state())
+        progress = self.progress
         if self.ranks.is_main:
             state = {
-                "progress": vars(self.progress),
+                "progress": vars(progress),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -183,9 +227,21 @@ class Trainer:
                 "random": randoms,
                 "hooks": {hook.name: hook.state() for hook in self.hooks},
             }
-            checkpoint.save(self.checkpoints, self.progress.step, lambda folder: save_trained(self.loaded, folder), state)
-            checkpoint.prune(self.checkpoints, {self.progress.step, self.progress.best_step})
-        self.ranks.barrier()
+            loss = progress.last_val["val_loss"] if progress.val_step == progress.step else None
+            self.saver.save(progress.step, loss, self.loaded, state, asked)
+        if last:
+            self._settle()
+
+    def _settle(self) -> None:
+        # All ranks learn how it ended: those that write nothing would go on, or wait for ever.
+        unsaved = self.ranks.broadcast(self.saver.settle() if self.ranks.is_main else None)
+        if unsaved is None:
+            return
+        before = checkpoint.latest(self.checkpoints)
+        goes_on = f"the same command continues from {before.name}" if before else "nothing had been saved before"
+        error = CheckpointError(f"the run's end is not saved: {unsaved.problem}", f"{unsaved.remedy}; {goes_on}")
+        error.shown = not self.ranks.is_main
+        raise error
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint folder, exactly where it was written."""
