@@ -4,14 +4,14 @@ A checkpoint is a folder `step_NNNNNN/` with `model/` (what is trained, in the l
 `state.json` (everything else: optimizer, schedule, scaler, random states, data position, counters), and `manifest.json` with
 the size and hash of every file, written last. It appears under its name only when complete.
 
-    tree.py      a tree of tensors and plain values as JSON and safetensors   manifest.py  what belongs to a checkpoint, what is wrong with it
-    randoms.py   the states of random generators                              disk.py      files that are whole or not there; full disks
+    tree.py      a tree of tensors and plain values as JSON and safetensors   manifest.py  what belongs to a checkpoint, what is wrong
+    randoms.py   the states of random generators                              disk.py      files whole or not there; full disks
     folder.py    writing, finding, reading and deleting checkpoints
 """
 
 from elite.checkpoint.disk import Unsaved, disk_trouble, write_folder, write_text
-from elite.checkpoint.folder import Snapshot, checkpoints, latest, load_state, losses, prune, require_latest, snapshot, write
-from elite.checkpoint.manifest import MANIFEST, fault
+from elite.checkpoint.folder import Snapshot, checkpoints, fault, latest, load_state, losses, prune, require_latest, snapshot, write
+from elite.checkpoint.manifest import MANIFEST
 from elite.checkpoint.randoms import random_state, set_random_state
 from elite.checkpoint.tree import Tensors, flatten, unflatten
 

@@ -227,7 +227,7 @@ class Trainer:
                 "random": randoms,
                 "hooks": {hook.name: hook.state() for hook in self.hooks},
             }
-            loss = progress.last_val["val_loss"] if progress.val_step == progress.step else None
+            loss = progress.last_val.get("val_loss") if progress.val_step == progress.step else None
             self.saver.save(progress.step, loss, self.loaded, state, asked)
         if last:
             self._settle()
