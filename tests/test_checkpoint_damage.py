@@ -251,4 +251,4 @@ def test_a_kill_while_one_step_is_saved_anew_leaves_a_valid_one(tmp_path: Path, 
 
 @pytest.mark.faults
 def test_many_kills_while_one_step_is_saved_anew_leave_a_valid_one(tmp_path: Path) -> None:
-    _killed_while_rewriting(tmp_path, 400)
+    _killed_while_rewriting(tmp_path, 300)
