@@ -6,7 +6,7 @@ Started by the launcher with the folder as its argument, or called in process un
 import json
 import statistics
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -334,6 +334,12 @@ def _off(percent: float | None) -> str:
     return "" if percent is None else f" ({percent:+.1f} %)"
 
 
+def _leave(folder: Path, words: str) -> None:
+    # A full disk may be the very reason; it has been shown, and must not be replaced by that of these words.
+    with suppress(OSError):
+        (folder / LAST_WORDS).write_text(words)
+
+
 def main() -> None:
     """The process's edge: an error is shown here and left in the folder, and its exit code tells the parent so."""
     start_logging()
@@ -343,10 +349,10 @@ def main() -> None:
             train(RunFolder(folder), ranks)
     except EliteError as error:
         show(error)
-        (folder / LAST_WORDS).write_text(error.problem)
+        _leave(folder, error.problem)
         sys.exit(error.exit_code)
     except Interrupted:
         sys.exit(130)
     except Exception as error:
-        (folder / LAST_WORDS).write_text(f"{type(error).__name__}: {error}".splitlines()[0])
+        _leave(folder, f"{type(error).__name__}: {error}".splitlines()[0])
         raise
