@@ -124,6 +124,22 @@ def test_lines_that_found_no_room_come_in_order_and_whole(disk: Disk, caplog: py
     assert caplog.text.count("takes no more lines") == 1
 
 
+def test_a_run_that_went_back_on_a_full_disk_has_each_step_once(disk: Disk) -> None:
+    room = disk("size=1m")
+    file = MetricsFile(room / "metrics.jsonl", 0)
+    fill(room, leave_bytes=5_000)
+    for step in range(1, 501):
+        file.step({"step": step, "loss": 1.0})
+    assert 0 < len((room / "metrics.jsonl").read_bytes().splitlines()) < 400
+    for step in range(401, 601):
+        file.step({"step": step, "loss": 2.0})
+    (room / "ballast").unlink()
+    file.end({})
+    lines = read(room / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [*range(1, 601)]
+    assert [line["loss"] for line in lines] == [1.0] * 400 + [2.0] * 200
+
+
 def test_a_run_that_continues_on_a_full_disk_keeps_its_lines(disk: Disk) -> None:
     room = disk("size=1m")
     path = room / "metrics.jsonl"
