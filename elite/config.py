@@ -15,6 +15,7 @@ from elite.ablation import AblationConfig
 from elite.curriculum import CurriculumConfig
 from elite.mode_options import CalibrateConfig, EvaluateConfig, LrRangeConfig, ProbeConfig
 from elite.optimizations import OptimizationsConfig
+from elite.retention import CheckpointConfig
 from elite.scaling import LrScaling
 from elite.stability import StabilityConfig
 from elite.streaming import BoundaryEncoding, Keep, Place, WeightPlace
@@ -352,6 +353,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)

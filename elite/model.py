@@ -1,6 +1,7 @@
 """Load a causal language model, stretch its positions, apply the plan's optimizations in order, attach adapters."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,11 @@ class LoadedModel:
     def adapted(self) -> bool:
         """Whether adapters are trained beside the model."""
         return self.model is not self.core
+
+    @property
+    def trains_everything(self) -> bool:
+        """Whether every parameter of the model is trained, and the model itself is the result."""
+        return not self.adapted and all(p.requires_grad for p in self.core.parameters())
 
 
 def apply_stage(stage: Stage, decisions: tuple[Decision, ...], target: Any) -> dict[str, Applied]:
@@ -164,14 +170,38 @@ def _with_adapters(core: PreTrainedModel, config: RunConfig) -> Any:
     return model
 
 
-def save_trained(loaded: LoadedModel, folder: Path) -> None:
-    """Write what is trained: an adapter (peft), a whole model (transformers), or some of a model's tensors under their names in it."""
-    trained = {name: p for name, p in loaded.core.named_parameters() if p.requires_grad}
-    if not loaded.adapted and len(trained) < len(list(loaded.core.parameters())):
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().contiguous() for name, p in trained.items()}, folder / "trained.safetensors")
-    else:
-        export(loaded, folder)
+@dataclass(frozen=True)
+class TrainedCopy:
+    """What is trained, copied to host memory: it can be written while training goes on."""
+
+    save: Callable[[Path], None]
+    """Writes it: an adapter (peft), a whole model (transformers), or some of a model's tensors under their names in it."""
+    nbytes: int
+
+
+def copy_trained(loaded: LoadedModel) -> TrainedCopy:
+    """Copy what is trained; where tensors are one, such as tied embeddings, so are their copies."""
+    everything = loaded.trains_everything
+    named = loaded.core.state_dict() if everything else {n: p for n, p in loaded.model.named_parameters() if p.requires_grad}
+    state, copies = dict[str, torch.Tensor](), dict[tuple[Any, ...], torch.Tensor]()
+    for name, tensor in named.items():
+        # What `state_dict` returns twice for one storage are two objects.
+        place = tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        if place not in copies:
+            copies[place] = tensor.detach().to("cpu", copy=True).contiguous()
+        state[name] = copies[place]
+
+    def save(folder: Path) -> None:
+        if loaded.adapted:
+            # `save_embedding_layers="auto"` would ask the hub about the base model's vocabulary.
+            loaded.model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+        elif everything:
+            loaded.core.save_pretrained(folder, state_dict=state)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / "trained.safetensors")
+
+    return TrainedCopy(save, sum(copy.nbytes for copy in copies.values()))
 
 
 def export(loaded: LoadedModel, folder: Path) -> None:
@@ -184,7 +214,7 @@ def export(loaded: LoadedModel, folder: Path) -> None:
 
 
 def load_trained(loaded: LoadedModel, folder: Path) -> None:
-    """Read what `save_trained` wrote into the model, on whatever device it is.
+    """Read what `copy_trained` saved into the model, on whatever device it is.
 
     Raises:
         ModelError: the files belong to another model or rank.

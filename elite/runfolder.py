@@ -9,7 +9,7 @@ preflight.json     what was measured before a step      report.html     all of i
 job.json           as a job of a multirun               error.txt       why a process failed, if one did
 difficulty.json    how the untrained model found each file, if it was asked
 base/              a converted model, where adapters     saved.txt       what was saved when a signal ended it
-                   belong to it
+                   belong to it                          checkpoint_now  made by a person: save after the step at work
 evaluation.json    what mode=evaluate found
 """
 

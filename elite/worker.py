@@ -6,7 +6,7 @@ Started by the launcher with the folder as its argument, or called in process un
 import json
 import statistics
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def train(folder: RunFolder, ranks: Ranks) -> None:
         EliteError: the run cannot go on; its checkpoints are intact.
         Interrupted: a signal ended it; its last step is saved.
     """
-    with folder.held() if ranks.is_main else nullcontext():
+    with folder.held() if ranks.is_main else nullcontext(), checkpoint.disk_trouble(folder.path):
         _train(folder, ranks)
 
 
@@ -122,7 +122,7 @@ def _carried_out(parts: _Parts) -> None:
         with trainer.evaluating():
             completion.write("after")
             if ranks.is_main:
-                export(loaded, folder.final)
+                checkpoint.write_folder(folder.final, lambda place: export(loaded, place))
         measured = meter.measured_peak_bytes()
         if ranks.is_main:
             if before is not None:
@@ -130,14 +130,14 @@ def _carried_out(parts: _Parts) -> None:
             applied = run.applied | loaded.applied | trainer.applied | completion.applied
             acts = {name: act.words for name, act in applied.items()}
             pinned = pinned_bytes(attached.runner.host_bytes() if attached else 0, ranks.device) + paged_bytes(trainer.optimizer)
-            summary = _summary(run, progress, meter, measured, pinned) | {"applied": acts} | _of_hooks(trainer)
+            summary = _summary(run, progress, meter, measured, pinned) | {"applied": acts} | _of_hooks(trainer) | trainer.saver.totals()
             summary |= uptraining.reported(before, progress) if before is not None else {}
     finally:
         for observer in trainer.observers:
             observer.end(summary)
     if ranks.is_main:
         folder.failure.unlink(missing_ok=True)
-        folder.summary.write_text(json.dumps(summary, indent=2))
+        checkpoint.write_text(folder.summary, json.dumps(summary, indent=2))
         completion.show()
         _show(summary, folder)
     ranks.barrier()
@@ -174,6 +174,7 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
         applied=applied | of_loop,
         hooks=hooks,
         stability=config.stability,
+        keep=config.checkpoint,
     )
     return trainer, executors.attached
 
@@ -338,6 +339,12 @@ def _off(percent: float | None) -> str:
     return "" if percent is None else f" ({percent:+.1f} %)"
 
 
+def _leave(folder: Path, words: str) -> None:
+    # A full disk may be the very reason; it has been shown, and must not be replaced by that of these words.
+    with suppress(OSError):
+        (folder / LAST_WORDS).write_text(words)
+
+
 def main() -> None:
     """The process's edge: an error is shown here and left in the folder, and its exit code tells the parent so."""
     start_logging()
@@ -347,10 +354,10 @@ def main() -> None:
             train(RunFolder(folder), ranks)
     except EliteError as error:
         show(error)
-        (folder / LAST_WORDS).write_text(error.problem)
+        _leave(folder, error.problem)
         sys.exit(error.exit_code)
     except Interrupted as error:
         sys.exit(left_behind(folder, error.number, error.step))
     except Exception as error:
-        (folder / LAST_WORDS).write_text(f"{type(error).__name__}: {error}".splitlines()[0])
+        _leave(folder, f"{type(error).__name__}: {error}".splitlines()[0])
         raise

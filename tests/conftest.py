@@ -14,6 +14,7 @@ from elite.config import CONF_DIR
 from elite.distributed.ranks import joined
 from elite.runfolder import RunFolder
 
+pytest_plugins = ["tests.disks"]
 ROOT = CONF_DIR.parent
 Program = Callable[..., subprocess.CompletedProcess[str]]
 Trained = Callable[..., RunFolder]

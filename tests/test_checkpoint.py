@@ -14,7 +14,7 @@ def write(folder: Path, step: int, state: dict[str, object]) -> Path:
         path.mkdir()
         (path / "weights").write_bytes(b"w" * 100)
 
-    return checkpoint.save(folder, step, save_model, state)
+    return checkpoint.write(folder, checkpoint.snapshot(step, save_model, state))
 
 
 def equal(one: object, two: object) -> bool:
@@ -100,8 +100,8 @@ def test_an_unfinished_save_leaves_no_checkpoint(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     write(tmp_path, 1, {})
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(tmp_path, 2, fail, {})
+    with pytest.raises(checkpoint.Unsaved, match="disk full"):
+        checkpoint.write(tmp_path, checkpoint.snapshot(2, fail, {}))
     assert [path.name for path in tmp_path.glob("step_*")] == ["step_000001"]
     checkpoint.prune(tmp_path, {1})
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
@@ -122,4 +122,4 @@ def test_what_cannot_be_stored_is_refused() -> None:
 def test_the_manifest_names_every_file(tmp_path: Path) -> None:
     path = write(tmp_path, 3, {"x": torch.ones(2)})
     names = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
-    assert set(json.loads((path / checkpoint.MANIFEST).read_text())) == names - {checkpoint.MANIFEST}
+    assert set(json.loads((path / checkpoint.MANIFEST).read_text())["files"]) == names - {checkpoint.MANIFEST}

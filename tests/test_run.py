@@ -26,6 +26,7 @@ from tests.models import tiny
 STEP_FIELDS = {
     "step", "tokens", "loss", "grad_norm", "lr", "context", "tokens_per_s", "tflops", "mfu",
     "gpu_peak_bytes", "gpu_reserved_bytes", "host_rss_bytes", "step_time_s", "skipped_steps", "spikes", "rewinds",
+    "checkpoint_blocked_s", "checkpoint_s",
 }  # fmt: skip
 
 

@@ -29,6 +29,8 @@ FIELDS = {
     "tflops": "perf/tflops",
     "mfu": "perf/mfu",
     "step_time_s": "perf/step_time_s",
+    "checkpoint_blocked_s": "perf/checkpoint_blocked_s",
+    "checkpoint_s": "perf/checkpoint_s",
     "gpu_peak_bytes": "mem/gpu_peak_gib",
     "gpu_reserved_bytes": "mem/gpu_reserved_gib",
     "host_rss_bytes": "mem/host_rss_gib",

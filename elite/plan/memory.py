@@ -38,6 +38,7 @@ NOT_MODELLED = (
     "loading: weights pass through host memory before they are converted",
     "host memory beyond a CPU run's tensors: libraries and the allocator's slack, which outweigh the tensors of a small run",
     "evaluation, which keeps no activations",
+    "a checkpoint's copy in host memory while it is written, but for a warning where it exceeds what a GPU's host has",
 )
 
 

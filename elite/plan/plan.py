@@ -308,6 +308,10 @@ def _warnings(config: RunConfig, made: Prediction, corpus: Corpus, batch: BatchG
         )
     if made.fits and may_be_held_up(made.estimate.total, made.decisions, facts.device):
         found.append("freed memory may lie in blocks too small to use, and the run end short of it: optimizations.memory_pool.enabled=true")
+    copied, usable = _checkpoint_bytes(facts, made.estimate, made.decisions), host_usable(facts.device)
+    if facts.device.kind == "cuda" and made.host_bytes + copied > usable:
+        beside = f", beside {gib(made.host_bytes)} pinned" if made.host_bytes else ""
+        found.append(f"a checkpoint is {gib(copied)} of host memory while it is written{beside}: {gib(usable)} can be used")
     if not facts.device.present:
         found.append(f"{facts.device.name} is not in this machine: this is a plan for it, with its data sheet's rates")
     elif made.disk_bytes > facts.device.disk_free_bytes > 0:

@@ -67,6 +67,8 @@ RULES = (
             "calibrate.seed",
             "evaluate.files",
             "stability.max_skips",
+            "checkpoint.keep_best",
+            "checkpoint.milestone_every",
         ),
     ),
     Rule(

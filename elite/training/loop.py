@@ -1,5 +1,6 @@
 """The training loop: steps, validations, checkpoints, in that order; observers are told what happened."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,11 +15,14 @@ from elite import checkpoint
 from elite.config import TrainingConfig
 from elite.data.batches import Batch, TrainStream
 from elite.distributed.ranks import Ranks
+from elite.errors import CheckpointError
 from elite.executor.contract import Executor
-from elite.model import LoadedModel, load_trained, save_trained
+from elite.model import LoadedModel, load_trained
 from elite.optimizations.contract import Applied
 from elite.optimizations.hooks import Hook
+from elite.retention import CheckpointConfig
 from elite.stability import NonFinite, StabilityConfig, Verdict
+from elite.training.saving import Saver
 from elite.training.signals import StopRequest
 from elite.training.stability import Setbacks, judged, rewound
 from elite.training.step import DivergedError, StepResult, optimizer_step
@@ -53,6 +57,10 @@ class Progress(Setbacks):
     last_val: dict[str, float] = field(default_factory=dict)
     best_val_loss: float = float("inf")
     best_step: int = 0
+    lowest: list[float] = field(default_factory=list)
+    """The lowest validation losses after steps, as many as checkpoints are kept for (`checkpoint.keep_best`)."""
+    val_step: int = 0
+    """Of `last_val`."""
     ended_by: str = ""
     """The hook that asked for the end before the last step."""
 
@@ -87,13 +95,19 @@ class Trainer:
     meter: Meter
     ranks: Ranks
     checkpoints: Path
+    """Where they are saved."""
     applied: dict[str, Applied]
     """What the optimizer's and the loop's optimizations touched."""
     hooks: Sequence[Hook] = ()
     """What acts around steps, in this order."""
     observers: Sequence[Observer] = ()
+    keep: CheckpointConfig = CheckpointConfig()
     progress: Progress = field(default_factory=Progress)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
+    saver: Saver = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.checkpoints, self.keep)
 
     def fit(self) -> Progress:
         """Train to the last step.
@@ -101,22 +115,15 @@ class Trainer:
         Raises:
             Interrupted: a signal came; the step at work was finished and saved.
             DivergedError: steps with bad numbers left no way on; the state before the last of them is saved.
+            CheckpointError: the end could not be saved.
         """
         for hook in self.hooks:
             hook.begin()
-        with StopRequest() as request:
+        with StopRequest() as request, self.saver:
             self._begin()
             while not self._done:
-                if not self._step():
-                    continue
-                validates = self.progress.step == self.steps or self.progress.step % self.config.val_every == 0
-                improved = validates and self._validate()
-                # All ranks must end at one step; each may have got the signal at another.
-                stop = int(self.ranks.max(float(request.number)))
-                if self._done or stop or improved or self.progress.step % self.config.checkpoint_every == 0:
-                    self._save()
-                if stop and not self._done:
-                    raise Interrupted(stop, self.progress.step)
+                if self._step():
+                    self._after_step(request)
         return self.progress
 
     def _begin(self) -> None:
@@ -126,6 +133,18 @@ class Trainer:
         self._validate()
         if self.stability.non_finite is NonFinite.rewind or any(hook.may_rewind() for hook in self.hooks):
             self._save()
+
+    def _after_step(self, request: StopRequest) -> None:
+        """Validate, save and end, as the step at hand asks for."""
+        step = self.progress.step
+        improved = (step == self.steps or step % self.config.val_every == 0) and self._validate()
+        # All ranks must end at one step; each may have got the signal at another.
+        stop = int(self.ranks.max(float(request.number)))
+        asked = self.ranks.max(float(self.ranks.is_main and self.saver.asked())) > 0
+        if self._done or stop or improved or asked or step % self.config.checkpoint_every == 0 or self.keep.is_milestone(step):
+            self._save(asked, last=self._done or stop > 0)
+        if stop and not self._done:
+            raise Interrupted(stop, step)
 
     @property
     def _done(self) -> bool:
@@ -151,7 +170,7 @@ class Trainer:
         except DivergedError:
             # A run that continues meets this batch again, under whatever policy it is given then.
             self.stream.load_state(before)
-            self._save()
+            self._save(last=True)
             raise
         if result.verdict is Verdict.rewind:
             self._rewind()
@@ -169,7 +188,8 @@ class Trainer:
         record = {"step": state.step, "tokens": state.tokens, "loss": result.loss, "grad_norm": result.grad_norm, "lr": rate}
         for hook in self.hooks:
             record |= hook.metrics()
-        record |= state.counters() | {"context": context} | self.meter.read(result.tokens, context, time.perf_counter() - began)
+        record |= state.counters() | {"context": context} | self.saver.metrics()
+        record |= self.meter.read(result.tokens, context, time.perf_counter() - began)
         for observer in self.observers:
             observer.step(record)
         return True
@@ -192,6 +212,7 @@ class Trainer:
 
     def _rewind(self) -> None:
         """Go back to the last checkpoint in everything but the data, which goes on behind what has been seen, and the counters."""
+        self.saver.settle()
         folder = self.ranks.broadcast(checkpoint.require_latest(self.checkpoints) if self.ranks.is_main else None)
         setbacks, tokens, position = self.progress, self.progress.tokens, self.stream.state()
         self.resume(folder)
@@ -201,14 +222,16 @@ class Trainer:
         rewound(self.progress, self.stability, self.progress.step)
 
     def _validate(self) -> bool:
-        """Validate; whether the loss is the best so far (the first, before any step, only sets the mark)."""
+        """Validate; whether its checkpoint is to be kept: the loss is the best so far (the first, before any step, only sets the mark), or
+        among the best where several are kept."""
         with self.evaluating():
             losses = self.validator()
         memory = self.meter.memory()
         state = self.progress
         state.first_val = state.first_val or losses
-        state.last_val = losses
-        improved = losses["val_loss"] < state.best_val_loss and state.step > 0
+        state.last_val, state.val_step = losses, state.step
+        among_best = state.step > 0 and self._among_best(losses["val_loss"])
+        improved = among_best or (losses["val_loss"] < state.best_val_loss and state.step > 0)
         if losses["val_loss"] < state.best_val_loss:
             state.best_val_loss, state.best_step = losses["val_loss"], state.step
         asking = [hook.name for hook in self.hooks if hook.validated(state.step, losses)]
@@ -218,11 +241,28 @@ class Trainer:
             observer.validation({"step": state.step, "tokens": state.tokens, **losses, **memory})
         return improved
 
-    def _save(self) -> None:
+    def _among_best(self, loss: float) -> bool:
+        """Whether a validation loss after a step is among those that checkpoints are kept for; if so it is remembered."""
+        known, count = self.progress.lowest, self.keep.keep_best
+        among = math.isfinite(loss) and (len(known) < count or (count > 0 and loss < known[-1]))
+        if among:
+            self.progress.lowest = sorted([*known, loss])[:count]
+        return among and count > 1
+
+    def _save(self, asked: bool = False, last: bool = False) -> None:
+        """Save in the background; what is to be the last save of this process is waited for.
+
+        Args:
+            asked: by a person, who is told when it is there.
+
+        Raises:
+            CheckpointError: the last one could not be written.
+        """
         randoms = self.ranks.gather(checkpoint.random_state())
+        progress = self.progress
         if self.ranks.is_main:
             state = {
-                "progress": vars(self.progress),
+                "progress": vars(progress),
                 "optimizer": self.optimizer.state_dict(),
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -230,9 +270,21 @@ class Trainer:
                 "random": randoms,
                 "hooks": {hook.name: hook.state() for hook in self.hooks},
             }
-            checkpoint.save(self.checkpoints, self.progress.step, lambda folder: save_trained(self.loaded, folder), state)
-            checkpoint.prune(self.checkpoints, {self.progress.step, self.progress.best_step})
-        self.ranks.barrier()
+            loss = progress.last_val.get("val_loss") if progress.val_step == progress.step else None
+            self.saver.save(progress.step, loss, self.loaded, state, asked)
+        if last:
+            self._settle()
+
+    def _settle(self) -> None:
+        # All ranks learn how it ended: those that write nothing would go on, or wait for ever.
+        unsaved = self.ranks.broadcast(self.saver.settle() if self.ranks.is_main else None)
+        if unsaved is None:
+            return
+        before = checkpoint.latest(self.checkpoints)
+        goes_on = f"the same command continues from {before.name}" if before else "nothing had been saved before"
+        error = CheckpointError(f"the run's end is not saved: {unsaved.problem}", f"{unsaved.remedy}; {goes_on}")
+        error.shown = not self.ranks.is_main
+        raise error
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint folder, exactly where it was written."""

@@ -19,7 +19,7 @@ from elite.compose import from_overrides
 from elite.config import RunConfig
 from elite.errors import ConfigError, ModelError, PlanError
 from elite.facts import NO_CORPUS
-from elite.model import LoadedModel, _train_converted, apply_stage, load_trained, save_trained
+from elite.model import LoadedModel, _train_converted, apply_stage, copy_trained, load_trained
 from elite.optimizations import OptimizationsConfig, decide, reshaped
 from elite.optimizations.contract import Stage
 from elite.optimizations.gqa_conversion import GQAConversion, HeadInit
@@ -209,7 +209,7 @@ def test_a_checkpoint_holds_what_is_trained_and_gives_it_back(tmp_path: Path) ->
     one, two = made(), made()
     for parameter in one.trainable:
         parameter.data.add_(1)
-    save_trained(one, tmp_path)
+    copy_trained(one).save(tmp_path)
     load_trained(two, tmp_path)
     assert len(one.trainable) == 2 * 2 * 2
     assert all(torch.equal(a, b) for a, b in zip(one.core.parameters(), two.core.parameters(), strict=True))

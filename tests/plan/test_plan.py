@@ -204,3 +204,13 @@ def test_a_disk_too_small_is_said() -> None:
     small, large = (make_plan(config, replace(here, disk_free_bytes=free), phi2(), CORPUS) for free in (10**9, 10**15))
     assert any("of disk, 0.93 GiB are free" in warning for warning in small.warnings)
     assert not any("of disk" in warning for warning in large.warnings)
+
+
+def test_a_checkpoint_that_the_host_cannot_hold_meanwhile_is_a_warning() -> None:
+    config, machine = run_config(), device("rtx3090")
+    made = plan(config, machine)
+    assert not any("a checkpoint is" in warning for warning in made.warnings)
+    spare = int(machine.host_ram_bytes - made.host_usable_bytes)
+    for more, warned in ((1024, False), (-1024, True)):
+        small = replace(machine, host_ram_bytes=spare + int(made.host_bytes + made.checkpoint_bytes) + more)
+        assert any("of host memory while it is written" in warning for warning in plan(config, small).warnings) == warned

@@ -12,7 +12,7 @@ import torch
 from elite import checkpoint
 from elite.config import Schedule, ScheduleConfig
 from elite.errors import PlanError
-from elite.model import load_trained, save_trained
+from elite.model import copy_trained, load_trained
 from elite.optimizations import OptimizationsConfig, decide
 from elite.optimizations.contract import Decision
 from elite.training.loop import Interrupted
@@ -100,7 +100,7 @@ def test_validation_and_export_see_the_average_and_training_the_weights(tmp_path
     trained = weights(averaged)
     assert all(torch.equal(one, two) for one, two in zip(trained, weights(plain), strict=True))
     with averaged.evaluating():
-        save_trained(averaged.loaded, tmp_path / "final")
+        copy_trained(averaged.loaded).save(tmp_path / "final")
     assert all(torch.equal(one, two) for one, two in zip(trained, weights(averaged), strict=True))
     load_trained(plain.loaded, tmp_path / "final")
     assert plain.validator()["val_loss"] == record.validations[-1]["val_loss"]
