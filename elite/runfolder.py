@@ -8,6 +8,7 @@ micro_batch.json   how training.micro_batch=auto ended  failure.json    how memo
 preflight.json     what was measured before a step      report.html     all of it on one page, for people
 job.json           as a job of a multirun               error.txt       why a process failed, if one did
 difficulty.json    how the untrained model found each file, if it was asked
+mid_step/          what the step at work has done, if that is kept
 base/              a converted model, where adapters belong to it
 evaluation.json    what mode=evaluate found
 """
@@ -65,6 +66,7 @@ class RunFolder:
         self.failure = path / "failure.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.mid_step = path / "mid_step"
         self.final = path / "final"
         self.base = path / "base"
         self.summary = path / "summary.json"

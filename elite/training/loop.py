@@ -15,7 +15,7 @@ from elite import checkpoint
 from elite.config import TrainingConfig
 from elite.data.batches import TrainStream
 from elite.distributed.ranks import Ranks
-from elite.executor.contract import Executor
+from elite.executor.contract import Executor, StepCut, StepJournal
 from elite.model import LoadedModel, load_trained, save_trained
 from elite.optimizations.contract import Applied
 from elite.optimizations.hooks import Hook
@@ -54,7 +54,7 @@ class Progress:
 
 
 class Interrupted(Exception):
-    """A signal asked the run to end; a checkpoint of the last finished step is on disk."""
+    """A signal asked the run to end; a checkpoint of the last finished step is on disk, with a journal what the one at work has done."""
 
 
 @dataclass
@@ -79,6 +79,8 @@ class Trainer:
     hooks: Sequence[Hook] = ()
     """What acts around steps, in this order."""
     observers: Sequence[Observer] = ()
+    journal: StepJournal | None = None
+    """Keeps what the step at work has done (training.mid_step_checkpoint)."""
     progress: Progress = field(default_factory=Progress)
     _stop: bool = False
 
@@ -86,21 +88,29 @@ class Trainer:
         """Train to the last step.
 
         Raises:
-            Interrupted: a signal came; the step at work was finished and saved.
+            Interrupted: a signal came; the step at work was finished and saved, or cut off with a journal of what it has done.
         """
         for hook in self.hooks:
             hook.begin()
         handlers = {number: signal.signal(number, self._request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            if self.progress.step == 0:
+            if self.progress.step == 0 and not self.progress.first_val:
                 self._validate()
+                if self.journal is not None:
+                    # What the first step has done is of use only with what it began from.
+                    self._save()
             while not self._done:
-                self._step()
+                try:
+                    self._step()
+                except StepCut as cut:
+                    raise Interrupted from cut
                 validates = self.progress.step == self.steps or self.progress.step % self.config.val_every == 0
                 improved = validates and self._validate()
                 stop = self.ranks.max(float(self._stop)) > 0
-                if self._done or stop or improved or self.progress.step % self.config.checkpoint_every == 0:
+                if self._done or stop or improved or self.progress.step % self.config.saves_every == 0:
                     self._save()
+                    if self.journal is not None:
+                        self.journal.end()
                 if stop and not self._done:
                     raise Interrupted
         finally:
@@ -131,6 +141,8 @@ class Trainer:
         rate = float(self.optimizer.param_groups[0]["lr"])
         state, parameters, norm = self.progress, self.loaded.trainable, self.config.max_grad_norm
         number = state.step + 1
+        if self.journal is not None:
+            self.journal.begin(number, window, self.scaler.get_scale(), lambda: self._stop)
 
         def of_hooks() -> None:
             for hook in self.hooks:

@@ -17,7 +17,7 @@ DIGEST_BYTES = 2**24
 
 def raw(tensor: Tensor) -> memoryview:
     """A tensor's bytes, for hashing."""
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def sync(path: Path) -> None:
