@@ -18,12 +18,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from elite import checkpoint
-from elite.data.batches import random_batch
+from elite.data.batches import Batch, random_batch
 from elite.executor.contract import StepCut
 from elite.executor.streamed import files
 from elite.executor.streamed.attach import attach
 from elite.executor.streamed.executor import StreamedExecutor
-from elite.executor.streamed.journal import JOURNAL
+from elite.executor.streamed.journal import EMBED, HEAD, JOURNAL, forward_stage
 from elite.executor.streamed.mid_step import MidStep
 from elite.streaming import Keep, Place, Streaming
 from elite.training.loop import Interrupted, Trainer
@@ -63,6 +63,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     number: int = 5
     seed: int = 11
+    rows: int = 2
+    tail: int = TAIL
     tokens: int = 2
     """Seed of the batches."""
 
@@ -74,6 +76,10 @@ class Case:
         torch.manual_seed(4)
         options = LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.2, task_type="CAUSAL_LM", init_lora_weights=False)
         return get_peft_model(core, options).train()
+
+    def window(self) -> list[Batch]:
+        generator = torch.Generator().manual_seed(self.tokens)
+        return [random_batch(self.rows, TOKENS, VOCABULARY, generator, self.tail) for _ in range(PASSES)]
 
     def process(self, folder: Path, call: int | None = None, stage: int | None = None, factor: float = 1.0) -> Done:
         """The step from its beginning, or from what an earlier process has left in `folder`, with everything else made anew.
@@ -89,8 +95,7 @@ class Case:
             parameter.data.mul_(factor if parameter.requires_grad else 1)
         attached = attach(model, replace(self.layout, folder=str(folder / "others")))
         journal, executor = MidStep(attached.runner, core, folder / "mid_step", ALONE), StreamedExecutor(model, self.dtype)
-        generator = torch.Generator().manual_seed(self.tokens)
-        window = [random_batch(2, TOKENS, VOCABULARY, generator, TAIL) for _ in range(PASSES)]
+        window = self.window()
 
         def stopping() -> bool:
             done.stages += 1
@@ -162,8 +167,8 @@ def test_a_journal_changes_nothing(case: Case, tmp_path: Path) -> None:
     plain = replace(case.layout, journal=False, boundaries=Place.host)
     attach(model, plain)
     torch.manual_seed(case.seed)
-    generator, executor, losses = torch.Generator().manual_seed(case.tokens), StreamedExecutor(model, case.dtype), []
-    for batch in [random_batch(2, TOKENS, VOCABULARY, generator, TAIL) for _ in range(PASSES)]:
+    executor, losses = StreamedExecutor(model, case.dtype), []
+    for batch in case.window():
         loss = executor.loss_sum(batch) / LABELS
         loss.backward()
         losses.append(loss.detach())
@@ -308,6 +313,31 @@ def test_files_that_a_kill_left_behind_do_no_harm(half_done: Path, tmp_path: Pat
     again = Case().process(tmp_path)
     assert_equal(again, whole)
     assert again.stages == whole.stages - 6
+
+
+def test_a_step_tried_again_in_one_process_goes_on(tmp_path: Path) -> None:
+    # One document, so that the last layer's backward begins with the keys that its forward has left.
+    case = Case(full=True, rows=1, tail=0)
+    model = case.model()
+    attached = attach(model, replace(case.layout, folder=str(tmp_path / "others")))
+    journal, executor = MidStep(attached.runner, model, tmp_path / "mid_step", ALONE), StreamedExecutor(model, case.dtype)
+    window, losses, stages = case.window(), [], iter([EMBED, *map(forward_stage, range(LAYERS)), HEAD])
+    torch.manual_seed(case.seed)
+    random = torch.get_rng_state()
+    journal.begin(case.number, window, 1.0, lambda: next(stages) == HEAD)
+    with pytest.raises(StepCut):
+        executor.loss_sum(window[0])
+    # What lies in memory is another pass's now.
+    attached.runner.journal = None
+    executor.loss_sum(window[1]).detach_()
+    torch.set_rng_state(random)
+    journal.begin(case.number, window, 1.0, lambda: False)
+    for batch in window:
+        losses.append(executor.loss_sum(batch) / LABELS)
+        losses[-1].backward()
+    found = Done({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, losses)
+    assert_equal(found, undisturbed(case))
+    journal.end()
 
 
 def trained(folder: Path, calls: Done, last: int | None = None) -> Trainer:
