@@ -266,11 +266,18 @@ class TrainingConfig:
     """Deterministic kernels, at some cost in speed."""
     preflight: bool | None = None
     """Before the first step, measure a pass on random tokens and stop if it does not fit; unset: on a GPU."""
+    mid_step_checkpoint: bool = False
+    """Keep what a step has done on disk, layer by layer, and a checkpoint after each step (executor=streamed executor.boundaries=disk)."""
 
     @property
     def sequences(self) -> int:
         """`micro_batch` as a number; `auto` counts as one until a plan has settled it."""
         return self.micro_batch if isinstance(self.micro_batch, int) else 1
+
+    @property
+    def saves_every(self) -> int:
+        """Optimizer steps between checkpoints: a step that was cut off goes on from the one before it."""
+        return 1 if self.mid_step_checkpoint else self.checkpoint_every
 
 
 @dataclass(frozen=True)
@@ -295,7 +302,7 @@ class ExecutorConfig:
     weights: WeightPlace | None = None
     """Where frozen weights of the decoder layers wait."""
     folder: str | None = None
-    """Where boundaries on disk are kept; unset: `output.cache`."""
+    """Where boundaries on disk are kept; unset: `output.cache`. With `training.mid_step_checkpoint` a step's are in the run folder."""
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,9 @@ def checked(run: Run, loaded: LoadedModel, trainer: Trainer, attached: Attached 
     ranks, wanted = run.ranks, run.config.training.preflight
     if not (ranks.device.type == "cuda" if wanted is None else wanted):
         return
+    if run.folder.mid_step.is_dir():
+        # A step that was cut off has shown what it takes, and its files may leave no room on the disk for others as large.
+        return
     there = sum(v.nbytes for one in trainer.optimizer.state.values() for v in one.values() if isinstance(v, torch.Tensor))
     # Validation's executor has the bare model.
     held = max(0.0, run.plan["memory"]["optimizer_state"] - there)

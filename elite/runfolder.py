@@ -10,6 +10,7 @@ job.json           as a job of a multirun               error.txt       why a pr
 difficulty.json    how the untrained model found each file, if it was asked
 base/              a converted model, where adapters     saved.txt       what was saved when a signal ended it
                    belong to it                          checkpoint_now  made by a person: save after the step at work
+mid_step/          what the step at work has done, if that is kept
 evaluation.json    what mode=evaluate found
 """
 
@@ -67,6 +68,7 @@ class RunFolder:
         self.failure = path / "failure.json"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.mid_step = path / "mid_step"
         self.final = path / "final"
         self.base = path / "base"
         self.summary = path / "summary.json"

@@ -88,6 +88,8 @@ class Streaming:
     weights: WeightPlace = WeightPlace.resident
     folder: str | None = None
     """Where boundaries on disk are kept; needed for `boundaries=disk` alone."""
+    journal: bool = False
+    """Whether a training step can be cut off and go on layer by layer (elite/executor/streamed/journal.py)."""
 
     def keeps_keys(self, row_bytes: float, boundary_bytes: float) -> bool:
         """Whether keys and values are kept with the attention outputs: where they take no more than what they could be computed from.
@@ -129,6 +131,33 @@ def check_layout(layout: Streaming) -> None:
         )
     if layout.keys_values is Place.disk:
         raise PlanError("executor.keys_values=disk: keys and values are read for every chunk", "executor.keys_values=host")
+    if layout.journal:
+        check_journal(layout.boundaries, layout.keep, layout.encoding)
     for name, value in (("chunk", layout.chunk), ("block", layout.block), ("slots", layout.slots)):
         if value < 1:
             raise PlanError(f"executor.{name}={value}: must be positive", f"leave executor.{name} out")
+
+
+JOURNALED = (Keep.attention, Keep.layers)
+"""What may be kept where progress within a step is: every layer finds its own input, whatever was cut off."""
+
+
+def check_journal(boundaries: Place | None, keep: Keep | None, encoding: BoundaryEncoding) -> None:
+    """Refuse layouts whose progress within a step cannot be kept; what is None is still open.
+
+    Raises:
+        PlanError: this is one.
+    """
+    switch = "training.mid_step_checkpoint=true"
+    if boundaries is not Place.disk:
+        raise PlanError(f"{switch}: what a step has done must lie in files", "executor.boundaries=disk")
+    if keep is not None and keep not in JOURNALED:
+        raise PlanError(
+            f"{switch} with executor.keep={keep.value}: layers without a boundary of their own would be lost with the one at work",
+            "executor.keep=layers or executor.keep=attention",
+        )
+    if encoding is not BoundaryEncoding.exact:
+        raise PlanError(
+            f"{switch} with executor.encoding={encoding.value}: the exact boundary it goes on from is overwritten layer by layer",
+            "executor.encoding=exact",
+        )

@@ -27,6 +27,7 @@ from elite.distributed.ranks import Ranks, joined
 from elite.errors import EliteError
 from elite.executor.build import build, streams_weights
 from elite.executor.streamed.attach import Attached
+from elite.executor.streamed.mid_step import MidStep
 from elite.model import LoadedModel, export, load
 from elite.optimizations.contract import Applied
 from elite.plan import model_flops_per_token
@@ -147,6 +148,7 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
     """The trainer, and the streamed model if it is one."""
     config, tier, ranks, steps = run.config, run.config.tier, run.ranks, run.plan["steps"]
     executors = build(loaded, run.layout, run.dtype, run.device, ranks, Path(config.output.cache).expanduser())
+    attached = executors.attached
     course = course_of(config, run.plan, store, executors.validation, ranks, run.folder.difficulty)
     optimizer, applied = build_optimizer(loaded.trainable, run.plan["learning_rate"], config.training, run.decisions, loaded.model)
     scheduler = schedule(optimizer, config.schedule, steps)
@@ -175,8 +177,9 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
         hooks=hooks,
         stability=config.stability,
         keep=config.checkpoint,
+        journal=MidStep(attached.runner, loaded.core, run.folder.mid_step, ranks) if attached and attached.runner.layout.journal else None,
     )
-    return trainer, executors.attached
+    return trainer, attached
 
 
 def _held_out(run: Run, store: TokenStore) -> tuple[list[Batch], list[Batch]]:

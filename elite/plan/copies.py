@@ -5,6 +5,8 @@ Symbols as in `streamed.py`. A row is what waits elsewhere of one token.
     a layer forward         its input comes, its output goes; attention output and log-sum-exp go where they are kept
     a layer backward        its input and the gradient of its output come, the gradient of its input goes; kept outputs come
     keys, values on host    a chunk's forward reads all keys before it, its backward besides reads and writes their gradients
+    a journal               what a layer writes is on the disk, and hashed, before the next one begins: hidden by nothing, so times err on
+                            the long side; and what it adds to the gradients
     weights streamed        a layer's weights come once a sweep
     checkpoint offload      a layer's input goes in the forward and comes in the backward
 """
@@ -18,6 +20,10 @@ from elite.streaming import VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming
 GRADIENT_BYTES = 4
 """Gradients of keys and values are added up in fp32."""
 LSE_BYTES = 4
+RESULT_BYTES = 4
+"""A trained parameter's gradient, in fp32."""
+HASH_BYTES_PER_S = 1e9
+"""SHA-256 on one core (assumption)."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class Copies:
 
     forward: float = 0.0
     backward: float = 0.0
+    flushed: float = 0.0
+    """Of a journal; nothing else is under way meanwhile."""
 
 
 def offloaded(facts: Facts, rates: Rates, value: int) -> Copies:
@@ -65,4 +73,8 @@ def streamed(facts: Facts, rates: Rates, layout: Streaming, value: int, sweeps: 
         weights = model.linear_params / model.num_hidden_layers * value / rates.to_device_bytes_per_s
         into, back_into = into + weights, back_into + weights
     layers = model.num_hidden_layers
-    return Copies(sweeps * layers * max(into, out), layers * max(back_into, back_out))
+    flushed = 0.0
+    if layout.journal:
+        written = tokens * (layers * (kept + outputs) + (layers + 2) * hidden) + RESULT_BYTES * facts.trainable_params
+        flushed = written / rates.disk_write_bytes_per_s + written / HASH_BYTES_PER_S
+    return Copies(sweeps * layers * max(into, out), layers * max(back_into, back_out), flushed)

@@ -126,7 +126,7 @@ def _streamed_in_turn(config: RunConfig, device: Device, shape: ModelShape, accu
     folder = str(Path(config.executor.folder or config.output.cache).expanduser())
     memory = streamed.StreamedMemory(facts, decisions)
     of_switches = host(facts, decisions)
-    for layout in streamed.layouts(config.executor, facts.context, folder):
+    for layout in streamed.layouts(config.executor, facts.context, folder, config.training.mid_step_checkpoint):
         check_layout(layout)
         if layout.keys_values is Place.host and facts.model.sliding_window:
             continue

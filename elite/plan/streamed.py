@@ -29,7 +29,7 @@ from elite.optimizations.flash_attention import fused_attention
 from elite.optimizations.parts import FP32, Part, Sizes
 from elite.plan.memory import folded, layer_moments
 from elite.revolve import layer_forwards, slots_for
-from elite.streaming import ARGUMENT_BYTES, VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace, logit_bytes
+from elite.streaming import ARGUMENT_BYTES, JOURNALED, VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace, logit_bytes
 
 CHUNKS = ((32768, 16384, 8192, 4096), (2048, 1024))
 """Longest first: longer chunks run faster. Rather than go below the first few, keys and values leave the device."""
@@ -142,7 +142,9 @@ class StreamedMemory:
 
     def disk(self, layout: Streaming) -> float:
         """Disk space of one rank."""
-        return self._rows(layout) if layout.boundaries is Place.disk else 0.0
+        # A journal keeps what every micro-batch adds to the gradients.
+        results = FP32 * self._facts.trainable_params * self._facts.accumulation if layout.journal else 0.0
+        return self._rows(layout) + results if layout.boundaries is Place.disk else 0.0
 
     def _rows(self, layout: Streaming) -> float:
         """Everything that outlives a chunk."""
@@ -150,7 +152,7 @@ class StreamedMemory:
         exact = self._stream_width * hidden
         kept = exact if layout.encoding is BoundaryEncoding.exact else VALUE_BITS[layout.encoding] / 8 * hidden
         slots = slots_for(layout.keep, layers, layout.slots)
-        row = slots * kept + exact + (exact if slots < layers else 0)
+        row = slots * kept + exact + (exact if slots < layers else 0) + (exact if layout.journal else 0)
         if layout.keep is Keep.attention:
             row += layers * (self._output_row() + self._keys_row(layout))
         return row * self._facts.micro_tokens
@@ -183,14 +185,15 @@ def recomputed(facts: Facts, layout: Streaming) -> tuple[float, float]:
     return again + 1, again + (0 if layout.keep is Keep.attention else 1)
 
 
-def layouts(config: ExecutorConfig, tokens: int, folder: str) -> Iterator[Streaming]:
+def layouts(config: ExecutorConfig, tokens: int, folder: str, journal: bool = False) -> Iterator[Streaming]:
     """Layouts that the options leave open, the fastest first: least recomputation, then long chunks, then weights at hand.
 
     Args:
         tokens: of one sequence.
         folder: for boundaries on disk.
+        journal: whether steps can be cut off and go on.
     """
-    keeps = _open(config.keep, Keep)
+    keeps = _open(config.keep, JOURNALED if journal else Keep)
     for keep in keeps:
         if keep is Keep.attention and config.keep is None and config.encoding is not BoundaryEncoding.exact:
             continue
@@ -206,6 +209,7 @@ def layouts(config: ExecutorConfig, tokens: int, folder: str) -> Iterator[Stream
                     keys_values=keys_values,
                     weights=weights,
                     folder=folder if config.boundaries is Place.disk else None,
+                    journal=journal,
                 )
 
 

@@ -11,6 +11,8 @@ HOUR = 3600
 LEAST_SHARE = 0.01
 """Of a step's time; what takes less is not named."""
 
+JOURNAL_WORDS = "; one after every step, and within a step one after every layer (training.mid_step_checkpoint)"
+
 
 def render(plan: Plan) -> Group:
     """Every section of the plan, in the order in which one decides."""
@@ -137,7 +139,8 @@ def _verdict(plan: Plan) -> Text:
 def _time(plan: Plan) -> Table:
     step = f"{duration(plan.step_s)}, {operations(plan.step_flops)} a rank, at rates of {plan.rates}"
     if plan.step_s >= HOUR:
-        step += f". One step takes {plan.step_s / HOUR:,.1f} hours: nothing is learnt and nothing saved before that"
+        saved = "nothing is learnt before that" if _journal(plan) else "nothing is learnt and nothing saved before that"
+        step += f". One step takes {plan.step_s / HOUR:,.1f} hours: {saved}"
     mfu = f", {plan.mfu:.0%} of the data sheet's rate (MFU)" if plan.mfu else ""
     rows = [
         ("steps", f"{plan.steps:,} of {plan.step_tokens:,} tokens"),
@@ -147,10 +150,14 @@ def _time(plan: Plan) -> Table:
         ("throughput", f"{plan.tokens_per_s:,.0f} tokens/s{mfu}"),
         ("an epoch", duration(plan.epoch_s) if plan.corpus.train_tokens else "no corpus"),
         ("all steps", f"{duration(plan.run_s)}, validation and checkpoints not counted"),
-        ("a checkpoint", f"{gib(plan.checkpoint_bytes)} on disk"),
+        ("a checkpoint", f"{gib(plan.checkpoint_bytes)} on disk{JOURNAL_WORDS if _journal(plan) else ''}"),
         ("completion", f"{plan.generation_tokens:,} tokens at most, as the keys and values of all layers have room for"),
     ]
     return _pairs("Steps and time", rows)
+
+
+def _journal(plan: Plan) -> bool:
+    return plan.layout is not None and bool(plan.layout["journal"])
 
 
 def _stages(plan: Plan) -> list[tuple[str, str]]:

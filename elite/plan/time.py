@@ -137,7 +137,7 @@ def step_time(
     )
     parts = {name: forward[name] + backward[name] for name in forward}
     parts |= {"head_and_loss": head, "computed_again": swept + repeated}
-    parts |= {"exposed_copies": ahead[0] + behind[0], "waiting_for_host": ahead[1] + behind[1]}
+    parts |= {"exposed_copies": ahead[0] + behind[0] + copies.flushed, "waiting_for_host": ahead[1] + behind[1]}
     update = traffic.optimizer(decisions) * facts.trainable_params / clock.rates.memory_bytes_per_s
     return StepTime(**{name: accumulation * seconds for name, seconds in parts.items()}, optimizer=update)
 

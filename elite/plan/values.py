@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 
-from elite.config import AUTO, RunConfig, Schedule
+from elite.config import AUTO, Executor, RunConfig, Schedule
 from elite.errors import ConfigError
 from elite.plan.stages import check_curriculum
 
@@ -100,6 +100,11 @@ def check_values(config: RunConfig) -> None:
     micro_batch = config.training.micro_batch
     if micro_batch != AUTO and not (isinstance(micro_batch, int) and micro_batch > 0):
         raise ConfigError(f"training.micro_batch={micro_batch}: must be a positive whole number or {AUTO}", f"training.micro_batch={AUTO}")
+    if config.training.mid_step_checkpoint and config.executor.name is not Executor.streamed:
+        problem = (
+            f"training.mid_step_checkpoint=true with executor={config.executor.name.value}: only a streamed step has parts that are kept"
+        )
+        raise ConfigError(problem, "executor=streamed executor.boundaries=disk")
     check_curriculum(config.curriculum)
     schedule = config.schedule
     if schedule.name is Schedule.wsd and schedule.warmup_fraction + schedule.decay_fraction > 1:

@@ -16,7 +16,7 @@ from elite.config import TrainingConfig
 from elite.data.batches import Batch, TrainStream
 from elite.distributed.ranks import Ranks
 from elite.errors import CheckpointError
-from elite.executor.contract import Executor
+from elite.executor.contract import Executor, StepCut, StepJournal
 from elite.model import LoadedModel, load_trained
 from elite.optimizations.contract import Applied
 from elite.optimizations.hooks import Hook
@@ -66,7 +66,7 @@ class Progress(Setbacks):
 
 
 class Interrupted(Exception):
-    """A signal asked the run to end; a checkpoint of the last finished step is on disk.
+    """A signal asked the run to end; a checkpoint of the last finished step is on disk, with a journal what the one at work has done.
 
     Args:
         number: of the signal.
@@ -102,28 +102,31 @@ class Trainer:
     """What acts around steps, in this order."""
     observers: Sequence[Observer] = ()
     keep: CheckpointConfig = CheckpointConfig()
+    journal: StepJournal | None = None
+    """Keeps what the step at work has done (training.mid_step_checkpoint)."""
     progress: Progress = field(default_factory=Progress)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
     saver: Saver = field(init=False)
 
     def __post_init__(self) -> None:
         self.saver = Saver(self.checkpoints, self.keep)
+        self._request = StopRequest()
 
     def fit(self) -> Progress:
         """Train to the last step.
 
         Raises:
-            Interrupted: a signal came; the step at work was finished and saved.
+            Interrupted: a signal came; the step at work was finished and saved, or cut off with a journal of what it has done.
             DivergedError: steps with bad numbers left no way on; the state before the last of them is saved.
             CheckpointError: the end could not be saved.
         """
         for hook in self.hooks:
             hook.begin()
-        with StopRequest() as request, self.saver:
+        with self._request, self.saver:
             self._begin()
             while not self._done:
                 if self._step():
-                    self._after_step(request)
+                    self._after_step()
         return self.progress
 
     def _begin(self) -> None:
@@ -131,18 +134,22 @@ class Trainer:
         if self.progress.step > 0 or self.progress.first_val:
             return
         self._validate()
-        if self.stability.non_finite is NonFinite.rewind or any(hook.may_rewind() for hook in self.hooks):
+        rewinds = self.stability.non_finite is NonFinite.rewind or any(hook.may_rewind() for hook in self.hooks)
+        # What the first step has done is of use only with what it began from, too.
+        if rewinds or self.journal is not None:
             self._save()
 
-    def _after_step(self, request: StopRequest) -> None:
+    def _after_step(self) -> None:
         """Validate, save and end, as the step at hand asks for."""
         step = self.progress.step
         improved = (step == self.steps or step % self.config.val_every == 0) and self._validate()
         # All ranks must end at one step; each may have got the signal at another.
-        stop = int(self.ranks.max(float(request.number)))
+        stop = int(self.ranks.max(float(self._request.number)))
         asked = self.ranks.max(float(self.ranks.is_main and self.saver.asked())) > 0
-        if self._done or stop or improved or asked or step % self.config.checkpoint_every == 0 or self.keep.is_milestone(step):
+        if self._done or stop or improved or asked or step % self.config.saves_every == 0 or self.keep.is_milestone(step):
             self._save(asked, last=self._done or stop > 0)
+            if self.journal is not None and self._unsaved() is None:
+                self.journal.end()
         if stop and not self._done:
             raise Interrupted(stop, step)
 
@@ -165,6 +172,8 @@ class Trainer:
         window = self.stream.next_window(self.accumulation)
         rate = float(self.optimizer.param_groups[0]["lr"])
         state, number = self.progress, self.progress.step + 1
+        if self.journal is not None:
+            self.journal.begin(number, window, self.scaler.get_scale(), lambda: self._request.number > 0)
         try:
             result = self._optimizer_step(window, number)
         except DivergedError:
@@ -172,6 +181,8 @@ class Trainer:
             self.stream.load_state(before)
             self._save(last=True)
             raise
+        except StepCut as cut:
+            raise Interrupted(self._request.number, state.step) from cut
         if result.verdict is Verdict.rewind:
             self._rewind()
             return False
@@ -275,9 +286,13 @@ class Trainer:
         if last:
             self._settle()
 
+    def _unsaved(self) -> checkpoint.Unsaved | None:
+        """What kept the last save from the disk, which is waited for. All ranks learn it: those that write nothing would go on, or wait."""
+        unsaved: checkpoint.Unsaved | None = self.ranks.broadcast(self.saver.settle() if self.ranks.is_main else None)
+        return unsaved
+
     def _settle(self) -> None:
-        # All ranks learn how it ended: those that write nothing would go on, or wait for ever.
-        unsaved = self.ranks.broadcast(self.saver.settle() if self.ranks.is_main else None)
+        unsaved = self._unsaved()
         if unsaved is None:
             return
         before = checkpoint.latest(self.checkpoints)

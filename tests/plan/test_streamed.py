@@ -7,17 +7,23 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from elite import geometry, hardware, losses
 from elite.config import AdapterMethod, Executor, ExecutorConfig
-from elite.errors import PlanError
+from elite.data.batches import random_batch
+from elite.errors import ConfigError, PlanError
 from elite.executor.streamed.attach import attach
+from elite.executor.streamed.executor import StreamedExecutor
 from elite.executor.streamed.kernels import KERNELS
 from elite.executor.streamed.math_kernel import Math
+from elite.executor.streamed.mid_step import MidStep
 from elite.facts import GIB, Facts
 from elite.optimizations import decide
 from elite.plan import make_plan
+from elite.plan.copies import HASH_BYTES_PER_S
 from elite.plan.executors import choose_executor
+from elite.plan.rates import DISK_WRITE_BYTES_PER_S
 from elite.plan.streamed import StreamedMemory, layouts, recomputed
 from elite.revolve import layer_forwards, slots_for
 from elite.streaming import VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
@@ -25,6 +31,7 @@ from tests.models import tiny
 from tests.plan.helpers import CORPUS, STANDARD, device, phi2, run_config, switches
 from tests.plan.live_bytes import LiveBytes
 from tests.plan.steps import Case, as_on_cuda, built, decisions_of, facts_of, small, tensors
+from tests.training.rig import ALONE
 
 TOKENS = 256
 GEOMETRY = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
@@ -253,3 +260,69 @@ def test_the_loss_holds_what_is_said(kind: str, full: bool) -> None:
     arguments = 2 * (4 if full else 2) * facts.model.rotary_dim * case.tokens
     predicted = StreamedMemory(facts, decisions).device(layout).loss_workspace
     assert predicted > 0 and predicted + arguments == pytest.approx(live.peak, rel=0.03)
+
+
+JOURNALED = replace(BASE, keep=Keep.layers, boundaries=Place.disk, journal=True)
+
+
+@pytest.mark.parametrize("keep", [Keep.attention, Keep.layers], ids=lambda keep: keep.value)
+def test_a_journal_takes_what_is_planned(keep: Keep, tmp_path: Path) -> None:
+    config = small("llama", 64)
+    model = tiny("llama", **{name: getattr(config, name) for name in GEOMETRY})
+    found = replace(facts(config), adapter="full", trainable_params=sum(p.numel() for p in model.parameters()), accumulation=2)
+    layout = replace(JOURNALED, keep=keep, folder=str(tmp_path / "others"))
+    attached = attach(model, layout, choice=lambda _shape: KERNELS["math"])
+    journal, executor = MidStep(attached.runner, model, tmp_path / "mid_step", ALONE), StreamedExecutor(model, torch.float32)
+    window = [random_batch(1, TOKENS, config.vocab_size) for _ in range(2)]
+    journal.begin(1, window, 1.0, lambda: False)
+    for batch in window:
+        executor.loss_sum(batch).backward()
+    kept = list((tmp_path / "mid_step" / "rank0").iterdir())
+    results = [tensor for path in kept if path.suffix == ".safetensors" for tensor in load_file(path).values()]
+    rows = [path.stat().st_size for path in kept if not path.suffix]
+    losses_kept = 2 * 4
+    planned = StreamedMemory(found, decide(switches(), found)).disk(layout)
+    assert sum(rows) + sum(tensor.nbytes for tensor in results) - losses_kept == planned
+    journal.end()
+
+
+def test_a_journal_costs_the_time_of_its_writing() -> None:
+    config = run_config(131072, executor=Executor.streamed)
+    asked = replace(
+        config, executor=replace(config.executor, boundaries=Place.disk), training=replace(config.training, mid_step_checkpoint=True)
+    )
+    plain = replace(asked, training=config.training)
+    tight = replace(device("rtx3090"), host_ram_bytes=12 * GIB)
+    made, other = (choose_executor(run, tight, phi2(), 1) for run in (asked, plain))
+    assert made.layout is not None and other.layout is not None and made.layout == replace(other.layout, journal=True)
+    assert made.layout.keep is Keep.attention
+    # A layer's boundary, its gradient and its attention output are on the disk, and hashed, before anything else begins.
+    written = 3 * phi2().num_hidden_layers * 131072 * phi2().hidden_size * 2
+    assert made.step_s - other.step_s == pytest.approx(written / DISK_WRITE_BYTES_PER_S + written / HASH_BYTES_PER_S, rel=0.05)
+
+
+def test_a_journal_leaves_layouts_whose_layers_find_their_input() -> None:
+    asked = ExecutorConfig(Executor.streamed, boundaries=Place.disk)
+    kept, all_kept = ({layout.keep for layout in layouts(asked, 131072, "here", journal)} for journal in (True, False))
+    assert kept == {Keep.attention, Keep.layers} and all_kept == set(Keep)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"name": Executor.auto}, "executor=auto"),
+        ({"name": Executor.whole}, "executor=whole"),
+        ({"boundaries": Place.host}, "must lie in files"),
+        ({"boundaries": None}, "must lie in files"),
+        ({"keep": Keep.sqrt}, "executor.keep=sqrt"),
+        ({"keep": Keep.multilevel}, "executor.keep=multilevel"),
+        ({"encoding": BoundaryEncoding.int8}, "executor.encoding=int8"),
+    ],
+)
+def test_what_cannot_be_kept_within_a_step_is_refused(changes: dict[str, Any], words: str) -> None:
+    config = run_config(131072, executor=Executor.streamed)
+    executor = replace(config.executor, **{"boundaries": Place.disk, **changes})
+    asked = replace(config, executor=executor, training=replace(config.training, mid_step_checkpoint=True))
+    with pytest.raises((ConfigError, PlanError), match=words) as raised:
+        make_plan(asked, device("rtx3090"), phi2(), CORPUS)
+    assert "training.mid_step_checkpoint=true" in raised.value.problem and "executor" in raised.value.remedy

@@ -26,7 +26,8 @@ from elite.data.batches import IGNORE
 from elite.errors import ModelError
 from elite.executor.streamed import choose
 from elite.executor.streamed.functions import loss_sum
-from elite.executor.streamed.runner import KernelChoice, Runner, Step
+from elite.executor.streamed.runner import KernelChoice, Runner
+from elite.executor.streamed.step import Step
 from elite.streamable import reason_against, sliding_window
 from elite.streaming import Place, Streaming, check_layout
 
@@ -147,6 +148,8 @@ def _loss(
         # Drawn from torch's own generator, so that the run's seed decides it.
         seed=int(torch.randint(2**40, ())) if runner.stem.training else None,
     )
+    if runner.journal is not None and step.trains:
+        step.record = runner.journal.next_pass(step.fingerprint())
     total = loss_sum(runner, step)
     if num_items_in_batch is None:
         return total / (step.labels != IGNORE).sum()

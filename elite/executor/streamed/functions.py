@@ -4,13 +4,16 @@ Boundaries never enter the graph: they wait in the store. What links the Functio
 parameters are inputs, so their gradients, hooks and DDP's buckets come about as always, segment by segment.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from elite.executor.streamed.runner import Runner, Step
+from elite.executor.streamed.journal import EMBED, EMBED_BACKWARD, HEAD, backward_stage, forward_stage
+from elite.executor.streamed.runner import Runner
+from elite.executor.streamed.step import Step
 from elite.optimizations.functions.hooks import hooks_aside
 
 Gradients = tuple[Tensor | None, ...]
@@ -19,7 +22,9 @@ Gradients = tuple[Tensor | None, ...]
 class _Embed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, runner: Runner, step: Step, *parameters: nn.Parameter) -> Tensor:
-        runner.embed(step)
+        if step.record is not None and (state := step.record.store) is not None:
+            runner.take_up(step, state)
+        _done_once(runner, step, EMBED, lambda: runner.embed(step))
         ctx.pass_, ctx.parameters = (runner, step), parameters
         ticket = torch.zeros((), device=runner.device)
         if parameters and not runner.stem.trains_embedding(step.part(step.order[0])):
@@ -32,13 +37,14 @@ class _Embed(torch.autograd.Function):
     def backward(ctx: Any, _ticket: Tensor) -> Gradients:
         runner, step = _current(ctx)
         with hooks_aside(ctx.parameters):
-            return None, None, *runner.embed_backward(step, ctx.parameters)
+            return None, None, *_once(runner, step, EMBED_BACKWARD, lambda: runner.embed_backward(step, ctx.parameters))
 
 
 class _Segment(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ticket: Tensor, runner: Runner, step: Step, segment: int, *parameters: nn.Parameter) -> Tensor:
-        runner.forward(step, runner.store.segment(segment))
+        layers = runner.store.segment(segment)
+        _done_once(runner, step, forward_stage(segment), lambda: runner.forward(step, layers))
         ctx.pass_, ctx.segment, ctx.parameters = (runner, step), segment, parameters
         return ticket.clone()
 
@@ -47,15 +53,17 @@ class _Segment(torch.autograd.Function):
     def backward(ctx: Any, ticket: Tensor) -> Gradients:
         runner, step = _current(ctx)
         with hooks_aside(ctx.parameters):
-            return ticket, None, None, None, *runner.backward(step, ctx.segment, ctx.parameters)
+            found = _once(runner, step, backward_stage(ctx.segment), lambda: runner.backward(step, ctx.segment, ctx.parameters))
+            return ticket, None, None, None, *found
 
 
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ticket: Tensor, runner: Runner, step: Step, *parameters: nn.Parameter) -> Tensor:
         with hooks_aside(parameters):
-            loss, ctx.gradients = runner.head(step, parameters, descend=ctx.needs_input_grad[0])
+            loss, *ctx.gradients = _once(runner, step, HEAD, lambda: _joined(*runner.head(step, parameters, ctx.needs_input_grad[0])))
         ctx.pass_ = (runner, step)
+        assert loss is not None
         return loss
 
     @staticmethod
@@ -75,6 +83,33 @@ def _current(ctx: Any) -> tuple[Runner, Step]:
     if runner.current is not step:
         raise RuntimeError("another streamed forward pass has taken this one's place: call backward before the next forward")
     return runner, step
+
+
+def _once(runner: Runner, step: Step, stage: str, work: Callable[[], list[Tensor | None]]) -> list[Tensor | None]:
+    """What a stage results in: kept, if the step was cut off after it; else worked out, and kept if it may be cut off."""
+    record = step.record
+    if record is None:
+        return work()
+    known = record.known(stage)
+    if known is not None:
+        return known
+    result = work()
+    record.keep(stage, result, runner.store.state())
+    return result
+
+
+def _done_once(runner: Runner, step: Step, stage: str, work: Callable[[], None]) -> None:
+    """The same for a stage that only writes rows."""
+
+    def without_result() -> list[Tensor | None]:
+        work()
+        return []
+
+    _once(runner, step, stage, without_result)
+
+
+def _joined(loss: Tensor, gradients: list[Tensor | None]) -> list[Tensor | None]:
+    return [loss, *gradients]
 
 
 def loss_sum(runner: Runner, step: Step) -> Tensor:

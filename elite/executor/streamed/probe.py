@@ -15,7 +15,8 @@ import torch
 
 from elite.chunks import Chunk, cut
 from elite.executor.streamed.attention import Phase
-from elite.executor.streamed.runner import GradientSum, Runner, Step
+from elite.executor.streamed.runner import Runner
+from elite.executor.streamed.step import GradientSum, Step
 from elite.executor.streamed.sweeps import Sweep, backward_sweeps, forward_sweep
 from elite.revolve import layer_forwards
 

@@ -8,7 +8,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,13 @@ class Rows:
     """`count` rows of `row_bytes` bytes at one place.
 
     `written` holds, by a chunk's first row, the row after its last and what tells that its bytes have arrived: a CUDA event, or a
-    thread's future on disk.
+    thread's future on disk. `changed` tells whether anything was written since that was last set back.
     """
 
     def __init__(self, storage: Tensor, place: Place) -> None:
         self.storage, self.place = storage, place
         self.written: dict[int, tuple[int, Any]] = {}
+        self.changed = False
 
     @property
     def row_bytes(self) -> int:
@@ -52,6 +53,15 @@ class Rows:
             del self.written[first]
         return [event for first, (end, event) in self.written.items() if first < stop and start < end]
 
+    def arrive(self) -> None:
+        """Wait for everything that is on its way here."""
+        for _, event in self.written.values():
+            if isinstance(event, Future):
+                event.result()
+            elif event is not None:
+                event.synchronize()
+        self.written.clear()
+
 
 def _done(event: Any) -> bool:
     return bool(event.done() if isinstance(event, Future) else event.query())
@@ -63,10 +73,11 @@ class Allocator:
     Args:
         device: where the model computes; host memory is pinned for a CUDA device.
         folder: where files of rows lie; only needed for `Place.disk`.
+        lasting: the files outlive the process: they lie in `folder` itself, and those of an earlier process are taken over.
     """
 
-    def __init__(self, device: torch.device, folder: Path | None) -> None:
-        self._device, self._folder = device, folder
+    def __init__(self, device: torch.device, folder: Path | None, lasting: bool = False) -> None:
+        self._device, self._folder, self._lasting = device, folder, lasting
         self._files: tempfile.TemporaryDirectory[str] | None = None
         self._rows: dict[str, Rows] = {}
         self.disk = ThreadPoolExecutor(max_workers=2, thread_name_prefix="rows")
@@ -92,9 +103,25 @@ class Allocator:
         """Host memory that all rows take."""
         return sum(rows.storage.numel() for rows in self._rows.values() if rows.place is Place.host)
 
+    def settled(self) -> Iterator[tuple[str, Rows]]:
+        """Rows that have changed since they last came up here, each once all its bytes are where they belong."""
+        for name, rows in self._rows.items():
+            if rows.changed:
+                rows.arrive()
+                rows.changed = False
+                yield name, rows
+
+    def release_disk(self) -> None:
+        """Give what lies on disk back, as far as nobody holds it any more."""
+        self._rows = {name: rows for name, rows in self._rows.items() if rows.place is not Place.disk}
+        self._delete_files()
+
     def release(self) -> None:
-        """Give everything back; files are deleted."""
+        """Give everything back; files are deleted unless they are lasting."""
         self._rows.clear()
+        self._delete_files()
+
+    def _delete_files(self) -> None:
         if self._files is not None:
             self._files.cleanup()
             self._files = None
@@ -116,15 +143,16 @@ class Allocator:
     def _file(self, name: str, size: int) -> Tensor:
         if self._folder is None:
             raise PlanError("executor.boundaries=disk needs a folder for its files", "executor.folder=FOLDER on a fast disk")
-        if self._files is None:
-            self._folder.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._files is None and not self._lasting:
             self._files = tempfile.TemporaryDirectory(prefix="boundaries_", dir=self._folder)
-        free = shutil.disk_usage(self._files.name).free
+        path = (self._folder if self._files is None else Path(self._files.name)) / name
+        if self._lasting and path.is_file() and path.stat().st_size >= size:
+            return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+        free = shutil.disk_usage(path.parent).free
         if size > free:
-            raise PlanError(
-                f"{name} takes {size / GIB:.1f} GiB on disk, {free / GIB:.1f} GiB are free", "executor.folder= on a larger disk"
-            )
-        path = Path(self._files.name) / name
+            where = "output.root" if self._lasting else "executor.folder"
+            raise PlanError(f"{name} takes {size / GIB:.1f} GiB on disk, {free / GIB:.1f} GiB are free", f"{where}= on a larger disk")
         # A new file: truncating one that is still mapped would kill whoever touches it.
         path.unlink(missing_ok=True)
         with path.open("wb") as file:

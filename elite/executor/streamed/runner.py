@@ -5,7 +5,6 @@ The sweeps come from `sweeps.py`, copies from `transfers.py`, rows from `store.p
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from elite.chunks import Chunk, Group
+from elite.chunks import Chunk
 from elite.data.batches import IGNORE
 from elite.errors import ModelError
 from elite.executor.streamed.attention import KeysKnown, Phase, Work
+from elite.executor.streamed.journal import Journal
 from elite.executor.streamed.kernels import AttentionShape, Kernel
 from elite.executor.streamed.keys_values import KeyValues
 from elite.executor.streamed.math_kernel import MATH
 from elite.executor.streamed.rows import Allocator, Rows
-from elite.executor.streamed.stem import Positions, Stem
+from elite.executor.streamed.stem import Stem
+from elite.executor.streamed.step import GradientSum, Step
 from elite.executor.streamed.store import Boundary, Store
-from elite.executor.streamed.sweeps import Sweep, backward_sweeps, forward_sweep, in_order
+from elite.executor.streamed.sweeps import Sweep, backward_sweeps, forward_sweep
 from elite.executor.streamed.transfers import Fields, Transfers
 from elite.executor.streamed.weights import ResidentWeights, StreamedWeights
 from elite.losses import linear_cross_entropy, tile_tokens
@@ -36,71 +37,6 @@ FEW = 16
 """Tokens on which a layer's gradients are tried out."""
 
 KernelChoice = Callable[[AttentionShape], Kernel]
-
-
-@dataclass
-class Step:
-    """One forward pass and what its backward needs to know."""
-
-    ids: Tensor
-    """[1, T] token ids of all rows."""
-    positions: Tensor
-    """[1, T]"""
-    labels: Tensor
-    """[T] the token each position has to predict; `IGNORE` scores none."""
-    groups: tuple[Group, ...]
-    trains: bool
-    label_smoothing: float = 0.0
-    seed: int | None = None
-    """Random state is set from it before each layer and chunk, so that a recomputation draws the same masks; None draws nothing."""
-    upstream: Tensor | None = None
-    """Gradient of the loss, once the backward has begun."""
-    _autocast: tuple[bool, torch.dtype] = field(init=False)
-
-    def __post_init__(self) -> None:
-        kind = self.ids.device.type
-        self._autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-
-    def autocast(self) -> torch.autocast:
-        """Autocast as it was when the step began: the backward runs in another thread, which knows nothing of it."""
-        enabled, dtype = self._autocast
-        return torch.autocast(self.ids.device.type, dtype=dtype, enabled=enabled)
-
-    @cached_property
-    def order(self) -> tuple[Chunk, ...]:
-        """All chunks, first to last."""
-        return in_order(self.groups)
-
-    @cached_property
-    def scored(self) -> list[bool]:
-        """Whether any token of each chunk is scored. Waits for the device once a step."""
-        flags = (self.labels != IGNORE).split([chunk.length for chunk in self.order])
-        found: list[bool] = torch.stack([flag.any() for flag in flags]).tolist()
-        return found
-
-    def part(self, chunk: Chunk) -> Positions:
-        """A chunk's tokens and positions."""
-        return Positions(chunk.index, self.ids[:, chunk.start : chunk.stop], self.positions[:, chunk.start : chunk.stop])
-
-
-class GradientSum:
-    """Gradients of some parameters, added up over chunks in fp32 (fp64 in fp64)."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self._parameters = parameters
-        self._sums: list[Tensor | None] = [None] * len(parameters)
-
-    def add(self, gradients: Sequence[Tensor | None]) -> None:
-        """Add one gradient for each parameter, None for those that had no part in it."""
-        for i, gradient in enumerate(gradients):
-            if gradient is not None:
-                known = self._sums[i]
-                wide = torch.promote_types(gradient.dtype, torch.float32)
-                self._sums[i] = gradient.to(wide) if known is None else known.add_(gradient)
-
-    def result(self) -> list[Tensor | None]:
-        """The sums, in the parameters' dtype."""
-        return [None if total is None else total.to(p.dtype) for total, p in zip(self._sums, self._parameters, strict=True)]
 
 
 class Runner:
@@ -128,6 +64,8 @@ class Runner:
         self.allocator = Allocator(device, Path(layout.folder) if layout.folder else None)
         self.unread = UnreadOutputs(self.layers)
         self.transfers = Transfers(device, layout.chunk, self.allocator.disk)
+        self.journal: Journal | None = None
+        """Keeps the progress of training steps, while one is at work that can be cut off."""
         self.current: Step | None = None
         """The step whose rows these are."""
         self.store: Store
@@ -155,9 +93,17 @@ class Runner:
         longest = max((chunk.longest for chunk in step.order if chunk.shares), default=0)
         if self._keys_values.tokens != longest:
             self._keys_values = KeyValues(self.layout.keys_values, longest, self.layout.block, self.allocator, self.device)
-        self.store = Store(self.layout, self.allocator, len(self.layers), step.ids.shape[1], width, dtype)
+        allocator = self.allocator if step.record is None else step.record.rows
+        self.store = Store(self.layout, allocator, len(self.layers), step.ids.shape[1], width, dtype)
         if step.trains:
             self.store.prepare()
+
+    def take_up(self, step: Step, state: dict[str, Any]) -> None:
+        """Go on with the rows of a step that was cut off after its embedding."""
+        self.begin(step, state["width"], getattr(torch, state["dtype"]))
+        self.store.restore(state)
+        # What they hold is not what the step's last layer has left there.
+        self._keys_values.holds = None
 
     def embed(self, step: Step, chunks: Sequence[Chunk] | None = None) -> None:
         """Write the first boundary, of all chunks unless told which."""
@@ -180,11 +126,12 @@ class Runner:
         """Gradients of what stands before the layers."""
         total = GradientSum(parameters)
         with self._as_in(step):
-            for chunk, data in self.transfers.read(step.order, {"g": self.store.live.rows}):
+            upstream = self.store.gradient(0)
+            for chunk, data in self.transfers.read(step.order, {"g": upstream.rows}):
                 self._seed(step, 0, chunk)
                 with torch.enable_grad(), step.autocast():
                     hidden = self.stem.embed(step.part(chunk))[0]
-                total.add(torch.autograd.grad(hidden, parameters, self.store.live.decode(data["g"]), allow_unused=True))
+                total.add(torch.autograd.grad(hidden, parameters, upstream.decode(data["g"]), allow_unused=True))
         return total.result()
 
     def forward(self, step: Step, layers: range) -> None:
@@ -197,7 +144,7 @@ class Runner:
 
     def backward(self, step: Step, segment: int, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
         """Gradients of one segment's parameters; the gradient of its input replaces that of its output."""
-        if segment == self.store.segments - 1:
+        if segment == self.store.segments - 1 or step.record is not None:
             self.find_unread(step)
         sweeps = backward_sweeps(self.store, segment, step.groups)
         if sweeps[0].phase is Phase.refill and self._keys_values.holds == sweeps[0].document:
@@ -217,8 +164,9 @@ class Runner:
     def head(
         self, step: Step, parameters: Sequence[nn.Parameter], descend: bool, chunks: Sequence[Chunk] | None = None
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """Sum of the token losses (fp32 scalar), and its gradients; that of the last boundary replaces the boundary if `descend`."""
-        live, loss, total = self.store.live, torch.zeros((), device=self.device), GradientSum(parameters)
+        """Sum of the token losses (fp32 scalar), and its gradients; that of the last boundary goes to its place if `descend`."""
+        live, descent = self.store.live, self.store.gradient(len(self.layers))
+        loss, total = torch.zeros((), device=self.device), GradientSum(parameters)
         with self._as_in(step):
             for chunk, data in self.transfers.read(step.order if chunks is None else chunks, {"h": live.rows}):
                 hidden = live.decode(data["h"]).detach().requires_grad_(descend)
@@ -236,7 +184,7 @@ class Runner:
                     # The head's is as large as the head, and the next chunk's would be made beside it.
                     del found, part
                 if descend:
-                    live.write(self.transfers, chunk, gradient)
+                    descent.write(self.transfers, chunk, gradient)
                 del gradient
         return loss, total.result()
 
@@ -244,12 +192,17 @@ class Runner:
         """Pinned host memory of rows and of streamed weights."""
         return self.allocator.host_bytes() + self.weights.host_bytes
 
+    def forget(self) -> None:
+        """Let go of the rows of the last step."""
+        self.transfers.reset()
+        self.current = None
+        self.__dict__.pop("store", None)
+
     def undo(self) -> None:
         """Give all rows and buffers back, then put weights back, which may need the room."""
         self.transfers = Transfers(self.device, self.layout.chunk, self.allocator.disk)
         self._keys_values = KeyValues(self.layout.keys_values, 0, self.layout.block, self.allocator, self.device)
-        self.current = None
-        self.__dict__.pop("store", None)
+        self.forget()
         self.allocator.release()
         self.weights.undo()
 
@@ -301,7 +254,7 @@ class Runner:
     def _fields(self, sweep: Sweep) -> Fields:
         fields: dict[str, Rows] = {"h": sweep.source.rows}
         if sweep.phase is Phase.backward:
-            fields["g"] = self.store.live.rows
+            fields["g"] = self.store.gradient(sweep.layer + 1).rows
             if sweep.keeps:
                 fields |= self.store.outputs(sweep.layer)
         return fields
@@ -325,7 +278,7 @@ class Runner:
             return
         if sweep.keeps:
             work.kept = self.store.output_of(data)
-        upstream = self.store.live.decode(data["g"])
+        upstream = self.store.gradient(sweep.layer + 1).decode(data["g"])
         if sweep.layer == len(self.layers) - 1:
             # The head's gradients are those of a loss whose own gradient is 1.
             assert step.upstream is not None
@@ -337,7 +290,7 @@ class Runner:
         gradient, *rest = torch.autograd.grad(out, [hidden, *parameters], upstream, allow_unused=True)
         assert gradient is not None
         totals[sweep.layer].add(rest)
-        self.store.live.write(self.transfers, chunk, gradient)
+        self.store.gradient(sweep.layer).write(self.transfers, chunk, gradient)
 
     def _layer(self, step: Step, layer: int, chunk: Chunk, hidden: Tensor, work: Work) -> Tensor:
         """One layer on one chunk: [n, d] → [n, d]."""

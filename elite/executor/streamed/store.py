@@ -2,12 +2,15 @@
 
 live       one boundary, exact: the output of the layer at work, and in the backward its gradient in the same rows
 slots      boundaries kept for the backward, encoded
+gradient   with a journal, one boundary more: gradients of boundaries take turns between it and live, so that the one a layer begins from
+           is there until the layer is done
 scratch    one boundary, exact: where layers are passed forward again between kept boundaries
 outputs    a layer's attention output O and its log-sum-exp, where they are kept
 keys       its keys and values besides, where they take no more than the boundary that they could be computed from
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +76,19 @@ class Store:
         """See the module's docstring."""
         return self._boundary("scratch", BoundaryEncoding.exact)
 
+    def gradient(self, layer: int) -> Boundary:
+        """Where the gradient of this layer's input waits (of the last layer's output, for the number after it)."""
+        return self._boundary(_gradient_rows(layer, self._layers), BoundaryEncoding.exact) if self._layout.journal else self.live
+
+    def state(self) -> dict[str, Any]:
+        """What a journal keeps of it, in plain JSON types, so that `restore` can go on with the rows in a new process."""
+        names = {"dtype": self._dtype, "output_dtype": self._output_dtype, "lse_dtype": self._lse_dtype}
+        return {"width": self._width} | {name: str(dtype).removeprefix("torch.") for name, dtype in names.items()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See `state`; width and dtype are those it was made with."""
+        self._output_dtype, self._lse_dtype = (getattr(torch, state[name]) for name in ("output_dtype", "lse_dtype"))
+
     def prepare(self) -> None:
         """Make everything that a training step will use but attention outputs, whose shape only the first layer tells.
 
@@ -83,6 +99,7 @@ class Store:
             self.slot(index)
         if self.slots < self._layers:
             _ = self.scratch
+        _ = self.gradient(self._layers)
 
     @property
     def segments(self) -> int:
@@ -129,7 +146,8 @@ class Store:
                 # All layers' at once: what does not fit is known before the step has done anything.
                 for each in range(self._layers):
                     self._allocator.rows(f"{kind}{each}", self._layout.boundaries, self._tokens, raw.shape[1])
-            transfers.write(kind, self._allocator.known(f"{kind}{layer}"), chunk, raw)
+            rows = self._allocator.rows(f"{kind}{layer}", self._layout.boundaries, self._tokens, raw.shape[1])
+            transfers.write(kind, rows, chunk, raw)
 
     def outputs(self, layer: int) -> dict[str, Rows]:
         """Rows of O and its log-sum-exp, as `Transfers.read` takes them."""
@@ -148,3 +166,24 @@ class Store:
         how = ENCODINGS[encoding]
         rows = self._allocator.rows(name, self._layout.boundaries, self._tokens, how.row_bytes(self._width, self._dtype))
         return Boundary(rows, how, self._width, self._dtype)
+
+
+def _gradient_rows(layer: int, layers: int) -> str:
+    # The head reads live, the last layer's output.
+    return "live" if (layers - layer) % 2 else "gradient"
+
+
+def rows_needed(layers: int, forward: int, descended: int | None, outputs: bool) -> list[str]:
+    """Names of the rows that the rest of a pass reads, where every boundary is kept.
+
+    Args:
+        forward: layers that the first sweep has done.
+        descended: the lowest layer whose backward is done, `layers` if only the head's is; None before.
+        outputs: whether attention outputs are kept.
+    """
+    behind = forward if descended is None else descended
+    inputs = [f"slot{layer}" for layer in range(min(behind + (descended is None), layers))]
+    kept = [f"{kind}{layer}" for layer in range(behind) for kind in ("o", "lse")] if outputs else []
+    if descended is not None:
+        return [*inputs, *kept, _gradient_rows(descended, layers)]
+    return [*inputs, *kept, *(["live"] if forward == layers else [])]

@@ -118,6 +118,7 @@ class Transfers:
     def write(self, kind: str, rows: Rows, chunk: Chunk, data: Tensor) -> None:
         """Copy `data` [chunk.length, row_bytes] (uint8, on the device) to where these rows wait. Nobody may write to `data` any more."""
         target = rows.part(chunk.start, chunk.stop)
+        rows.changed = True
         if rows.place is Place.device:
             target.copy_(data)
             return
