@@ -17,6 +17,7 @@ from elite.mode_options import CalibrateConfig, EvaluateConfig, LrRangeConfig, P
 from elite.optimizations import OptimizationsConfig
 from elite.scaling import LrScaling
 from elite.streaming import BoundaryEncoding, Keep, Place, WeightPlace
+from elite.vigilance import WatchdogConfig
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 TIERS = tuple(f"tier{n}" for n in range(1, 12))
@@ -352,6 +353,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)

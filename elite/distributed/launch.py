@@ -7,16 +7,24 @@ import socket
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from elite.config import CONF_DIR
+from elite.distributed.ranks import place
 from elite.errors import EliteError
 
 SHUTDOWN_S = 600
 """How long an interrupted process may take to finish its step and save."""
 LAST_WORDS = "error.txt"
 """File of a run folder in which a process that fails leaves its reason, one line."""
+
+
+def leave_last_words(folder: Path, reason: str) -> None:
+    """Leave the reason why this process fails, unless another rank has: what comes after the first failure follows from it."""
+    rank, world = place()[1:]
+    with suppress(FileExistsError), (folder / LAST_WORDS).open("x") as file:
+        file.write(f"rank {rank}: {reason}" if world > 1 else reason)
 
 
 @contextmanager
@@ -46,14 +54,17 @@ class WorkerError(EliteError):
     """A child process ended with an error.
 
     Args:
-        reason: what it left in the run folder; empty if it was not asked.
+        reason: what was left in the run folder; empty if nobody was asked.
+        rank: which one, among several.
     """
 
-    def __init__(self, exit_code: int, reason: str = "") -> None:
+    def __init__(self, exit_code: int, reason: str = "", rank: int | None = None) -> None:
         killed = " (killed from outside: out of host memory?)" if exit_code == 128 + signal.SIGKILL else ""
         said = f": {reason}" if reason else ""
+        of = f" of rank {rank}" if rank is not None else ""
         super().__init__(
-            f"the training process ended with exit code {exit_code}{killed}{said}", "the same command continues from the last checkpoint"
+            f"the training process{of} ended with exit code {exit_code}{killed}{said}",
+            "the same command continues from the last checkpoint",
         )
         self.exit_code = exit_code
         # Errors of ours were shown by the process itself.
@@ -99,10 +110,22 @@ def launch(folder: Path, processes: int) -> None:
         with _own_signals(), _own_name():
             elastic_launch(config, sys.executable)("-c", start, str(folder))
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
+        rank, code = _first_to_fail({rank: failure.exitcode for rank, failure in error.failures.items()}, error.get_first_failure()[0])
         reason = last_words.read_text() if last_words.is_file() else ""
-        raise WorkerError(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode, reason) from error
+        raise WorkerError(code if code > 0 else 128 - code, reason, rank if processes > 1 else None) from error
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from error
         raise WorkerError(128 + error.sigval) from error
+
+
+def _first_to_fail(codes: dict[int, int], noticed: int) -> tuple[int, int]:
+    """The rank whose end explains the others', and its code (negative: a signal).
+
+    Args:
+        noticed: the rank whose end the launcher saw first; several may have ended between two looks.
+    """
+    # The launcher itself ends the rest by SIGTERM; a rank that lost a killed one fails in its own words soon after.
+    killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
+    rank = killed[0] if killed else noticed
+    return rank, codes[rank]

@@ -65,6 +65,7 @@ RULES = (
             "probe.steps",
             "calibrate.seed",
             "evaluate.files",
+            "watchdog.minutes",
         ),
     ),
     Rule(

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,10 +16,13 @@ from elite import checkpoint
 from elite.config import TrainingConfig
 from elite.data.batches import TrainStream
 from elite.distributed.ranks import Ranks
+from elite.distributed.watchdog import Beat, no_beat
 from elite.executor.contract import Executor
+from elite.executor.streamed.runner import Runner
 from elite.model import LoadedModel, load_trained, save_trained
 from elite.optimizations.contract import Applied
 from elite.optimizations.hooks import Hook
+from elite.training.recovery import Recovery
 from elite.training.step import optimizer_step
 from elite.training.telemetry import Meter
 from elite.training.validation import Validator
@@ -80,6 +84,10 @@ class Trainer:
     """What acts around steps, in this order."""
     observers: Sequence[Observer] = ()
     progress: Progress = field(default_factory=Progress)
+    runner: Runner | None = None
+    """Of the streamed executor, if that is what trains."""
+    beat: Beat = no_beat
+    """Told what begins: the watchdog."""
     _stop: bool = False
 
     def fit(self) -> Progress:
@@ -95,12 +103,13 @@ class Trainer:
             if self.progress.step == 0:
                 self._validate()
             while not self._done:
-                self._step()
+                if not self._stepped():
+                    continue
                 validates = self.progress.step == self.steps or self.progress.step % self.config.val_every == 0
                 improved = validates and self._validate()
                 stop = self.ranks.max(float(self._stop)) > 0
                 if self._done or stop or improved or self.progress.step % self.config.checkpoint_every == 0:
-                    self._save()
+                    self.recovery.again(self._save)
                 if stop and not self._done:
                     raise Interrupted
         finally:
@@ -125,8 +134,28 @@ class Trainer:
             raise KeyboardInterrupt
         self._stop = True
 
+    @cached_property
+    def recovery(self) -> Recovery:
+        """What is done where memory runs out."""
+        return Recovery(self.loaded.trainable, self.ranks, self.runner, self.beat)
+
+    def _stepped(self) -> bool:
+        """Take the next step; False if memory ran out in the midst of its update, and the run has gone back to its last checkpoint."""
+        number = self.progress.step + 1
+        try:
+            self._step()
+            return True
+        except (RuntimeError, MemoryError) as error:
+            last = checkpoint.latest(self.checkpoints) if self.recovery.rewinds(error, number) else None
+            if last is None:
+                raise
+        self.recovery.rewind(number, last.name)
+        self.resume(last)
+        return False
+
     def _step(self) -> None:
         began = time.perf_counter()
+        self.beat("reading the next batch")
         window = self.stream.next_window(self.accumulation)
         rate = float(self.optimizer.param_groups[0]["lr"])
         state, parameters, norm = self.progress, self.loaded.trainable, self.config.max_grad_norm
@@ -136,7 +165,9 @@ class Trainer:
             for hook in self.hooks:
                 hook.gradients(parameters, number)
 
-        result = optimizer_step(self.executor, self.optimizer, self.scaler, window, parameters, norm, self.ranks, of_hooks)
+        result = optimizer_step(
+            self.executor, self.optimizer, self.scaler, window, parameters, norm, self.ranks, of_hooks, gradients=self.recovery.accumulate
+        )
         if self.scheduler.last_epoch < self.steps - 1 and not any(hook.sets_rate(number) for hook in self.hooks):
             self.scheduler.step()
         for hook in self.hooks:
@@ -149,6 +180,7 @@ class Trainer:
         record = {"step": state.step, "tokens": state.tokens, "loss": result.loss, "grad_norm": result.grad_norm, "lr": rate}
         for hook in self.hooks:
             record |= hook.metrics()
+        record |= self.recovery.metrics(window[0])
         record |= {"context": context} | self.meter.read(result.tokens, context, time.perf_counter() - began)
         for observer in self.observers:
             observer.step(record)
@@ -156,7 +188,7 @@ class Trainer:
     def _validate(self) -> bool:
         """Validate; whether the loss is the best so far (the first, before any step, only sets the mark)."""
         with self.evaluating():
-            losses = self.validator()
+            losses = self.recovery.again(self.validator, self.validator.longest)
         memory = self.meter.memory()
         state = self.progress
         state.first_val = state.first_val or losses
@@ -172,6 +204,7 @@ class Trainer:
         return improved
 
     def _save(self) -> None:
+        self.beat("saving a checkpoint")
         randoms = self.ranks.gather(checkpoint.random_state())
         if self.ranks.is_main:
             state = {
@@ -182,6 +215,7 @@ class Trainer:
                 "stream": self.stream.state(),
                 "random": randoms,
                 "hooks": {hook.name: hook.state() for hook in self.hooks},
+                "recovery": self.recovery.state(),
             }
             checkpoint.save(self.checkpoints, self.progress.step, lambda folder: save_trained(self.loaded, folder), state)
             checkpoint.prune(self.checkpoints, {self.progress.step, self.progress.best_step})
@@ -198,5 +232,8 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         for hook in self.hooks:
             hook.load_state(state["hooks"][hook.name])
+        if "recovery" in state:
+            # Older checkpoints know nothing of it.
+            self.recovery.load_state(state["recovery"])
         states = state["random"]
         checkpoint.set_random_state(states[self.ranks.rank % len(states)])

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from elite.chunks import Chunk, Group
 from elite.data.batches import IGNORE
+from elite.distributed.watchdog import Beat, no_beat
 from elite.errors import ModelError
 from elite.executor.streamed.attention import KeysKnown, Phase, Work
 from elite.executor.streamed.kernels import AttentionShape, Kernel
@@ -128,6 +129,7 @@ class Runner:
         self.allocator = Allocator(device, Path(layout.folder) if layout.folder else None)
         self.unread = UnreadOutputs(self.layers)
         self.transfers = Transfers(device, layout.chunk, self.allocator.disk)
+        self.beat: Beat = no_beat  # told before each chunk of each sweep
         self.current: Step | None = None
         """The step whose rows these are."""
         self.store: Store
@@ -244,13 +246,18 @@ class Runner:
         """Pinned host memory of rows and of streamed weights."""
         return self.allocator.host_bytes() + self.weights.host_bytes
 
-    def undo(self) -> None:
-        """Give all rows and buffers back, then put weights back, which may need the room."""
-        self.transfers = Transfers(self.device, self.layout.chunk, self.allocator.disk)
-        self._keys_values = KeyValues(self.layout.keys_values, 0, self.layout.block, self.allocator, self.device)
-        self.current = None
+    def release(self, layout: Streaming) -> None:
+        """Give all rows and buffers back, those of an abandoned pass too; the next pass has this layout."""
+        self.layout, self.current = layout, None
+        self.transfers = Transfers(self.device, layout.chunk, self.allocator.disk)
+        self._keys_values = KeyValues(layout.keys_values, 0, layout.block, self.allocator, self.device)
+        self.stem.forget()
         self.__dict__.pop("store", None)
         self.allocator.release()
+
+    def undo(self) -> None:
+        """Give all rows and buffers back, then put weights back, which may need the room."""
+        self.release(self.layout)
         self.weights.undo()
 
     def _loss(self, step: Step, chunk: Chunk, hidden: Tensor) -> Tensor:
@@ -275,6 +282,7 @@ class Runner:
             with self._as_in(step), self.weights.use(sweep.layer, following.layer if following else None):
                 self._prepare_keys(sweep)
                 for chunk, data in self.transfers.read(sweep.chunks, self._fields(sweep), then):
+                    self.beat(f"the {sweep.phase.name} of layer {sweep.layer}")
                     self._chunk(step, sweep, chunk, data, totals)
                     if following is not None and self._takes_over(sweep, following):
                         self._keys_values.bring(chunk, self.store.keys(following.layer), self.transfers)
