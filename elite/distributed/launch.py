@@ -19,6 +19,9 @@ SHUTDOWN_S = 600
 LAST_WORDS = "error.txt"
 """File of a run folder in which a process that fails leaves its reason, one line."""
 
+HUNG = 70
+"""Exit code of a process that its watchdog has ended (elite/distributed/watchdog.py): an internal error, in sysexits' words."""
+
 
 def leave_last_words(folder: Path, reason: str) -> None:
     """Leave the reason why this process fails, unless another rank has: what comes after the first failure follows from it."""
@@ -125,7 +128,9 @@ def _first_to_fail(codes: dict[int, int], noticed: int) -> tuple[int, int]:
     Args:
         noticed: the rank whose end the launcher saw first; several may have ended between two looks.
     """
-    # The launcher itself ends the rest by SIGTERM; a rank that lost a killed one fails in its own words soon after.
+    # The launcher itself ends the rest by SIGTERM, and by SIGKILL those that do not hear it, as one that another's watchdog waited for.
+    hung = [rank for rank, code in codes.items() if code == HUNG]
+    # A rank that lost a killed one fails in its own words soon after.
     killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
-    rank = killed[0] if killed else noticed
+    rank = (*hung, *killed, noticed)[0]
     return rank, codes[rank]

@@ -18,15 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from elite.distributed.launch import leave_last_words
+from elite.distributed.launch import HUNG, leave_last_words
 from elite.distributed.ranks import Ranks
 from elite.vigilance import WatchdogConfig
 
 Beat = Callable[[str], None]
 """A sign of life; told what begins."""
 
-EXIT_CODE = 70
-"""Of a process that its watchdog has ended: an internal error, in sysexits' words."""
 LEAST_MINUTES = 30.0
 STEPS = 5
 """So many planned steps may pass without a sign of life: plans are off, and a step without one is a whole executor's single pass."""
@@ -102,4 +100,4 @@ class Watchdog:
         sys.stderr.write(f"rank {self._ranks.rank}: {reason}\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(sys.__stderr__ or sys.stderr, all_threads=True)
-        self._end(EXIT_CODE)
+        self._end(HUNG)
