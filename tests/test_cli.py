@@ -45,6 +45,7 @@ def test_no_model_and_no_hub(program: Program, tmp_path: Path) -> None:
         (["training.learning_rate=nan"], ["learning_rate=nan"]),
         (["training.max_grad_norm=inf"], ["max_grad_norm=inf"]),
         (["seed=-1"], ["seed=-1"]),
+        (["watchdog.minutes=-1"], ["watchdog.minutes=-1"]),
         (["schedule.warmup_fraction=2"], ["warmup_fraction=2"]),
         (["schedule=wsd", "schedule.warmup_fraction=0.9"], ["warmup_fraction=0.9", "exceed"]),
         (["data.val_fraction=5"], ["val_fraction=5"]),

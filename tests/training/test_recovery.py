@@ -1,5 +1,6 @@
 """Memory that runs out in the midst of training: the same step again, in smaller passes, with the same result."""
 
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -306,3 +307,23 @@ def test_going_back_to_an_earlier_checkpoint_does_not_make_it_larger_again() -> 
     assert (recovery.pass_tokens, recovery.count) == (100, 2)
     recovery.load_state({"count": 3, "pass_tokens": 50, "chunk": None})
     assert (recovery.pass_tokens, recovery.count) == (50, 3)
+
+
+def test_what_a_failed_pass_held_is_given_back_before_the_next() -> None:
+    model = uneven("llama")
+    attached = attach(model, Streaming(chunk=LONG))
+    recovery, executor = Recovery(list(model.parameters()), ALONE, attached.runner), StreamedExecutor(model, torch.float32)
+    batch, held = random_batch(1, LONG, VOCAB), list[weakref.ref[Tensor]]()
+
+    def action() -> str:
+        if held:
+            # At the second call nothing of the first is there, though its error held every tensor of it.
+            assert all(reference() is None for reference in held) and attached.runner.host_bytes() == 0
+            assert attached.runner.current is None and all(parameter.grad is None for parameter in model.parameters())
+            return "done"
+        loss = executor.loss_sum(batch)
+        loss.backward()
+        held.extend(weakref.ref(tensor) for tensor in (loss, attached.runner.store.live.rows.storage))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert recovery.again(action, LONG) == "done" and recovery.chunk == LONG // 2

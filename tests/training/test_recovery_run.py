@@ -116,7 +116,7 @@ def test_one_rank_of_two_runs_out_of_memory_and_both_go_on(
     found = []
     for script, micro_batch in (("plain.py", 1), ("rank.py", rows)):
         composed = compose.from_overrides(
-            f"data.repo={repository}", f"output.cache={cache}", *request, f"training.micro_batch={micro_batch}", f"output.root={script}"
+            f"data.repo={repository}", f"output.cache={cache}", *request, f"training.micro_batch={micro_batch}", f"output.root=of_{script}"
         )
         folder, _ = modes._prepare(composed)
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", script, str(folder.path)]
