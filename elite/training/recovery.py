@@ -72,7 +72,7 @@ class Recovery:
             try:
                 pending = begin(executor, self.parts(window), scaler, ranks, self.beat)
                 if ranks.world == 1:
-                    return finish(pending, scaler, ranks)
+                    return finish(pending, executor, scaler, ranks)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -82,8 +82,10 @@ class Recovery:
                     # The others are about to ask.
                     ranks.max(1.0)
                     raise
-            if pending is not None and not ranks.max(float(refused)):
-                return finish(pending, scaler, ranks)
+            # Asked by all ranks, also by one that knows the answer.
+            anywhere = ranks.max(float(refused)) > 0
+            if pending is not None and not anywhere:
+                return finish(pending, executor, scaler, ranks)
             pending = None
             self._shrink(window[0])
             checkpoint.set_random_state(drawn)

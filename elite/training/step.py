@@ -54,30 +54,33 @@ def begin(executor: Executor, window: Sequence[Batch], scaler: torch.amp.GradSca
     device = ranks.device
     labels = ranks.sum(float(sum(batch.label_tokens for batch in window)))
     others = torch.zeros((), device=device)
-    for batch in window[:-1]:
-        beat("a micro-batch")
-        # DDP exchanges gradients once, in the backward of the last micro-batch.
-        with nullcontext() if ranks.world == 1 else cast(DistributedDataParallel, executor.model).no_sync():
+    # DDP exchanges gradients once, in the last backward. Until then it knows of none: a forward pass that it has prepared one for
+    # cannot be abandoned.
+    with nullcontext() if ranks.world == 1 else cast(DistributedDataParallel, executor.model).no_sync():
+        for batch in window[:-1]:
+            beat("a micro-batch")
             loss = executor.loss_sum(batch.to(device)) / labels
             # It averages over ranks, hence `world`.
             scaler.scale(loss * ranks.world).backward()
-        others += loss.detach()
-        del loss
-    beat("a step's last micro-batch")
-    return Pending(executor.loss_sum(window[-1].to(device)) / labels, others)
+            others += loss.detach()
+            del loss
+        beat("a step's last micro-batch")
+        return Pending(executor.loss_sum(window[-1].to(device)) / labels, others)
 
 
-def finish(pending: Pending, scaler: torch.amp.GradScaler, ranks: Ranks) -> float:
+def finish(pending: Pending, executor: Executor, scaler: torch.amp.GradScaler, ranks: Ranks) -> float:
     """The last backward; the mean token loss over the global batch."""
+    if ranks.world > 1:
+        # What it does itself at the end of a forward pass outside `no_sync`.
+        cast(DistributedDataParallel, executor.model).reducer.prepare_for_backward([])
     with ranks.meeting("the exchange of gradients"):
-        # DDP averages over ranks.
         scaler.scale(pending.last * ranks.world).backward()
     return ranks.sum((pending.others + pending.last.detach()).item())
 
 
 def accumulate(executor: Executor, window: Sequence[Batch], scaler: torch.amp.GradScaler, ranks: Ranks) -> float:
     """Add the gradient of the mean token loss over the global batch to the parameters; return that mean."""
-    return finish(begin(executor, window, scaler, ranks), scaler, ranks)
+    return finish(begin(executor, window, scaler, ranks), executor, scaler, ranks)
 
 
 Accumulate = Callable[[Executor, Sequence[Batch], torch.amp.GradScaler, Ranks], float]
