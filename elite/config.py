@@ -19,6 +19,7 @@ from elite.retention import CheckpointConfig
 from elite.scaling import LrScaling
 from elite.stability import StabilityConfig
 from elite.streaming import BoundaryEncoding, Keep, Place, WeightPlace
+from elite.vigilance import WatchdogConfig
 
 CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 TIERS = tuple(f"tier{n}" for n in range(1, 12))
@@ -363,6 +364,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)

@@ -6,7 +6,7 @@ Started by the launcher with the folder as its argument, or called in process un
 import json
 import statistics
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from elite.console import console, start_logging
 from elite.data.batches import Batch, TrainStream
 from elite.data.tokens import TokenStore
 from elite.data.validation import Completion, completion_example, validation_batches
-from elite.distributed.launch import LAST_WORDS, left_behind
+from elite.distributed.launch import leave_last_words, left_behind
 from elite.distributed.ranks import Ranks, joined
+from elite.distributed.watchdog import Beat, Watchdog, deadline_seconds
 from elite.errors import EliteError
 from elite.executor.build import build, streams_weights
 from elite.executor.streamed.attach import Attached
@@ -41,6 +42,7 @@ from elite.training.generation import generator
 from elite.training.heap import settled
 from elite.training.loop import Interrupted, Observer, Progress, Trainer
 from elite.training.optimizer import build_optimizer
+from elite.training.recovery import Recovery
 from elite.training.schedules import schedule
 from elite.training.shortage import actual, is_out_of_memory
 from elite.training.stability import Setbacks
@@ -85,7 +87,8 @@ class _Parts:
 def _train(folder: RunFolder, ranks: Ranks) -> None:
     parts = _Parts(prepared(folder, ranks))
     try:
-        _carried_out(parts)
+        with Watchdog(folder.path, ranks, deadline_seconds(parts.run.config.watchdog, parts.run.plan["step_s"])) as beat:
+            _carried_out(parts, beat)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -95,7 +98,7 @@ def _train(folder: RunFolder, ranks: Ranks) -> None:
         raise rehearsal.shortage(parts.run, actual(str(error), model, optimizer, ranks.device), step) from error
 
 
-def _carried_out(parts: _Parts) -> None:
+def _carried_out(parts: _Parts, beat: Beat) -> None:
     # A CPU's rate is an assumption of the planner's; utilisation of an assumption is no measurement.
     device, facts, ranks, folder = parts.run.device, parts.run.facts, parts.run.ranks, parts.run.folder
     meter = Meter(
@@ -105,14 +108,17 @@ def _carried_out(parts: _Parts) -> None:
     )
     store = corpus_of(folder, parts.run.mapped)
     before = uptraining.losses_before(parts.run, *_held_out(parts.run, store)) if uptraining.uptrains(parts.run) else None
+    beat("loading the model")
     loaded = parts.loaded = _loaded(parts.run)
+    beat("what is tried before the first step")
     run = parts.run = rehearsal.micro_batch_found(parts.run, loaded)
-    trainer, attached = _assemble(run, loaded, store, meter)
+    trainer, attached = _assemble(run, loaded, store, meter, beat)
     parts.trainer = trainer
-    completion = _Completion(run, loaded, store)
+    completion = _Completion(run, loaded, store, trainer.recovery)
     if folder.begun:
         trainer.resume(checkpoint.require_latest(folder.checkpoints))
     rehearsal.checked(run, loaded, trainer, attached)
+    beat("the completion before training")
     if not folder.begun:
         completion.write("before")
     trainer.observers = _observers(run, trainer.progress.step) if ranks.is_main else ()
@@ -121,6 +127,7 @@ def _carried_out(parts: _Parts) -> None:
         with settled():
             progress = trainer.fit()
         with trainer.evaluating():
+            beat("the run's results")
             completion.write("after")
             if ranks.is_main:
                 checkpoint.write_folder(folder.final, lambda place: export(loaded, place))
@@ -132,6 +139,7 @@ def _carried_out(parts: _Parts) -> None:
             acts = {name: act.words for name, act in applied.items()}
             pinned = pinned_bytes(attached.runner.host_bytes() if attached else 0, ranks.device) + paged_bytes(trainer.optimizer)
             summary = _summary(run, progress, meter, measured, pinned) | {"applied": acts} | _of_hooks(trainer) | trainer.saver.totals()
+            summary |= trainer.recovery.summary(run.config.tier.context, run.plan["micro_batch"])
             summary |= uptraining.reported(before, progress) if before is not None else {}
     finally:
         for observer in trainer.observers:
@@ -144,12 +152,14 @@ def _carried_out(parts: _Parts) -> None:
     ranks.barrier()
 
 
-def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) -> tuple[Trainer, Attached | None]:
+def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter, beat: Beat) -> tuple[Trainer, Attached | None]:
     """The trainer, and the streamed model if it is one."""
     config, tier, ranks, steps = run.config, run.config.tier, run.ranks, run.plan["steps"]
     executors = build(loaded, run.layout, run.dtype, run.device, ranks, Path(config.output.cache).expanduser())
     attached = executors.attached
-    course = course_of(config, run.plan, store, executors.validation, ranks, run.folder.difficulty)
+    if attached is not None:
+        attached.runner.beat = beat
+    course = course_of(config, run.plan, store, executors.validation, ranks, run.folder.difficulty, beat)
     optimizer, applied = build_optimizer(loaded.trainable, run.plan["learning_rate"], config.training, run.decisions, loaded.model)
     scheduler = schedule(optimizer, config.schedule, steps)
     hooks, of_loop = loop_hooks(
@@ -169,7 +179,7 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
         stream=TrainStream(
             store, config.data, tier.context, config.training.sequences, config.seed, run.packed, ranks.rank, ranks.world, course
         ),
-        validator=Validator(executors.validation, *_held_out(run, store), ranks),
+        validator=Validator(executors.validation, *_held_out(run, store), ranks, beat),
         meter=meter,
         ranks=ranks,
         checkpoints=run.folder.checkpoints,
@@ -178,6 +188,8 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter) ->
         stability=config.stability,
         keep=config.checkpoint,
         journal=MidStep(attached.runner, loaded.core, run.folder.mid_step, ranks) if attached and attached.runner.layout.journal else None,
+        runner=attached.runner if attached else None,
+        beat=beat,
     )
     return trainer, attached
 
@@ -202,10 +214,11 @@ def _observers(run: Run, step: int) -> list[Observer]:
 
 
 class _Completion:
-    """A held-out file completed before and after training, kept in `completion.json`."""
+    """A held-out file completed before and after training, kept in `completion.json`; left out where it does not fit."""
 
-    def __init__(self, run: Run, loaded: LoadedModel, store: TokenStore) -> None:
+    def __init__(self, run: Run, loaded: LoadedModel, store: TokenStore, recovery: Recovery) -> None:
         config, tokens = run.config, run.config.training.completion_tokens
+        self._recovery = recovery
         self.applied: dict[str, Applied] = {}
         """What the optimizations of generation touched."""
         self._file = run.folder.path / "completion.json"
@@ -222,7 +235,14 @@ class _Completion:
         if self._example is None:
             return
         example, decode = self._example, self._tokenizer.decode
-        (found,) = self._generator(example.prompt, len(example.reference))
+        try:
+            (found,) = self._recovery.again(lambda: self._generator(example.prompt, len(example.reference)))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # A sample of text is no reason to lose a run.
+            console.print(f"no completion {when} training: out of memory")
+            return
         text = decode(found, skip_special_tokens=True)
         known = json.loads(self._file.read_text()) if self._file.exists() else {}
         known |= {"path": example.path, "prompt_end": decode(example.prompt[-64:]), "reference": decode(example.reference), when: text}
@@ -230,7 +250,7 @@ class _Completion:
 
     def show(self) -> None:
         """Print prompt, reference and both completions."""
-        if self._example is None:
+        if self._example is None or not self._file.exists():
             return
         known = json.loads(self._file.read_text())
         console.print(f"\n[bold]Completion of held-out[/] {known['path']}")
@@ -329,6 +349,9 @@ def _ending(summary: dict[str, Any]) -> str:
     lines += [f"{name}  {_counted(counts)}" for name, counts in summary["acted"].items() if name != summary["ended_by"] and counts]
     setbacks = {name: summary[name] for name in Setbacks().counts() if summary[name]}
     lines += [f"bad numbers  {_counted(setbacks)}"] if setbacks else []
+    if summary["oom_recoveries"]:
+        chunk = f", chunks of {summary['chunk']:,} tokens" if summary["chunk"] else ""
+        lines.append(f"out of memory  {summary['oom_recoveries']} times, and went on: now {summary['micro_batch']} rows in a pass{chunk}")
     if summary["final_weights"] != "the trained weights":
         lines.append(f"final/ holds {summary['final_weights']}; checkpoints hold the trained ones")
     return "".join(f"{line}\n" for line in lines)
@@ -342,12 +365,6 @@ def _off(percent: float | None) -> str:
     return "" if percent is None else f" ({percent:+.1f} %)"
 
 
-def _leave(folder: Path, words: str) -> None:
-    # A full disk may be the very reason; it has been shown, and must not be replaced by that of these words.
-    with suppress(OSError):
-        (folder / LAST_WORDS).write_text(words)
-
-
 def main() -> None:
     """The process's edge: an error is shown here and left in the folder, and its exit code tells the parent so."""
     start_logging()
@@ -357,10 +374,10 @@ def main() -> None:
             train(RunFolder(folder), ranks)
     except EliteError as error:
         show(error)
-        _leave(folder, error.problem)
+        leave_last_words(folder, error.problem)
         sys.exit(error.exit_code)
     except Interrupted as error:
         sys.exit(left_behind(folder, error.number, error.step))
     except Exception as error:
-        _leave(folder, f"{type(error).__name__}: {error}".splitlines()[0])
+        leave_last_words(folder, f"{type(error).__name__}: {error}".splitlines()[0])
         raise

@@ -7,13 +7,13 @@ from typing import Any, TypeGuard
 
 import pytest
 
-from elite import config, curriculum, mode_options, retention, stability
+from elite import config, curriculum, mode_options, retention, stability, vigilance
 
 ROOT = config.CONF_DIR.parent
 # Each layer may import the layers before it, and its own.
 LAYERS = (
     {"errors", "facts", "console", "streaming", "chunks", "revolve", "scaling", "curriculum", "kernels", "mode_options"}
-    | {"stability", "retention"},
+    | {"stability", "retention", "vigilance"},
     {"optimizations", "losses", "ablation"},
     {"config"},
     {"schema", "jobs", "compose", "hardware", "geometry", "pretrained", "attention", "streamable"},
@@ -93,7 +93,7 @@ def test_every_field_of_the_configuration_is_read() -> None:
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     # Defaults that are another field's value: II("tier.lora_rank").
     read |= {str(node.args[0].value).split(".")[-1] for node in nodes if _interpolates(node)}
-    declared = (config.__name__, curriculum.__name__, mode_options.__name__, retention.__name__, stability.__name__)
+    declared = tuple(module.__name__ for module in (config, curriculum, mode_options, retention, stability, vigilance))
     fields = {
         f"{kind.__name__}.{field.name}": field.name
         for kind in vars(config).values()

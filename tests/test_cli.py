@@ -47,6 +47,7 @@ def test_no_model_and_no_hub(program: Program, tmp_path: Path) -> None:
         (["seed=-1"], ["seed=-1"]),
         (["stability.max_skips=-1"], ["stability.max_skips=-1", "must not be negative"]),
         (["stability.max_rewinds=0"], ["stability.max_rewinds=0", "must be positive"]),
+        (["watchdog.minutes=-1"], ["watchdog.minutes=-1"]),
         (["schedule.warmup_fraction=2"], ["warmup_fraction=2"]),
         (["schedule=wsd", "schedule.warmup_fraction=0.9"], ["warmup_fraction=0.9", "exceed"]),
         (["data.val_fraction=5"], ["val_fraction=5"]),

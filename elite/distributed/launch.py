@@ -7,10 +7,11 @@ import socket
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from elite.config import CONF_DIR
+from elite.distributed.ranks import place
 from elite.errors import EliteError, Preempted
 
 SHUTDOWN_S = 600
@@ -25,6 +26,17 @@ PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 """Signals that the launcher hands to the training processes."""
 PREEMPTING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """Signals by which a scheduler or the system, not a person, ends a run."""
+
+HUNG = 70
+"""Exit code of a process that its watchdog has ended (elite/distributed/watchdog.py): an internal error, in sysexits' words."""
+
+
+def leave_last_words(folder: Path, reason: str) -> None:
+    """Leave the reason why this process fails, unless another rank has: what comes after the first failure follows from it."""
+    rank, world = place()[1:]
+    # A full disk may be the very reason; it has been shown, and must not be replaced by that of these words.
+    with suppress(OSError), (folder / LAST_WORDS).open("x") as file:
+        file.write(f"rank {rank}: {reason}" if world > 1 else reason)
 
 
 @contextmanager
@@ -54,14 +66,17 @@ class WorkerError(EliteError):
     """A child process ended with an error.
 
     Args:
-        reason: what it left in the run folder; empty if it was not asked.
+        reason: what was left in the run folder; empty if nobody was asked.
+        rank: which one, among several.
     """
 
-    def __init__(self, exit_code: int, reason: str = "") -> None:
+    def __init__(self, exit_code: int, reason: str = "", rank: int | None = None) -> None:
         killed = " (killed from outside: out of host memory?)" if exit_code == 128 + signal.SIGKILL else ""
         said = f": {reason}" if reason else ""
+        of = f" of rank {rank}" if rank is not None else ""
         super().__init__(
-            f"the training process ended with exit code {exit_code}{killed}{said}", "the same command continues from the last checkpoint"
+            f"the training process{of} ended with exit code {exit_code}{killed}{said}",
+            "the same command continues from the last checkpoint",
         )
         self.exit_code = exit_code
         # Errors of ours were shown by the process itself.
@@ -113,14 +128,28 @@ def launch(folder: Path, processes: int) -> None:
         with _own_signals(), _own_name():
             elastic_launch(config, sys.executable)("-c", start, str(folder))
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        if failure.exitcode in (Preempted.exit_code, INTERRUPTED):
+        rank, code = _first_to_fail({rank: failure.exitcode for rank, failure in error.failures.items()}, error.get_first_failure()[0])
+        if code in (Preempted.exit_code, INTERRUPTED):
             # The signal came to the children alone.
-            number = signal.SIGINT if failure.exitcode == INTERRUPTED else signal.SIGTERM
+            number = signal.SIGINT if code == INTERRUPTED else signal.SIGTERM
             raise ended_by(number, _words(left)) from error
-        raise WorkerError(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode, _words(last_words)) from error
+        raise WorkerError(code if code > 0 else 128 - code, _words(last_words), rank if processes > 1 else None) from error
     except SignalException as error:
         raise ended_by(error.sigval, _words(left)) from error
+
+
+def _first_to_fail(codes: dict[int, int], noticed: int) -> tuple[int, int]:
+    """The rank whose end explains the others', and its code (negative: a signal).
+
+    Args:
+        noticed: the rank whose end the launcher saw first; several may have ended between two looks.
+    """
+    # The launcher itself ends the rest by SIGTERM, and by SIGKILL those that do not hear it, as one that another's watchdog waited for.
+    hung = [rank for rank, code in codes.items() if code == HUNG]
+    # A rank that lost a killed one fails in its own words soon after.
+    killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
+    rank = (*hung, *killed, noticed)[0]
+    return rank, codes[rank]
 
 
 def ended_by(number: int, left: str) -> BaseException:

@@ -10,6 +10,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from elite.errors import EliteError
+
+LAST_RESORT = timedelta(days=1)
+"""How long a collective waits for the others. Ranks may differ by hours in a long step, and a corpus is tokenised by one of them alone:
+the watchdog, which knows the run's own step time, comes long before."""
+LOST = ("gloo", "NCCL", "closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "Timeout waiting")
+"""What backends say when another rank is gone or does not come."""
+
+
+class RankError(EliteError):
+    """Another rank is gone, or did not come to a collective."""
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -37,27 +49,53 @@ class Ranks:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        with self.meeting("all_gather"):
+            dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value`."""
         values = [value]
         if self.world > 1:
-            dist.broadcast_object_list(values, device=self.device)
+            with self.meeting("broadcast"):
+                dist.broadcast_object_list(values, device=self.device)
         return values[0]
 
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.world > 1:
-            dist.barrier()
+            with self.meeting("barrier"):
+                dist.barrier()
 
     def _reduce(self, value: float, operation: Any) -> float:
         if self.world == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, operation)
-        return tensor.item()
+        with self.meeting("all_reduce"):
+            dist.all_reduce(tensor, operation)
+            return tensor.item()
+
+    @contextmanager
+    def meeting(self, what: str) -> Iterator[None]:
+        """Within, ranks wait for each other; one that waits in vain says so.
+
+        Raises:
+            RankError: another rank is gone.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or isinstance(error, torch.OutOfMemoryError) or not any(sign in str(error) for sign in LOST):
+                raise
+            said = str(error).strip().splitlines()[0]
+            problem = f"rank {self.rank} of {self.world} waited in vain for another one in {what}: {said}"
+            raise RankError(problem, "the same command continues from the last checkpoint") from error
+
+
+def place() -> tuple[int, int, int]:
+    """Local rank, rank and number of ranks, as the launcher's environment says; 0, 0, 1 alone."""
+    local, rank, world = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")))
+    return local, rank, world
 
 
 def launched() -> bool:
@@ -68,13 +106,13 @@ def launched() -> bool:
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """Join the peers named in the launcher's environment for the duration; alone, this is a plain single rank."""
-    local, rank, world = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")))
+    local, rank, world = place()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=LAST_RESORT)
     try:
         yield Ranks(rank, world, device)
     finally:

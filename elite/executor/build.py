@@ -47,7 +47,9 @@ def build(loaded: LoadedModel, layout: Streaming | None, dtype: torch.dtype, dev
     if layout is not None:
 
         def choice(shape: AttentionShape) -> Kernel:
-            return fastest(shape, ranks.device, cache, layout.chunk, layout.block, kernels_of(device))
+            # In the chunks of the moment: where memory ran out they have become smaller.
+            now = attached.runner.layout if attached is not None else layout
+            return fastest(shape, ranks.device, cache, now.chunk, now.block, kernels_of(device))
 
         attached = attach(loaded.model, layout, ranks.device, choice)
     model = DistributedDataParallel(loaded.model, broadcast_buffers=False) if ranks.world > 1 else loaded.model

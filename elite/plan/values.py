@@ -69,6 +69,7 @@ RULES = (
             "stability.max_skips",
             "checkpoint.keep_best",
             "checkpoint.milestone_every",
+            "watchdog.minutes",
         ),
     ),
     Rule(

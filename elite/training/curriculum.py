@@ -16,18 +16,22 @@ from elite.data.course import Course, Ramp
 from elite.data.difficulty import by_files, document_lengths
 from elite.data.tokens import TokenFile, TokenStore
 from elite.distributed.ranks import Ranks
+from elite.distributed.watchdog import Beat, no_beat
 from elite.executor.contract import Executor
 from elite.plan.stages import context_stages
 from elite.plan.words import duration
 
 
-def course_of(config: RunConfig, plan: dict[str, Any], store: TokenStore, executor: Executor, ranks: Ranks, scores: Path) -> Course:
+def course_of(
+    config: RunConfig, plan: dict[str, Any], store: TokenStore, executor: Executor, ranks: Ranks, scores: Path, beat: Beat = no_beat
+) -> Course:
     """Where the curriculum leads.
 
     Args:
         plan: as in `plan.json`.
         executor: around the bare model, untrained as yet.
         scores: the losses of the untrained model, by training file; read if they are there, else found and written.
+        beat: told before each file that is scored.
 
     Raises:
         DataError: there is no order from easy to hard.
@@ -39,19 +43,19 @@ def course_of(config: RunConfig, plan: dict[str, Any], store: TokenStore, execut
     if config.curriculum.measure is Measure.length:
         values = document_lengths(store, config.data.unit)
     else:
-        values = _scores(store, config.tier.context, executor, ranks, scores)
+        values = _scores(store, config.tier.context, executor, ranks, scores, beat)
     chosen = config.curriculum
     ramp = Ramp(by_files(store, values), chosen.start_fraction, chosen.pacing, chosen.full_at * steps)
     return Course(course.step_sequences, course.stages, ramp)
 
 
-def _scores(store: TokenStore, context: int, executor: Executor, ranks: Ranks, file: Path) -> list[float]:
+def _scores(store: TokenStore, context: int, executor: Executor, ranks: Ranks, file: Path, beat: Beat) -> list[float]:
     known: list[float] | None = json.loads(file.read_text()) if ranks.is_main and file.is_file() else None
     known = ranks.broadcast(known)
     if known is not None:
         return known
     began = time.perf_counter()
-    found = file_losses(store, store.select("train"), context, executor, ranks)
+    found = file_losses(store, store.select("train"), context, executor, ranks, beat)
     if ranks.is_main:
         written = file.with_suffix(".partial")
         written.write_text(json.dumps(found))
@@ -61,12 +65,15 @@ def _scores(store: TokenStore, context: int, executor: Executor, ranks: Ranks, f
 
 
 @torch.no_grad()
-def file_losses(store: TokenStore, files: Sequence[TokenFile], context: int, executor: Executor, ranks: Ranks) -> list[float]:
+def file_losses(
+    store: TokenStore, files: Sequence[TokenFile], context: int, executor: Executor, ranks: Ranks, beat: Beat = no_beat
+) -> list[float]:
     """Mean loss a token of each file alone, up to the first `context` tokens of it; nats. The ranks share the work."""
     model, training = executor.model, executor.model.training
     model.eval()
     mine = []
     for file in files[ranks.rank :: ranks.world]:
+        beat("scoring a file")
         count = min(file.length, context)
         batch = collate(store, [(((file.start, count),),)], count, store.end_token)
         mine.append(executor.loss_sum(batch.to(ranks.device)).item() / max(1, batch.label_tokens))

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,13 +16,16 @@ from elite import checkpoint
 from elite.config import TrainingConfig
 from elite.data.batches import Batch, TrainStream
 from elite.distributed.ranks import Ranks
+from elite.distributed.watchdog import Beat, no_beat
 from elite.errors import CheckpointError
 from elite.executor.contract import Executor, StepCut, StepJournal
+from elite.executor.streamed.runner import Runner
 from elite.model import LoadedModel, load_trained
 from elite.optimizations.contract import Applied
 from elite.optimizations.hooks import Hook
 from elite.retention import CheckpointConfig
 from elite.stability import NonFinite, StabilityConfig, Verdict
+from elite.training.recovery import Recovery
 from elite.training.saving import Saver
 from elite.training.signals import StopRequest
 from elite.training.stability import Setbacks, judged, rewound
@@ -106,10 +110,17 @@ class Trainer:
     """Keeps what the step at work has done (training.mid_step_checkpoint)."""
     progress: Progress = field(default_factory=Progress)
     stability: StabilityConfig = field(default_factory=StabilityConfig)
+    runner: Runner | None = None
+    """Of the streamed executor, if that is what trains."""
+    beat: Beat = no_beat
+    """Told what begins: the watchdog."""
     saver: Saver = field(init=False)
+    recovery: Recovery = field(init=False)
+    """What is done where memory runs out."""
 
     def __post_init__(self) -> None:
         self.saver = Saver(self.checkpoints, self.keep)
+        self.recovery = Recovery(self.loaded.trainable, self.ranks, self.runner, self.beat)
         self._request = StopRequest()
 
     def fit(self) -> Progress:
@@ -125,7 +136,7 @@ class Trainer:
         with self._request, self.saver:
             self._begin()
             while not self._done:
-                if self._step():
+                if self._stepped():
                     self._after_step()
         return self.progress
 
@@ -147,7 +158,7 @@ class Trainer:
         stop = int(self.ranks.max(float(self._request.number)))
         asked = self.ranks.max(float(self.ranks.is_main and self.saver.asked())) > 0
         if self._done or stop or improved or asked or step % self.config.saves_every == 0 or self.keep.is_milestone(step):
-            self._save(asked, last=self._done or stop > 0)
+            self.recovery.again(partial(self._save, asked, last=self._done or stop > 0))
             if self.journal is not None and self._unsaved() is None:
                 self.journal.end()
         if stop and not self._done:
@@ -165,15 +176,33 @@ class Trainer:
                 stack.enter_context(hook.evaluating())
             yield
 
-    def _step(self) -> bool:
-        """The next step of the schedule; False if the run went back to a checkpoint instead."""
+    def _stepped(self) -> bool:
+        """Take the next step; False if the run has gone back to a checkpoint instead: after bad numbers, or where memory ran out in the
+        midst of its update."""
+        number = self.progress.step + 1
+        try:
+            return self._step(number)
+        except (RuntimeError, MemoryError) as error:
+            last = self._last_saved() if self.recovery.rewinds(error, number) else None
+            if last is None:
+                raise
+        self.recovery.rewind(number, last.name)
+        self.resume(last)
+        return False
+
+    def _last_saved(self) -> Path | None:
+        """The newest intact checkpoint, the one that is being written included; rank 0 chooses for all."""
+        self.saver.settle()
+        found: Path | None = self.ranks.broadcast(checkpoint.latest(self.checkpoints) if self.ranks.is_main else None)
+        return found
+
+    def _step(self, number: int) -> bool:
         began = time.perf_counter()
         before = self.stream.state()
+        self.beat("reading the next batch")
         window = self.stream.next_window(self.accumulation)
         rate = float(self.optimizer.param_groups[0]["lr"])
-        state, number = self.progress, self.progress.step + 1
-        if self.journal is not None:
-            self.journal.begin(number, window, self.scaler.get_scale(), lambda: self._request.number > 0)
+        state = self.progress
         try:
             result = self._optimizer_step(window, number)
         except DivergedError:
@@ -199,7 +228,7 @@ class Trainer:
         record = {"step": state.step, "tokens": state.tokens, "loss": result.loss, "grad_norm": result.grad_norm, "lr": rate}
         for hook in self.hooks:
             record |= hook.metrics()
-        record |= state.counters() | {"context": context} | self.saver.metrics()
+        record |= state.counters() | self.recovery.metrics(window[0]) | {"context": context} | self.saver.metrics()
         record |= self.meter.read(result.tokens, context, time.perf_counter() - began)
         for observer in self.observers:
             observer.step(record)
@@ -215,16 +244,23 @@ class Trainer:
         def judge(loss: float, norm: float, fit: bool) -> Verdict:
             return judged(self.progress, self.stability, self.hooks, self.ranks, number, loss, norm, fit)
 
-        norm = self.config.max_grad_norm
-        result = optimizer_step(self.executor, self.optimizer, self.scaler, window, parameters, norm, self.ranks, of_hooks, judge)
+        def attempt() -> None:
+            if self.journal is not None:
+                self.journal.begin(number, window, self.scaler.get_scale(), lambda: self._request.number > 0)
+
+        result = optimizer_step(
+            *(self.executor, self.optimizer, self.scaler, window, parameters, self.config.max_grad_norm, self.ranks),
+            before_clipping=of_hooks,
+            judge=judge,
+            gradients=partial(self.recovery.accumulate, before=attempt),
+        )
         if result.verdict is not Verdict.take:
             self.progress.skipped_tokens += result.tokens
         return result
 
     def _rewind(self) -> None:
         """Go back to the last checkpoint in everything but the data, which goes on behind what has been seen, and the counters."""
-        self.saver.settle()
-        folder = self.ranks.broadcast(checkpoint.require_latest(self.checkpoints) if self.ranks.is_main else None)
+        folder = self._last_saved() or checkpoint.require_latest(self.checkpoints)
         setbacks, tokens, position = self.progress, self.progress.tokens, self.stream.state()
         self.resume(folder)
         self.stream.load_state(position)
@@ -236,7 +272,7 @@ class Trainer:
         """Validate; whether its checkpoint is to be kept: the loss is the best so far (the first, before any step, only sets the mark), or
         among the best where several are kept."""
         with self.evaluating():
-            losses = self.validator()
+            losses = self.recovery.again(self.validator, self.validator.longest)
         memory = self.meter.memory()
         state = self.progress
         state.first_val = state.first_val or losses
@@ -269,6 +305,7 @@ class Trainer:
         Raises:
             CheckpointError: the last one could not be written.
         """
+        self.beat("saving a checkpoint")
         randoms = self.ranks.gather(checkpoint.random_state())
         progress = self.progress
         if self.ranks.is_main:
@@ -280,6 +317,7 @@ class Trainer:
                 "stream": self.stream.state(),
                 "random": randoms,
                 "hooks": {hook.name: hook.state() for hook in self.hooks},
+                "recovery": self.recovery.state(),
             }
             loss = progress.last_val.get("val_loss") if progress.val_step == progress.step else None
             self.saver.save(progress.step, loss, self.loaded, state, asked)
@@ -312,5 +350,8 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         for hook in self.hooks:
             hook.load_state(state["hooks"][hook.name])
+        if "recovery" in state:
+            # Older checkpoints know nothing of it.
+            self.recovery.load_state(state["recovery"])
         states = state["random"]
         checkpoint.set_random_state(states[self.ranks.rank % len(states)])

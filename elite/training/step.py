@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elite.data.batches import Batch
 from elite.distributed.ranks import Ranks
+from elite.distributed.watchdog import Beat, no_beat
 from elite.errors import EliteError
 from elite.executor.contract import Executor
 from elite.stability import Verdict
@@ -41,23 +42,58 @@ class StepResult:
     """Of `take` alone there was an update."""
 
 
-def accumulate(executor: Executor, window: Sequence[Batch], scaler: torch.amp.GradScaler, ranks: Ranks) -> float:
-    """Add the gradient of the mean token loss over the global batch to the parameters; return that mean.
+@dataclass
+class Pending:
+    """A window whose gradients are there but for those of its last micro-batch."""
+
+    last: torch.Tensor
+    """Loss of the last micro-batch, its share of the mean, with its graph."""
+    others: torch.Tensor
+    """Loss of those before it."""
+
+
+def begin(executor: Executor, window: Sequence[Batch], scaler: torch.amp.GradScaler, ranks: Ranks, beat: Beat = no_beat) -> Pending:
+    """All passes of a window but the last backward, the one in which ranks exchange gradients: until then none waits for another.
 
     Dividing every micro-batch by the label tokens of the *whole* global batch makes the result independent of how
     sequences of unequal length are dealt to micro-batches and ranks.
+
+    Args:
+        beat: told before each micro-batch.
     """
     device = ranks.device
     labels = ranks.sum(float(sum(batch.label_tokens for batch in window)))
-    total = torch.zeros((), device=device)
-    for i, batch in enumerate(window):
-        last = i == len(window) - 1
-        # DDP exchanges gradients once, in the backward of the last micro-batch; it averages over ranks, hence `world`.
-        with nullcontext() if last or ranks.world == 1 else cast(DistributedDataParallel, executor.model).no_sync():
+    others = torch.zeros((), device=device)
+    # DDP exchanges gradients once, in the last backward. Until then it knows of none: a forward pass that it has prepared one for
+    # cannot be abandoned.
+    with nullcontext() if ranks.world == 1 else cast(DistributedDataParallel, executor.model).no_sync():
+        for batch in window[:-1]:
+            beat("a micro-batch")
             loss = executor.loss_sum(batch.to(device)) / labels
+            # It averages over ranks, hence `world`.
             scaler.scale(loss * ranks.world).backward()
-        total += loss.detach()
-    return ranks.sum(total.item())
+            others += loss.detach()
+            del loss
+        beat("a step's last micro-batch")
+        return Pending(executor.loss_sum(window[-1].to(device)) / labels, others)
+
+
+def finish(pending: Pending, executor: Executor, scaler: torch.amp.GradScaler, ranks: Ranks) -> float:
+    """The last backward; the mean token loss over the global batch."""
+    if ranks.world > 1:
+        # What it does itself at the end of a forward pass outside `no_sync`.
+        cast(DistributedDataParallel, executor.model).reducer.prepare_for_backward([])
+    with ranks.meeting("the exchange of gradients"):
+        scaler.scale(pending.last * ranks.world).backward()
+    return ranks.sum((pending.others + pending.last.detach()).item())
+
+
+def accumulate(executor: Executor, window: Sequence[Batch], scaler: torch.amp.GradScaler, ranks: Ranks) -> float:
+    """Add the gradient of the mean token loss over the global batch to the parameters; return that mean."""
+    return finish(begin(executor, window, scaler, ranks), executor, scaler, ranks)
+
+
+Accumulate = Callable[[Executor, Sequence[Batch], torch.amp.GradScaler, Ranks], float]
 
 
 def optimizer_step(
@@ -70,17 +106,19 @@ def optimizer_step(
     ranks: Ranks,
     before_clipping: Callable[[], None] | None = None,
     judge: Judge | None = None,
+    gradients: Accumulate = accumulate,
 ) -> StepResult:
     """Forward, backward, clip, update.
 
     Args:
         before_clipping: may change the gradients, which are whole and unscaled then.
         judge: decides whether there is an update; unset: always, with finite numbers.
+        gradients: adds them up; a run's does it again in smaller passes where memory runs out (elite/training/recovery.py).
 
     Raises:
         DivergedError: the judge says so; without one, loss or gradient is not finite. Nothing has been updated then.
     """
-    loss = accumulate(executor, window, scaler, ranks)
+    loss = gradients(executor, window, scaler, ranks)
     scaler.unscale_(optimizer)
     if before_clipping is not None:
         before_clipping()

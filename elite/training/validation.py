@@ -7,6 +7,7 @@ import torch
 
 from elite.data.batches import IGNORE, Batch
 from elite.distributed.ranks import Ranks
+from elite.distributed.watchdog import Beat, no_beat
 from elite.executor.contract import Executor
 
 
@@ -17,12 +18,19 @@ class Validator:
     Args:
         with_context: one row each: repository, then target; labels on the target only.
         alone: the same targets without what stands before them.
+        beat: told before each row.
     """
 
     executor: Executor
     with_context: Sequence[Batch]
     alone: Sequence[Batch]
     ranks: Ranks
+    beat: Beat = no_beat
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest pass."""
+        return max((batch.input_ids.numel() for batch in (*self.with_context, *self.alone)), default=0)
 
     def __call__(self) -> dict[str, float]:
         """`val_loss` and `val_loss_alone`, nats a token; their difference is what the context is worth."""
@@ -34,9 +42,13 @@ class Validator:
         training = model.training
         model.eval()
         total, tokens = 0.0, 0
-        for batch in batches[self.ranks.rank :: self.ranks.world]:
-            scored = (batch.labels != IGNORE).any(0).nonzero()[:, 0].to(self.ranks.device)
-            total += self.executor.loss_sum(batch.to(self.ranks.device), keep=scored).item()
-            tokens += batch.label_tokens
-        model.train(training)
+        try:
+            for batch in batches[self.ranks.rank :: self.ranks.world]:
+                self.beat("a validation row")
+                scored = (batch.labels != IGNORE).any(0).nonzero()[:, 0].to(self.ranks.device)
+                total += self.executor.loss_sum(batch.to(self.ranks.device), keep=scored).item()
+                tokens += batch.label_tokens
+        finally:
+            # Memory may run out here and the run go on.
+            model.train(training)
         return self.ranks.sum(total) / self.ranks.sum(float(tokens))

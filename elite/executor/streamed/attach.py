@@ -66,7 +66,8 @@ def attach(model: Any, layout: Streaming, device: torch.device | None = None, ch
     if against is not None:
         raise ModelError(f"{type(core).__name__} cannot be streamed: {against}", "executor=whole")
     where: torch.device = device or next(core.get_input_embeddings().parameters()).device
-    chosen = choice or (lambda shape: choose.fastest(shape, where, KERNEL_CACHE, layout.chunk, layout.block))
+    # Measured in the chunks of the moment: where memory ran out they have become smaller.
+    chosen = choice or (lambda shape: choose.fastest(shape, where, KERNEL_CACHE, runner.layout.chunk, runner.layout.block))
     runner = Runner(core, layout, where, chosen)
     _settle(core, runner, where)
     original = core.forward

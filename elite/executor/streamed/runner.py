@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from elite.chunks import Chunk
 from elite.data.batches import IGNORE
+from elite.distributed.watchdog import Beat, no_beat
 from elite.errors import ModelError
 from elite.executor.streamed.attention import KeysKnown, Phase, Work
 from elite.executor.streamed.journal import Journal
@@ -66,6 +67,7 @@ class Runner:
         self.transfers = Transfers(device, layout.chunk, self.allocator.disk)
         self.journal: Journal | None = None
         """Keeps the progress of training steps, while one is at work that can be cut off."""
+        self.beat: Beat = no_beat  # told before each chunk of each sweep
         self.current: Step | None = None
         """The step whose rows these are."""
         self.store: Store
@@ -198,12 +200,18 @@ class Runner:
         self.current = None
         self.__dict__.pop("store", None)
 
-    def undo(self) -> None:
-        """Give all rows and buffers back, then put weights back, which may need the room."""
-        self.transfers = Transfers(self.device, self.layout.chunk, self.allocator.disk)
-        self._keys_values = KeyValues(self.layout.keys_values, 0, self.layout.block, self.allocator, self.device)
+    def release(self, layout: Streaming) -> None:
+        """Give all rows and buffers back, those of an abandoned pass too; the next pass has this layout."""
+        self.layout = layout
+        self.transfers = Transfers(self.device, layout.chunk, self.allocator.disk)
+        self._keys_values = KeyValues(layout.keys_values, 0, layout.block, self.allocator, self.device)
+        self.stem.forget()
         self.forget()
         self.allocator.release()
+
+    def undo(self) -> None:
+        """Give all rows and buffers back, then put weights back, which may need the room."""
+        self.release(self.layout)
         self.weights.undo()
 
     def _loss(self, step: Step, chunk: Chunk, hidden: Tensor) -> Tensor:
@@ -228,6 +236,7 @@ class Runner:
             with self._as_in(step), self.weights.use(sweep.layer, following.layer if following else None):
                 self._prepare_keys(sweep)
                 for chunk, data in self.transfers.read(sweep.chunks, self._fields(sweep), then):
+                    self.beat(f"the {sweep.phase.name} of layer {sweep.layer}")
                     self._chunk(step, sweep, chunk, data, totals)
                     if following is not None and self._takes_over(sweep, following):
                         self._keys_values.bring(chunk, self.store.keys(following.layer), self.transfers)
