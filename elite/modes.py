@@ -25,6 +25,7 @@ from elite.plan import Plan, choose_tier, longest_contexts, make_plan, render, r
 from elite.plan.ablated import require_variation
 from elite.plan.executors import least_bytes
 from elite.plan.values import check_values
+from elite.printable import one_line
 from elite.runfolder import RunFolder, interrupted_run, new_folder, request_key, write_request, write_start
 
 
@@ -300,7 +301,7 @@ def _tokens(config: RunConfig, found: Harvest, vocab_size: int) -> TokenStore:
 def _decide(composed: Composed, device: Device, shape: ModelShape, found: Harvest, corpus: Corpus) -> tuple[RunConfig, Plan, str]:
     """The configuration with its tier settled, its plan, and the run's name."""
     for note in found.notes:
-        console.print(note, markup=False)
+        console.print(one_line(note), markup=False)
     config = composed.config
     if config.tier.name == "auto":
         candidates = ((name, composed.again(f"tier={name}").config) for name in reversed(TIER_OPTIONS[1:]))

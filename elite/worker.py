@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 
 from elite import checkpoint, pretrained, rehearsal, uptraining
 from elite.callbacks import metrics_file
@@ -32,6 +33,7 @@ from elite.optimizations.contract import Applied
 from elite.plan import model_flops_per_token
 from elite.plan.words import duration, gib
 from elite.prepared import Run, corpus_of, prepared
+from elite.printable import lines, one_line
 from elite.report.run_report import RunReport, convergence
 from elite.runfolder import RunFolder
 from elite.training.around import loop_hooks
@@ -227,11 +229,12 @@ class _Completion:
         if self._example is None:
             return
         known = json.loads(self._file.read_text())
-        console.print(f"\n[bold]Completion of held-out[/] {known['path']}")
+        # Paths and texts of a repository, or of the model: not markup, and nothing that steers the terminal.
+        console.print(Text.assemble("\n", ("Completion of held-out", "bold"), f" {one_line(known['path'])}"))
         for title in ("prompt_end", "reference", "before", "after"):
             if title in known:
                 console.print(f"[dim]── {title.replace('_', ' ')}[/]")
-                console.print(known[title], markup=False)
+                console.print(lines(known[title]), markup=False)
 
 
 def _summary(run: Run, progress: Progress, meter: Meter, measured_peak_bytes: float, pinned_bytes: float) -> dict[str, Any]:

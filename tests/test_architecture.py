@@ -12,7 +12,7 @@ from elite import config, curriculum, mode_options
 ROOT = config.CONF_DIR.parent
 # Each layer may import the layers before it, and its own.
 LAYERS = (
-    {"errors", "facts", "console", "streaming", "chunks", "revolve", "scaling", "curriculum", "kernels", "mode_options"},
+    {"errors", "facts", "console", "streaming", "chunks", "revolve", "scaling", "curriculum", "kernels", "mode_options", "printable"},
     {"optimizations", "losses", "ablation"},
     {"config"},
     {"schema", "jobs", "compose", "hardware", "geometry", "pretrained", "attention", "streamable"},
