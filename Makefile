@@ -3,7 +3,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 ARGS ?= experiment=quickstart
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-gpu lint docs clean
+.PHONY: help setup train test test-slow test-faults test-gpu lint docs clean
 
 help: ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ test: setup ## The whole suite that needs no GPU
 
 test-slow: setup ## Tests of minutes: every pair of optimizations in a training run, a real model
 	$(PYTHON) -m pytest -m slow --numprocesses 2
+
+test-faults: setup ## Kills, damage and bad input in numbers
+	$(PYTHON) -m pytest -m faults --numprocesses 2
 
 test-gpu: setup ## Tests that need a CUDA GPU
 	$(PYTHON) -m pytest -m gpu

@@ -15,7 +15,7 @@ LAYERS = (
     {"errors", "facts", "console", "streaming", "chunks", "revolve", "scaling", "curriculum", "kernels", "mode_options", "printable"},
     {"optimizations", "losses", "ablation"},
     {"config"},
-    {"schema", "jobs", "compose", "hardware", "geometry", "pretrained", "attention", "streamable"},
+    {"schema", "jobs", "compose", "hardware", "geometry", "model_folder", "pretrained", "attention", "streamable"},
     {"plan"},
     {"model", "data"},
     {"executor", "distributed"},

@@ -109,11 +109,11 @@ def _loadable(cfg: DataConfig) -> Iterator[None]:
     import pyarrow
     import yaml
 
-    own: tuple[type[Exception], ...] = (datasets.exceptions.DatasetsError, pyarrow.ArrowException, yaml.YAMLError)
+    own: tuple[type[Exception], ...] = (datasets.exceptions.DatasetsError, pyarrow.lib.ArrowException, yaml.YAMLError)
     plain = (OSError, ImportError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, StopIteration)
     try:
         yield
-    except (*own, *plain) as error:
+    except own + plain as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"data.path={cfg.path}: datasets cannot load it: {said}", "save it anew with save_to_disk(FOLDER)") from None
 

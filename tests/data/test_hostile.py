@@ -282,8 +282,8 @@ def test_records_of_the_wrong_shape(tmp_path: Path) -> None:
     fails(jsonl_documents, jsonl(tmp_path, good, deep), "line 2", "nested too deeply")
     for line in ('{"text": null}', '{"text": {}}', '{"text": ["a"]}', "{}"):
         fails(jsonl_documents, jsonl(tmp_path, good, line), "line 2", "no text")
-    for line in (b"\0\0", b'{"text": 1' + b"0" * 5000 + b"}", b"null", b'"x"', b"{'text': 1}", b'{"text": "a"} {"text": "b"}'):
-        fails(jsonl_documents, jsonl(tmp_path, good, line), "line 2", "not")
+    for bad in (b"\0\0", b'{"text": 1' + b"0" * 5000 + b"}", b"null", b'"x"', b"{'text': 1}", b'{"text": "a"} {"text": "b"}'):
+        fails(jsonl_documents, jsonl(tmp_path, good, bad), "line 2", "not")
     weird = '{"a\\u001b[31mb\\nc": 1}'
     with pytest.raises(DataError) as caught:
         jsonl_documents(jsonl(tmp_path, weird))
