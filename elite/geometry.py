@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from elite.config import ModelConfig
 from elite.errors import ModelError
 from elite.facts import LinearShape, ModelShape
-from elite.model_folder import LIMITS, check_code, check_config, check_size, read_json, readable
+from elite.model_folder import ANEW, LIMITS, check_code, check_config, check_size, read_config, readable
 from elite.streamable import reason_against, sliding_window, windowed_layers
 
 if TYPE_CHECKING:
@@ -68,11 +68,11 @@ def hf_config_from(folder: Path, trusted: bool = False) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     check_config(folder, trusted)
-    plain = read_json(folder / "config.json")
+    plain = read_config(folder / "config.json")
     if not isinstance(plain.get("model_type"), str):
         raise ModelError(f"{folder / 'config.json'} names no model_type", "give the folder that save_pretrained wrote")
     try:
-        with readable(f"{folder / 'config.json'} describes no model", "download the model folder anew"):
+        with readable(f"{folder / 'config.json'} describes no model", ANEW):
             found: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
     except ModelError as error:
         if isinstance(error.__cause__, ValueError) and "does not recognize this architecture" in str(error.__cause__):

@@ -4,23 +4,22 @@ Weights are read from safetensors (or GGUF) alone, for a pickle is a program; co
 `model.trust_remote_code=true`; and whatever is broken in it is an error in words, before a library trips over it.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from elite.errors import ModelError
+from elite.jsonfile import read_object
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 """Weights that are unpickled when they are read, which runs what they say."""
 CONVERT = "convert them to safetensors on a machine you can lose: save_pretrained(FOLDER), then model.path=FOLDER"
+ANEW = "download the model folder anew, or model.path= of another"
 CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
 """Fields of a configuration that name code of the folder's own, or allow it."""
 KERNEL_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 """Fields that may name a kernel on the hub (`owner/name`), which is code too."""
-MAX_JSON_BYTES = 256 << 20
-"""A larger JSON file is no tokenizer and no configuration."""
 LIMITS = {
     "hidden_size": 1 << 20,
     "intermediate_size": 1 << 22,
@@ -36,24 +35,13 @@ LIMITS = {
 """Largest sizes of a model, some sixteen times beyond what exists: a larger one is a slip, and would be built before it fails."""
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
     """A JSON object of a model folder.
 
     Raises:
         ModelError: it is none, or cannot be read.
     """
-    try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(f"{file} is larger than {MAX_JSON_BYTES >> 20} MiB", "download the model folder anew")
-        found = json.loads(file.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{file} cannot be read: {error.strerror}", "give the folder that save_pretrained wrote") from None
-    except (ValueError, RecursionError) as error:
-        said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ModelError(f"{file} is not JSON: {said}", "download the model folder anew") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{file} is not a JSON object", "download the model folder anew")
-    return found
+    return read_object(file, ModelError, ANEW)
 
 
 def check_config(folder: Path, trusted: bool) -> None:
@@ -65,7 +53,7 @@ def check_config(folder: Path, trusted: bool) -> None:
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(f"{folder} holds no config.json", "give the folder that save_pretrained wrote, or a hub snapshot")
-    found = read_json(file)
+    found = read_config(file)
     check_code(str(file), found, trusted)
     for name, value in _fields(found):
         if name in LIMITS and isinstance(value, int | float):
@@ -91,7 +79,7 @@ def check_tokenizer(folder: Path, trusted: bool) -> None:
     """
     for name in ("tokenizer_config.json", "tokenizer.json"):
         if (folder / name).is_file():
-            found = read_json(folder / name)
+            found = read_config(folder / name)
             if name == "tokenizer_config.json":
                 check_code(str(folder / name), found, trusted)
 
@@ -131,12 +119,12 @@ def missing_weights(folder: Path) -> str:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return "" if any(folder.glob("*.safetensors")) else "*.safetensors"
-    shards = read_json(index).get("weight_map")
+    shards = read_config(index).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(shard, str) for shard in shards.values()):
-        raise ModelError(f"{index} has no weight_map from tensors to files", "download the model folder anew")
+        raise ModelError(f"{index} has no weight_map from tensors to files", ANEW)
     for shard in shards.values():
         if PurePosixPath(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ModelError(f"{index} names {shard}, which is no safetensors file of this folder", "download the model folder anew")
+            raise ModelError(f"{index} names {shard}, which is no safetensors file of this folder", ANEW)
     return ", ".join(sorted(shard for shard in set(shards.values()) if not (folder / shard).is_file()))
 
 

@@ -1,6 +1,5 @@
 """What `mode=` selects: one function each."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -113,7 +112,7 @@ def train(composed: Composed) -> float | None:
     folder, processes = _prepare(composed)
     if not folder.finished:
         launch(folder.path, processes)
-    return float(json.loads(folder.summary.read_text())["best_val_loss"])
+    return folder.best_val_loss()
 
 
 def uptrain(composed: Composed) -> float | None:

@@ -25,9 +25,10 @@ from elite.data.tokens import TokenStore
 from elite.data.validation import Completion, completion_example, validation_batches
 from elite.distributed.launch import LAST_WORDS
 from elite.distributed.ranks import Ranks, joined
-from elite.errors import EliteError
+from elite.errors import CheckpointError, EliteError
 from elite.executor.build import build, streams_weights
 from elite.executor.streamed.attach import Attached
+from elite.jsonfile import read_object
 from elite.model import LoadedModel, export, load
 from elite.optimizations.contract import Applied
 from elite.plan import model_flops_per_token
@@ -35,7 +36,7 @@ from elite.plan.words import duration, gib
 from elite.prepared import Run, corpus_of, prepared
 from elite.printable import lines, one_line
 from elite.report.run_report import RunReport, convergence
-from elite.runfolder import RunFolder
+from elite.runfolder import ANOTHER, RunFolder
 from elite.training.around import loop_hooks
 from elite.training.curriculum import course_of
 from elite.training.generation import generator
@@ -220,7 +221,7 @@ class _Completion:
         example, decode = self._example, self._tokenizer.decode
         (found,) = self._generator(example.prompt, len(example.reference))
         text = decode(found, skip_special_tokens=True)
-        known = json.loads(self._file.read_text()) if self._file.exists() else {}
+        known = read_object(self._file, CheckpointError, ANOTHER) if self._file.exists() else {}
         known |= {"path": example.path, "prompt_end": decode(example.prompt[-64:]), "reference": decode(example.reference), when: text}
         self._file.write_text(json.dumps(known, indent=2))
 

@@ -12,7 +12,20 @@ from elite import config, curriculum, mode_options
 ROOT = config.CONF_DIR.parent
 # Each layer may import the layers before it, and its own.
 LAYERS = (
-    {"errors", "facts", "console", "streaming", "chunks", "revolve", "scaling", "curriculum", "kernels", "mode_options", "printable"},
+    {
+        "errors",
+        "facts",
+        "console",
+        "streaming",
+        "chunks",
+        "revolve",
+        "scaling",
+        "curriculum",
+        "kernels",
+        "mode_options",
+        "printable",
+        "jsonfile",
+    },
     {"optimizations", "losses", "ablation"},
     {"config"},
     {"schema", "jobs", "compose", "hardware", "geometry", "model_folder", "pretrained", "attention", "streamable"},

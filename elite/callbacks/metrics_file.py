@@ -1,8 +1,11 @@
 """`metrics.jsonl`: a line a step, and a line a validation."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("elite.metrics")
 
 
 class MetricsFile:
@@ -14,8 +17,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, resumed_step: int) -> None:
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _complete(line) and json.loads(line)["step"] <= resumed_step]
-            path.write_text("".join(f"{line}\n" for line in kept))
+            kept = [record for record in read(path) if record["step"] <= resumed_step]
+            path.write_text("".join(f"{json.dumps(record)}\n" for record in kept))
         self._file = path.open("a", buffering=1)
 
     def step(self, record: dict[str, float]) -> None:
@@ -29,10 +32,18 @@ class MetricsFile:
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """All complete lines of a metrics file."""
-    return [json.loads(line) for line in path.read_text().splitlines() if _complete(line)]
+    """All whole lines of a metrics file; how many are not is said."""
+    lines = path.read_bytes().splitlines()
+    found = [record for line in lines if (record := _record(line)) is not None]
+    if lost := len(lines) - len(found):
+        log.warning("%s: %d damaged line(s) left out", path, lost)
+    return found
 
 
-def _complete(line: str) -> bool:
+def _record(line: bytes) -> dict[str, float] | None:
     # A killed process may leave half a line behind.
-    return line.startswith("{") and line.endswith("}")
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int | float) else None
