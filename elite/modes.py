@@ -31,6 +31,7 @@ from elite.runfolder import RunFolder, interrupted_run, new_folder, request_key,
 def run(composed: Composed) -> float | None:
     """Do what `mode` says; returns the best validation loss if that was to train."""
     start_logging()
+    check_values(composed.config)
     return MODES[composed.config.mode](composed)
 
 
@@ -166,7 +167,6 @@ def calibrate(composed: Composed) -> None:
 def evaluate(composed: Composed) -> None:
     """Score a run's last weights, or the base model, on held-out files, and continue some of them."""
     config = composed.config
-    check_values(config)
     if launched():
         raise ConfigError("mode=evaluate runs in one process", "python train.py mode=evaluate, without torchrun")
     if config.evaluate.run is None:

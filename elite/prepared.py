@@ -85,7 +85,7 @@ def read_plan(folder: RunFolder) -> dict[str, Any]:
         CheckpointError: it is damaged.
     """
     plan = read_object(folder.plan, CheckpointError, ANOTHER)
-    kinds = {int: int, float: (int, float), str: str, bool: bool}
+    kinds: dict[Any, Any] = {int: int, float: (int, float), str: str, bool: bool}
     for name, kind in get_type_hints(Plan).items():
         if name in plan and kind in kinds and not isinstance(plan[name], kinds[kind]):
             raise CheckpointError(f"{folder.plan} is damaged: {name} is {plan[name]!r}", ANOTHER)

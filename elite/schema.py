@@ -1,6 +1,7 @@
 """The configuration as the schema that Hydra composes into, and as YAML."""
 
 from collections.abc import Iterator
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ MAX_BYTES = 1 << 20
 MAX_DEPTH = 20
 CLOSING = ("output", "cache")
 """What stands at its end: a file that was cut off lacks it, and would otherwise pass with defaults for what is gone."""
+SHOW = "python train.py --cfg job shows every field"
 ANEW = "resume=never starts another run; or put config.yaml back from a copy"
 
 
@@ -45,7 +47,10 @@ def build(composed: DictConfig) -> RunConfig:
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0], "python train.py --cfg job shows every field") from error
+        raise ConfigError(str(error).splitlines()[0], SHOW) from error
+    except FrozenInstanceError as error:
+        # What `+name=` adds to a group, which has no such field.
+        raise ConfigError(f"{str(error).removeprefix('cannot assign to field ')} is not a field", SHOW) from error
     assert isinstance(config, RunConfig)
     return config
 
@@ -97,7 +102,7 @@ def _plain(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is cut off: {'.'.join(CLOSING)} is missing", ANEW)
     if named:
         raise ConfigError(f"{path}: {named}, and a run folder holds values alone", ANEW)
-    return found
+    return {str(name): value for name, value in found.items()}
 
 
 def _check_events(text: str, path: Path) -> None:

@@ -154,6 +154,7 @@ def test_damaged_metrics_are_left_out_and_said(tmp_path: Path, caplog: pytest.Lo
 DAMAGED_WHERE = ("plan.json", "run.json", "config.yaml")
 
 
+@pytest.mark.faults
 def test_a_run_whose_files_are_damaged_ends_in_words(trained: Trained, capsys: pytest.CaptureFixture[str]) -> None:
     """The whole way, as resuming and evaluating go it."""
     folder = trained("debug=tiny", "training.completion_tokens=0", "training.max_steps=1")
