@@ -75,7 +75,7 @@ def _wrong_type(draw: random.Random, all_leaves: list[Leaf]) -> Wrong:
     elif kind is float:
         values += ["fast", "[1]", "1,5x"]
     elif kind is bool:
-        values += ["maybe", "7", "[true]"]
+        values += ["maybe", "1.5.2", "[true]"]
     elif issubclass(kind, Enum):
         values += ["nonsense", "[a]", "7"]
     elif kind is str:
