@@ -102,6 +102,8 @@ def explain(error: Exception) -> ConfigError:
         if group.startswith("hydra/"):
             # Hydra's plugins are named so: hydra-optuna-sweeper, hydra-joblib-launcher.
             return ConfigError(f"{group}={option} is not installed", f"pip install hydra-{option}-{group.removeprefix('hydra/')}")
+        if not group:
+            return ConfigError(f"--config-name={option} is unknown", "leave it out")
         return ConfigError(f"{group}={option} is unknown", _suggest(option, options(group)) or f"one of {', '.join(options(group))}")
     unknown = re.match(r"Could not override '([^']+)'", lines[0])
     if unknown:
