@@ -11,6 +11,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from elite import compose, modes
+from elite.data.tokens import open_store
 from elite.errors import EliteError
 from elite.plan.values import PATHS, RULES
 from tests.conftest import ROOT
@@ -37,6 +38,12 @@ def snapshot(*folders: Path) -> dict[str, Any]:
     return found
 
 
+def assert_nothing_half_written(cache: Path) -> None:
+    """What a run that fails later has put into the cache is whole: it got its name when it was."""
+    assert not [path for path in cache.rglob(".*") if path.name.startswith((".building", ".partial"))]
+    assert all(open_store(folder) is not None for folder in cache.glob("tokens/*"))
+
+
 def said(overrides: list[str]) -> str:
     """What the program would print of these; raises what it would end with a traceback for."""
     try:
@@ -59,7 +66,7 @@ def _words(error: EliteError) -> str:
 
 
 def check_wrong(sets: list[Wrong], repository: Path, cache: Path, here: Path) -> None:
-    before = snapshot(here, cache, repository)
+    before = snapshot(here, repository)
     accepted = []
     for one in sets:
         try:
@@ -70,7 +77,8 @@ def check_wrong(sets: list[Wrong], repository: Path, cache: Path, here: Path) ->
         if not message or len(message.splitlines()) > 3 or not message.isprintable() and "\x1b" in message:
             accepted.append(f"{one.overrides} ({one.why}): {message[:300] or 'was accepted'}")
     assert not accepted, "\n".join(accepted)
-    assert snapshot(here, cache, repository) == before
+    assert snapshot(here, repository) == before
+    assert_nothing_half_written(cache)
 
 
 @pytest.fixture
@@ -141,7 +149,7 @@ def test_no_number_may_be_negative_endless_or_absurd() -> None:
 
 
 def through_the_command_line(one: Wrong, repository: Path, cache: Path, here: Path) -> None:
-    before = snapshot(here, cache, repository)
+    before = snapshot(here, repository)
     command = [sys.executable, str(ROOT / "train.py"), *base(repository, cache), *one.overrides]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     done = subprocess.run(command, cwd=here, env=variables, capture_output=True, text=True, timeout=300, check=False)
@@ -149,7 +157,8 @@ def through_the_command_line(one: Wrong, repository: Path, cache: Path, here: Pa
     assert "Traceback" not in done.stdout + done.stderr and done.stderr.count("error:") == 1, (one, done.stderr)
     message = done.stderr[done.stderr.index("error:") :]
     assert len(message.strip().splitlines()) <= 3 and "\x1b" not in message, (one, message)
-    assert snapshot(here, cache, repository) == before
+    assert snapshot(here, repository) == before
+    assert_nothing_half_written(cache)
 
 
 CLI = [one for one in WRONG if one.why != "no such text"][3 :: len(WRONG) // 15][:12]
