@@ -121,11 +121,13 @@ PATHS = (
 
 
 def check_values(config: RunConfig) -> None:
-    """Refuse values out of range: of every field what no field may be, then what some may not.
+    """Refuse values out of range: what some fields may not be, then what no field may.
 
     Raises:
         ConfigError: one of them is.
     """
+    # The narrower rules first: they say more.
+    _check_rules(config)
     for name, value in _leaves(config, ""):
         _check_leaf(name, value)
     for name in PATHS:
@@ -137,7 +139,6 @@ def check_values(config: RunConfig) -> None:
             # Names of that form belong to libraries' insides: `_target_`, `_attn_implementation`.
             if str(key).startswith("_") or not str(key).isidentifier():
                 raise ConfigError(f"{name}.{key} is no field of a model's configuration", f"leave {name}.{key} out")
-    _check_rules(config)
 
 
 def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
