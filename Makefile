@@ -25,7 +25,7 @@ test: setup ## The whole suite that needs no GPU
 test-slow: setup ## Tests of minutes: every pair of optimizations in a training run, a real model
 	$(PYTHON) -m pytest -m slow --numprocesses 2
 
-test-faults: setup ## Kills, damage and bad numbers at many moments: nothing is lost
+test-faults: setup ## Kills, damage, bad numbers and bad input at many moments: nothing is lost
 	$(PYTHON) -m pytest -m faults --numprocesses 2
 
 test-gpu: setup ## Tests that need a CUDA GPU

@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,6 +102,8 @@ def explain(error: Exception) -> ConfigError:
         if group.startswith("hydra/"):
             # Hydra's plugins are named so: hydra-optuna-sweeper, hydra-joblib-launcher.
             return ConfigError(f"{group}={option} is not installed", f"pip install hydra-{option}-{group.removeprefix('hydra/')}")
+        if not group:
+            return ConfigError(f"--config-name={option} is unknown", "leave it out")
         return ConfigError(f"{group}={option} is unknown", _suggest(option, options(group)) or f"one of {', '.join(options(group))}")
     unknown = re.match(r"Could not override '([^']+)'", lines[0])
     if unknown:
@@ -178,6 +181,12 @@ def at_the_edge(program: Callable[[], None]) -> None:
         show(error)
         sys.exit(error.exit_code)
     except (HydraException, OmegaConfBaseException) as error:
+        show(explain(error))
+        sys.exit(ConfigError.exit_code)
+    except (OSError, ValueError) as error:
+        # Hydra lets these through over some overrides (executor=7, hydra.run.dir=/proc/x). Of our own program they are defects.
+        if any(frame.name == as_job.__name__ for frame in traceback.extract_tb(error.__traceback__)):
+            raise
         show(explain(error))
         sys.exit(ConfigError.exit_code)
     except KeyboardInterrupt:

@@ -163,6 +163,8 @@ class ModelConfig:
     """An installed Python package that carries the weights as a GGUF file."""
     gguf_file: str | None = None
     """File name of the weights inside `path` or the package."""
+    trust_remote_code: bool = False
+    """Run the Python code that the model folder names; without, a folder that names any is refused."""
     weights: Weights = Weights.pretrained
     """`random` builds the exact geometry with random weights and needs no download (benchmarks, plans)."""
     model_type: str = ""

@@ -15,6 +15,7 @@ FREE = (
     "logger.",
     "stability.",
     "checkpoint.",
+    "watchdog.",
     "output.cache",
     "executor.folder",
     "training.val_every",

@@ -3,6 +3,11 @@
 They reach the terminal as one to three lines and exit code 2; anything else that escapes is a defect of ours and keeps its traceback.
 """
 
+from elite.printable import one_line
+
+LONGEST = 1000
+"""Characters of a problem or remedy that are shown; what was typed may be of any length."""
+
 
 class EliteError(Exception):
     """Base of every error caused by input or circumstances rather than by a defect.
@@ -19,13 +24,19 @@ class EliteError(Exception):
     def __init__(self, problem: str, remedy: str = "") -> None:
         self.shown = False
         """Whether it has been printed; an error is said once."""
-        self.problem = problem
-        self.remedy = remedy
-        super().__init__(f"{problem}\n  remedy: {remedy}" if remedy else problem)
+        # They quote names and values of others, which may hold line breaks and control characters.
+        self.problem, self.remedy = _shown(problem), _shown(remedy)
+        super().__init__(f"{self.problem}\n  remedy: {self.remedy}" if remedy else self.problem)
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         # Exceptions are pickled by their args, which here are the joined text; rebuild from the parts instead.
         return type(self), (self.problem, self.remedy)
+
+
+def _shown(text: str) -> str:
+    """On one line, its middle left out where it is too long."""
+    line = one_line(text)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
 
 
 class ConfigError(EliteError):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from elite.config import ModelConfig
 from elite.errors import ModelError
 from elite.facts import LinearShape, ModelShape
+from elite.model_folder import ANEW, LIMITS, check_code, check_config, check_size, read_config, readable
 from elite.streamable import reason_against, sliding_window, windowed_layers
 
 if TYPE_CHECKING:
@@ -33,36 +34,50 @@ def hf_config(model: ModelConfig) -> "PretrainedConfig":
     Raises:
         ModelError: unknown `model_type`, a size that is not positive, or heads that do not divide.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    if model.path is not None and (Path(model.path).expanduser() / "config.json").is_file():
-        return hf_config_from(Path(model.path).expanduser())
+    if (folder := own_folder(model)) is not None:
+        return hf_config_from(folder, model.trust_remote_code)
     _check_geometry(model)
     _check_rope(model)
+    check_code("model.extra", model.extra, trusted=False)
     geometry: dict[str, Any] = {name: getattr(model, name) for name in SIZES}
     if model.rope_parameters:
         geometry["rope_parameters"] = dict(model.rope_parameters)
-    try:
+    if model.model_type not in CONFIG_MAPPING:
+        raise _unknown(model.model_type)
+    with readable(f"model={model.name}: transformers refuses this geometry", "check model.extra and model.rope_parameters"):
         return AutoConfig.for_model(model.model_type, **geometry, tie_word_embeddings=model.tie_word_embeddings, **model.extra)
-    except ValueError as error:
-        raise _unknown(model.model_type) from error
 
 
-def hf_config_from(folder: Path) -> "PretrainedConfig":
+def own_folder(model: ModelConfig) -> Path | None:
+    """The folder whose `config.json` takes the place of the stated geometry, if there is one."""
+    folder = Path(model.path).expanduser() if model.path is not None else None
+    return folder if folder is not None and (folder / "config.json").is_file() else None
+
+
+def hf_config_from(folder: Path, trusted: bool = False) -> "PretrainedConfig":
     """The configuration in a model folder.
 
+    Args:
+        trusted: code that it names may run (`model.trust_remote_code`).
+
     Raises:
-        ModelError: the folder holds none, or one of an architecture that transformers does not know.
+        ModelError: the folder holds none, a broken one, or one of an architecture that transformers does not know.
     """
     from transformers import AutoConfig
 
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ModelError(f"{folder} holds no config.json", "give the folder that save_pretrained wrote, or a hub snapshot")
+    check_config(folder, trusted)
+    plain = read_config(folder / "config.json")
+    if not isinstance(plain.get("model_type"), str):
+        raise ModelError(f"{folder / 'config.json'} names no model_type", "give the folder that save_pretrained wrote")
     try:
-        found: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
-    except ValueError as error:
-        raise _unknown(str(json.loads(file.read_text())["model_type"])) from error
+        with readable(f"{folder / 'config.json'} describes no model", ANEW):
+            found: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trusted)
+    except ModelError as error:
+        if isinstance(error.__cause__, ValueError) and "does not recognize this architecture" in str(error.__cause__):
+            raise _unknown(plain["model_type"]) from error.__cause__
+        raise
     return found
 
 
@@ -72,25 +87,29 @@ def shape(model: ModelConfig) -> ModelShape:
     Raises:
         ModelError: as `hf_config`, or the architecture has no list of decoder layers to work on.
     """
-    return _shape(_name(model), hf_config(model).to_json_string(use_diff=False))
+    config = hf_config(model)
+    # Of an architecture that lies in the folder itself JSON does not tell the class.
+    code = own_folder(model) if model.trust_remote_code else None
+    with readable(f"model={model.name}: transformers cannot build it", "check its geometry, or choose another model"):
+        return _shape(_name(model), config.to_json_string(use_diff=False), code)
 
 
 def _name(model: ModelConfig) -> str:
     """What people call it: a folder with a model of its own is not the preset whose place it takes."""
-    own = model.path is not None and (Path(model.path).expanduser() / "config.json").is_file()
-    return Path(str(model.path)).expanduser().resolve().name if own else model.name
+    own = own_folder(model)
+    return own.resolve().name if own else model.name
 
 
 @lru_cache(maxsize=32)
-def _shape(name: str, config_json: str) -> ModelShape:
+def _shape(name: str, config_json: str, code: Path | None) -> ModelShape:
     import torch
     from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**json.loads(config_json))
+    config = AutoConfig.for_model(**json.loads(config_json)) if code is None else hf_config_from(code, trusted=True)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=code is not None)
     except ValueError as error:
         raise ModelError(f"model_type={config.model_type} is no causal language model", f"model.model_type={SUPPORTED}") from error
     layers = getattr(model.get_decoder(), "layers", None)
@@ -132,8 +151,7 @@ def _shape(name: str, config_json: str) -> ModelShape:
 def _check_geometry(model: ModelConfig) -> None:
     sizes = asdict(model)
     for name in SIZES:
-        if sizes[name] <= 0:
-            raise ModelError(f"model.{name}={sizes[name]}: must be positive", "choose a model (model=phi2), or state its whole geometry")
+        check_size(f"model.{name}", sizes[name], LIMITS[name])
     for whole, part in (("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")):
         # A model that states its own head_dim may have any number of heads.
         if sizes[whole] % sizes[part] and not (whole == "hidden_size" and "head_dim" in model.extra):

@@ -15,6 +15,7 @@ from elite import geometry, pretrained
 from elite.attention import DOCUMENT_EAGER
 from elite.config import AdapterMethod, RunConfig, Weights
 from elite.errors import ModelError, PlanError
+from elite.model_folder import ANEW, readable
 from elite.optimizations.contract import Applied, Decision, Stage
 from elite.optimizations.gqa_conversion import GQAConversion, converted_maps
 
@@ -88,9 +89,24 @@ def _base(config: RunConfig, dtype: torch.dtype, device: torch.device) -> PreTra
     folder = pretrained.locate(config.model, Path(config.output.cache).expanduser(), download=True)
     if folder is None:
         raise ModelError(f"model={config.model.name} names no hub id, folder or package", "model.path=FOLDER")
-    loaded = geometry.hf_config_from(folder)
+    loaded = geometry.hf_config_from(folder, config.model.trust_remote_code)
     stretch_positions(loaded, config.tier.context)
-    model = AutoModelForCausalLM.from_pretrained(folder, config=loaded, dtype=dtype, attn_implementation=DOCUMENT_EAGER)
+    with readable(f"{folder} holds no weights of the model in its config.json", ANEW):
+        # With the loading info it returns a pair.
+        made: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=loaded,
+            dtype=dtype,
+            attn_implementation=DOCUMENT_EAGER,
+            trust_remote_code=config.model.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    model, found = made
+    # Those transformers would draw at random, and train on.
+    if absent := sorted(found["missing_keys"]):
+        problem = f"{folder} lacks {len(absent)} of the model's tensors: {', '.join(absent[:3])}{' …' if len(absent) > 3 else ''}"
+        raise ModelError(problem, ANEW)
     return model
 
 

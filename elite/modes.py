@@ -1,6 +1,5 @@
 """What `mode=` selects: one function each."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -22,17 +21,20 @@ from elite.distributed.launch import ended_by, launch, saved
 from elite.distributed.ranks import joined, launched
 from elite.errors import CheckpointError, ConfigError, ModelError, PlanError
 from elite.facts import NO_CORPUS, Corpus, Device, ModelShape
+from elite.jsonfile import read_object
 from elite.plan import Plan, choose_tier, longest_contexts, make_plan, render, render_longest, render_survey, render_tiers, survey
 from elite.plan.ablated import require_variation
 from elite.plan.executors import least_bytes
 from elite.plan.values import check_values
-from elite.runfolder import RunFolder, interrupted_run, new_folder, request_key, write_request, write_start
+from elite.printable import one_line
+from elite.runfolder import ANOTHER, RunFolder, interrupted_run, new_folder, request_key, write_request, write_start
 from elite.schema import from_yaml
 
 
 def run(composed: Composed) -> float | None:
     """Do what `mode` says; returns the best validation loss if that was to train."""
     start_logging()
+    check_values(composed.config)
     return MODES[composed.config.mode](composed)
 
 
@@ -114,7 +116,7 @@ def train(composed: Composed) -> float | None:
     folder, processes = _prepare(composed)
     if not folder.finished:
         launch(folder.path, processes)
-    return float(json.loads(folder.summary.read_text())["best_val_loss"])
+    return folder.best_val_loss()
 
 
 def uptrain(composed: Composed) -> float | None:
@@ -168,7 +170,6 @@ def calibrate(composed: Composed) -> None:
 def evaluate(composed: Composed) -> None:
     """Score a run's last weights, or the base model, on held-out files, and continue some of them."""
     config = composed.config
-    check_values(config)
     if launched():
         raise ConfigError("mode=evaluate runs in one process", "python train.py mode=evaluate, without torchrun")
     if config.evaluate.run is None:
@@ -286,7 +287,7 @@ def _take_over(folder: RunFolder, composed: Composed, device: Device) -> None:
         CheckpointError: it cannot go on so.
     """
     begun, now = from_yaml(folder.config), composed.config
-    ranks = json.loads(folder.plan.read_text()).get("ranks", device.count)
+    ranks = read_object(folder.plan, CheckpointError, ANOTHER).get("ranks", device.count)
     if ranks != device.count:
         problem = f"the run in {folder.path} was begun on {ranks} ranks, here are {device.count}: its batches would be others"
         raise CheckpointError(problem, f"hardware.gpus={ranks}, or resume=never")
@@ -328,7 +329,7 @@ def _tokens(config: RunConfig, found: Harvest, vocab_size: int) -> TokenStore:
 def _decide(composed: Composed, device: Device, shape: ModelShape, found: Harvest, corpus: Corpus) -> tuple[RunConfig, Plan, str]:
     """The configuration with its tier settled, its plan, and the run's name."""
     for note in found.notes:
-        console.print(note, markup=False)
+        console.print(one_line(note), markup=False)
     config = composed.config
     if config.tier.name == "auto":
         candidates = ((name, composed.again(f"tier={name}").config) for name in reversed(TIER_OPTIONS[1:]))

@@ -1,11 +1,10 @@
 """A process made ready for a run: what the run folder describes, the dtype, the memory cap, the seed."""
 
-import json
 import os
 import random
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -14,15 +13,16 @@ from elite import geometry, hardware
 from elite.config import AUTO, Cap, Executor, RunConfig
 from elite.data.tokens import TokenStore, open_store
 from elite.distributed.ranks import Ranks
-from elite.errors import DataError
+from elite.errors import CheckpointError, DataError
 from elite.facts import Corpus, Device, Facts
+from elite.jsonfile import read_object
 from elite.model import apply_stage
 from elite.optimizations import decide
 from elite.optimizations.contract import Applied, Decision, Stage
 from elite.optimizations.targets import BatchLayout, Runtime
 from elite.plan import Plan, facts_of, make_plan
 from elite.plan.batch import with_micro_batch
-from elite.runfolder import RunFolder
+from elite.runfolder import ANOTHER, RunFolder
 from elite.schema import from_yaml
 from elite.streaming import Streaming
 
@@ -53,12 +53,15 @@ class Run:
     def layout(self) -> Streaming | None:
         """Of the streamed executor; None under the whole one."""
         plain = self.plan["layout"]
-        return Streaming.from_dict(plain) if plain else None
+        try:
+            return Streaming.from_dict(plain) if plain else None
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{self.folder.plan} is damaged: its layout is {plain!r}", ANOTHER) from error
 
 
 def prepared(folder: RunFolder, ranks: Ranks) -> Run:
     """What the folder describes, with this process made ready for it."""
-    config, plan = from_yaml(folder.config), json.loads(folder.plan.read_text())
+    config, plan = from_yaml(folder.config), read_plan(folder)
     # Found once: a run that continues deals its batches as before.
     searches = config.training.micro_batch == AUTO and plan.get("layout") is None and not folder.micro_batch.is_file()
     config = with_micro_batch(config, plan["micro_batch"])
@@ -75,6 +78,22 @@ def prepared(folder: RunFolder, ranks: Ranks) -> Run:
     dtype, of_dtype = compute_dtype(decisions, device)
     applied |= of_dtype
     return Run(config, plan, searches, device, facts, decisions, dtype, batches.packed, batches.mapped, applied, folder, ranks)
+
+
+def read_plan(folder: RunFolder) -> dict[str, Any]:
+    """Contents of `plan.json`; of an older version it may lack fields.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    plan = read_object(folder.plan, CheckpointError, ANOTHER)
+    kinds: dict[Any, Any] = {int: int, float: (int, float), str: str, bool: bool}
+    for name, kind in get_type_hints(Plan).items():
+        if name in plan and kind in kinds and not isinstance(plan[name], kinds[kind]):
+            raise CheckpointError(f"{folder.plan} is damaged: {name} is {plan[name]!r}", ANOTHER)
+    if "micro_batch" not in plan:
+        raise CheckpointError(f"{folder.plan} is damaged: micro_batch is missing", ANOTHER)
+    return plan
 
 
 def corpus_of(folder: RunFolder, mapped: bool = True) -> TokenStore:

@@ -11,10 +11,13 @@ from typing import Any
 
 from elite.config import ModelConfig, Weights
 from elite.errors import ModelError
+from elite.model_folder import check_config, check_tokenizer, check_weights, missing_weights, readable
 
 log = logging.getLogger("elite.model")
 OFFLINE_REMEDY = "model.path=FOLDER for local weights, model=smollm2_135m (`make setup` installs it), or model.weights=random"
 WEIGHT_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt")
+CODE_FILES = ("*.py",)
+"""Of use with `model.trust_remote_code` alone."""
 
 
 def locate(model: ModelConfig, cache: Path, download: bool) -> Path | None:
@@ -24,7 +27,7 @@ def locate(model: ModelConfig, cache: Path, download: bool) -> Path | None:
         download: whether the hub may be asked.
 
     Raises:
-        ModelError: `model.path` is not a folder, or the hub was asked and did not answer.
+        ModelError: `model.path` is no folder with a model in safetensors, or the hub was asked and did not answer.
     """
     if model.path is not None:
         folder = Path(model.path).expanduser()
@@ -32,50 +35,46 @@ def locate(model: ModelConfig, cache: Path, download: bool) -> Path | None:
             raise ModelError(f"model.path={model.path} is not a folder", "give the folder that holds config.json and the weights")
         if model.gguf_file and (folder / model.gguf_file).is_file():
             return _converted(folder / model.gguf_file, cache)
-        missing = _missing_weights(folder)
-        if missing:
-            raise ModelError(f"model.path={model.path} lacks {missing}", "a folder as save_pretrained writes it, weights in safetensors")
+        check_weights(folder, f"model.path={model.path}")
         return folder
-    package = importlib.util.find_spec(model.package) if model.package else None
+    # A dotted name would import its parents.
+    package = importlib.util.find_spec(model.package) if model.package and model.package.isidentifier() else None
     if package is not None and package.submodule_search_locations and model.gguf_file:
-        return _converted(Path(package.submodule_search_locations[0]) / model.gguf_file, cache)
+        gguf = Path(package.submodule_search_locations[0]) / model.gguf_file
+        if not gguf.is_file():
+            raise ModelError(f"model.gguf_file={model.gguf_file} is not in the package {model.package}", "leave model.gguf_file out")
+        return _converted(gguf, cache)
     return _from_hub(model, download) if model.hub else None
 
 
 def _from_hub(model: ModelConfig, download: bool) -> Path | None:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     assert model.hub is not None
     missing = f"model={model.name}: {model.hub} is not on this machine"
     try:
         folder = Path(snapshot_download(model.hub, local_files_only=True))
-        if not _missing_weights(folder):
+        if not missing_weights(folder):
             return folder
     except LocalEntryNotFoundError:
         pass
+    except HFValidationError as error:
+        raise ModelError(f"model.hub={model.hub} is no id of the hub: {error}", "model.hub=OWNER/NAME") from None
     if not download:
         return None
     try:
-        folder = Path(snapshot_download(model.hub, allow_patterns=list(WEIGHT_FILES)))
+        wanted = [*WEIGHT_FILES, *(CODE_FILES if model.trust_remote_code else ())]
+        folder = Path(snapshot_download(model.hub, allow_patterns=wanted))
     except LocalEntryNotFoundError as error:
         raise ModelError(f"{missing} and the hub cannot be reached", OFFLINE_REMEDY) from error
     except HfHubHTTPError as error:
         refusal = str(error).splitlines()[0]
         raise ModelError(f"{missing} and the hub refuses it: {refusal}", "log in with `hf auth login`, or model.path=FOLDER") from error
-    lacking = _missing_weights(folder)
+    lacking = missing_weights(folder)
     if lacking:
         raise ModelError(f"model={model.name}: {model.hub} lacks {lacking} on this machine and on the hub", OFFLINE_REMEDY)
     return folder
-
-
-def _missing_weights(folder: Path) -> str:
-    """What a model folder lacks of its weights: nothing (empty), a shard that its index names, or safetensors altogether."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = set(json.loads(index.read_text())["weight_map"].values())
-        return ", ".join(sorted(shard for shard in shards if not (folder / shard).is_file()))
-    return "" if any(folder.glob("*.safetensors")) else "*.safetensors"
 
 
 def _converted(gguf: Path, cache: Path) -> Path:
@@ -90,8 +89,13 @@ def _converted(gguf: Path, cache: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     log.info("converting %s once (about half a minute)", gguf.name)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ModelError(f"{gguf} is no GGUF file", "download it anew, or weights in safetensors")
+    with readable(f"{gguf} is cut off, damaged or of a kind that transformers cannot read", "download it anew, or weights in safetensors"):
+        source: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source)
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
     tokenizer.save_pretrained(partial)
@@ -123,10 +127,11 @@ def tokenizer(model: ModelConfig, cache: Path, download: bool) -> Any | None:
     folder = locate(model, cache, download)
     if folder is None:
         return None
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} holds no tokenizer that transformers can read", "save_pretrained the tokenizer there too") from error
+    check_tokenizer(folder, model.trust_remote_code)
+    # A tokenizer is found by the model's type, where it does not name its class.
+    check_config(folder, model.trust_remote_code)
+    with readable(f"{folder} holds no tokenizer that transformers can read", "save_pretrained the tokenizer there too"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
 
 
 def byte_tokenizer() -> Any:

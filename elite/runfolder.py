@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 import subprocess
 import sys
@@ -36,8 +37,11 @@ from elite.config import Mode, OutputConfig, RunConfig
 from elite.continued import as_begun
 from elite.errors import CheckpointError, ConfigError
 from elite.facts import Device
+from elite.jsonfile import read_object
 from elite.schema import to_yaml
 
+log = logging.getLogger("elite.runfolder")
+ANOTHER = "resume=never starts another run; or put the file back from a copy"
 LIBRARIES = (
     "torch",
     "transformers",
@@ -112,7 +116,12 @@ class RunFolder:
 
     def asked_for(self, request: str) -> bool:
         """Whether what is in it was asked for in these words (`request_key`)."""
-        return self.identity.is_file() and self.read_identity()["request"] == request
+        try:
+            return self.identity.is_file() and self.read_identity()["request"] == request
+        except CheckpointError as error:
+            # Among the runs of a folder one that is damaged is no reason not to begin another.
+            log.warning("%s: not continued", error.problem)
+            return False
 
     def begin_again(self) -> None:
         """Make it fit for a new run, which the one in it never came to: it saved nothing."""
@@ -128,10 +137,26 @@ class RunFolder:
         written.rename(self.config)
 
     def read_identity(self) -> dict[str, Any]:
-        """Contents of `run.json`."""
-        identity = json.loads(self.identity.read_text())
-        assert isinstance(identity, dict)
+        """Contents of `run.json`.
+
+        Raises:
+            CheckpointError: it is damaged.
+        """
+        identity = read_object(self.identity, CheckpointError, ANOTHER)
+        if not all(isinstance(identity.get(name), str) for name in ("request", "tokens", "tracker_id")):
+            raise CheckpointError(f"{self.identity} is damaged: request, tokens or tracker_id is missing", ANOTHER)
         return identity
+
+    def best_val_loss(self) -> float:
+        """What the run that ended well reached.
+
+        Raises:
+            CheckpointError: its summary is damaged.
+        """
+        found = read_object(self.summary, CheckpointError, ANOTHER).get("best_val_loss")
+        if not isinstance(found, int | float):
+            raise CheckpointError(f"{self.summary} is damaged: best_val_loss is {found!r}", ANOTHER)
+        return float(found)
 
 
 def request_key(config: RunConfig, origin: str) -> str:
@@ -151,7 +176,7 @@ def interrupted_run(root: Path, key: str) -> RunFolder | None:
     """The newest resumable run under `root` that was asked for in the same words."""
     for identity in sorted(root.glob("*/*/run.json"), reverse=True):
         folder = RunFolder(identity.parent)
-        if folder.resumable and folder.read_identity()["request"] == key:
+        if folder.resumable and folder.asked_for(key):
             return folder
     return None
 

@@ -11,7 +11,9 @@ import torch
 from elite import pretrained
 from elite.config import AdapterMethod
 from elite.data.batches import Batch
+from elite.errors import CheckpointError
 from elite.executor.build import build, streams_weights
+from elite.jsonfile import read_object
 from elite.model import load
 from elite.optimizations.gqa_conversion import GQAConversion
 from elite.prepared import Run
@@ -32,7 +34,7 @@ def losses_before(run: Run, with_context: Sequence[Batch], alone: Sequence[Batch
     """
     file = run.folder.path / "before_conversion.json"
     if file.is_file():
-        known: dict[str, float] = json.loads(file.read_text())
+        known: dict[str, float] = read_object(file, CheckpointError, f"delete it: {file.name} is measured anew")
         return known
     decisions = tuple(d for d in run.decisions if d.name != GQAConversion.name)
     # Random weights are drawn as they will be for the run itself.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.text import Text
 
 from elite import checkpoint, pretrained, rehearsal, uptraining
 from elite.callbacks import metrics_file
@@ -25,17 +26,19 @@ from elite.data.validation import Completion, completion_example, validation_bat
 from elite.distributed.launch import leave_last_words, left_behind
 from elite.distributed.ranks import Ranks, joined
 from elite.distributed.watchdog import Beat, Watchdog, deadline_seconds
-from elite.errors import EliteError
+from elite.errors import CheckpointError, EliteError
 from elite.executor.build import build, streams_weights
 from elite.executor.streamed.attach import Attached
 from elite.executor.streamed.mid_step import MidStep
+from elite.jsonfile import read_object
 from elite.model import LoadedModel, export, load
 from elite.optimizations.contract import Applied
 from elite.plan import model_flops_per_token
 from elite.plan.words import duration, gib
 from elite.prepared import Run, corpus_of, prepared
+from elite.printable import lines, one_line
 from elite.report.run_report import RunReport, convergence
-from elite.runfolder import RunFolder
+from elite.runfolder import ANOTHER, RunFolder
 from elite.training.around import loop_hooks
 from elite.training.curriculum import course_of
 from elite.training.generation import generator
@@ -244,7 +247,7 @@ class _Completion:
             console.print(f"no completion {when} training: out of memory")
             return
         text = decode(found, skip_special_tokens=True)
-        known = json.loads(self._file.read_text()) if self._file.exists() else {}
+        known = read_object(self._file, CheckpointError, ANOTHER) if self._file.exists() else {}
         known |= {"path": example.path, "prompt_end": decode(example.prompt[-64:]), "reference": decode(example.reference), when: text}
         self._file.write_text(json.dumps(known, indent=2))
 
@@ -253,11 +256,12 @@ class _Completion:
         if self._example is None or not self._file.exists():
             return
         known = json.loads(self._file.read_text())
-        console.print(f"\n[bold]Completion of held-out[/] {known['path']}")
+        # Paths and texts of a repository, or of the model: not markup, and nothing that steers the terminal.
+        console.print(Text.assemble("\n", ("Completion of held-out", "bold"), f" {one_line(known['path'])}"))
         for title in ("prompt_end", "reference", "before", "after"):
             if title in known:
                 console.print(f"[dim]── {title.replace('_', ' ')}[/]")
-                console.print(known[title], markup=False)
+                console.print(lines(known[title]), markup=False)
 
 
 def _summary(run: Run, progress: Progress, meter: Meter, measured_peak_bytes: float, pinned_bytes: float) -> dict[str, Any]:

@@ -13,10 +13,10 @@ ROOT = config.CONF_DIR.parent
 # Each layer may import the layers before it, and its own.
 LAYERS = (
     {"errors", "facts", "console", "streaming", "chunks", "revolve", "scaling", "curriculum", "kernels", "mode_options"}
-    | {"stability", "retention", "vigilance"},
+    | {"stability", "retention", "vigilance", "printable", "jsonfile"},
     {"optimizations", "losses", "ablation"},
     {"config"},
-    {"schema", "jobs", "compose", "hardware", "geometry", "pretrained", "attention", "streamable"},
+    {"schema", "jobs", "compose", "hardware", "geometry", "model_folder", "pretrained", "attention", "streamable"},
     {"plan"},
     {"model", "data"},
     {"executor", "distributed"},

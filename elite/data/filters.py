@@ -47,6 +47,7 @@ GENERATED_MARK = re.compile(
 HEAD_BYTES = 1024
 """Generators announce themselves in the first lines."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LFS_REASON = "git-lfs pointer"
 MAX_LINE_BYTES = 10_000
 MAX_MEAN_LINE_BYTES = {True: 110, False: 500}
 """By whether the file is a web file: Linguist's limit for JavaScript and CSS; prose with a paragraph a line stays below the other."""
@@ -82,7 +83,7 @@ def path_skip_reason(path: str, size: int, max_file_bytes: int, exclude: Sequenc
 def content_skip_reason(path: str, content: bytes) -> str | None:
     """Why a file is skipped for what it contains, or None. None promises that `content` decodes as UTF-8."""
     if content.startswith(LFS_POINTER):
-        return "git-lfs pointer"
+        return LFS_REASON
     if b"\0" in content:
         return "binary"
     try:

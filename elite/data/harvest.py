@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from elite.config import DataConfig
-from elite.data.sources import Document, Reading, hf_documents, jsonl_documents, repository_documents
+from elite.data.documents import Document, Reading
+from elite.data.records import hf_documents, jsonl_documents
+from elite.data.sources import repository_documents
 from elite.errors import ConfigError, DataError
 from elite.facts import Corpus
 

@@ -23,8 +23,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from elite.data.documents import Document
 from elite.data.harvest import Harvest
-from elite.data.sources import Document
 from elite.errors import DataError, ModelError
 from elite.facts import Corpus
 

@@ -17,6 +17,8 @@ from elite.plan.executors import Prediction, choose_executor, held_to
 
 WHOLE = 1e-6
 """One over a share may be off a whole number by this."""
+LEAST_SHARE = 1e-6
+"""Of a context."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def check_curriculum(config: CurriculumConfig) -> None:
         ConfigError: a share or fraction is out of range or order.
     """
     shares, until = list(config.shares), list(config.until)
-    whole = all(0 < share <= 1 and abs(1 / share - round(1 / share)) < WHOLE / share for share in shares)
+    whole = all(LEAST_SHARE <= share <= 1 and abs(1 / share - round(1 / share)) < WHOLE / share for share in shares)
     if not whole or not shares or shares != sorted(set(shares)) or shares[-1] != 1:
         rule = "each must be one over a whole number, larger than the one before, and the last 1"
         raise ConfigError(f"curriculum.shares={shares}: {rule}", "curriculum.shares=[0.25,0.5,1]")

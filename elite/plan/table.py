@@ -6,6 +6,7 @@ from rich.text import Text
 
 from elite.plan.plan import Plan, Switch
 from elite.plan.words import count, duration, gib, operations
+from elite.printable import one_line
 
 HOUR = 3600
 LEAST_SHARE = 0.01
@@ -28,7 +29,7 @@ def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:
     table.add_column(style="dim", no_wrap=True, min_width=16)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, Text(value))
+        table.add_row(name, Text(one_line(value)))
     return table
 
 

@@ -2,13 +2,16 @@
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from operator import attrgetter
+from pathlib import Path
+from typing import Any
 
-from elite.config import AUTO, Executor, RunConfig, Schedule
+from elite.config import AUTO, TIERS, Executor, RunConfig, Schedule
 from elite.errors import ConfigError
 from elite.plan.stages import check_curriculum
+from elite.printable import one_line
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,109 @@ RULES = (
 )
 
 
+LARGEST = 1e15
+"""Nothing that is counted, measured or drawn from is larger; a larger number is a slip, and arithmetic on it ends in overflow."""
+AT_MOST = {
+    "tier.context": 2**28,
+    "tier.lora_rank": 2**16,
+    "adapter.rank": 2**16,
+    "training.global_batch_tokens": 2**36,
+    "training.micro_batch": 2**16,
+    "training.epochs": 1e6,
+    "training.learning_rate": 1e3,
+    "hardware.gpus": 2**16,
+    "hardware.memory_gib": 2**20,
+    "hardware.host_ram_gib": 2**20,
+}
+"""Where less is too much already: what is laid out, loops and is built in these numbers."""
+LONGEST = 4096
+"""Characters of a text: what file systems allow of a path."""
+MAY_BE_EMPTY = frozenset({"hardware.compute_capability", "model.model_type"})
+"""Texts that a preset fills in."""
+LONGEST_NAME = 255
+"""Bytes of one name in a path."""
+PATHS = (
+    "resume",
+    "model.path",
+    "data.repo",
+    "data.path",
+    "executor.folder",
+    "output.root",
+    "output.folder",
+    "output.cache",
+    "probe.file",
+    "calibrate.file",
+    "evaluate.run",
+)
+
+
 def check_values(config: RunConfig) -> None:
-    """Refuse values out of range.
+    """Refuse values out of range: what some fields may not be, then what no field may.
 
     Raises:
         ConfigError: one of them is.
     """
+    # The narrower rules first: they say more.
+    _check_rules(config)
+    for name, value in _leaves(config, ""):
+        _check_leaf(name, value)
+    for name in PATHS:
+        _check_path(name, attrgetter(name)(config))
+    if config.tier.name not in (*TIERS, AUTO):
+        raise ConfigError(f"tier.name={config.tier.name}: no such tier", f"tier=tier1 … tier={TIERS[-1]}, with tier.context= of your own")
+    for name in ("model.extra", "model.rope_parameters"):
+        for key in attrgetter(name)(config):
+            # Names of that form belong to libraries' insides: `_target_`, `_attn_implementation`.
+            if str(key).startswith("_") or not str(key).isidentifier():
+                raise ConfigError(f"{name}.{key} is no field of a model's configuration", f"leave {name}.{key} out")
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every field; the elements of a list under the list's name."""
+    for field in fields(node):
+        value, name = getattr(node, field.name), f"{prefix}{field.name}"
+        if is_dataclass(value):
+            yield from _leaves(value, f"{name}.")
+        elif isinstance(value, list):
+            yield from ((name, element) for element in value)
+        else:
+            yield name, value
+
+
+def _check_leaf(name: str, value: Any) -> None:
+    rule = ""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        most = AT_MOST.get(name, LARGEST)
+        if not math.isfinite(value):
+            rule = "must be a finite number"
+        elif value < 0:
+            rule = "must not be negative"
+        elif value > most:
+            rule = f"must be at most {most:g}"
+    elif isinstance(value, str):
+        if len(value) > LONGEST:
+            rule = f"must be at most {LONGEST} characters"
+        elif one_line(value) != value:
+            rule = "must not hold control characters or line breaks"
+        elif not value.strip() and name not in MAY_BE_EMPTY:
+            rule = "must not be empty"
+    if rule:
+        raise ConfigError(f"{name}={value}: {rule}", f"leave {name} out for its default")
+
+
+def _check_path(name: str, value: str | None) -> None:
+    if value is None:
+        return
+    try:
+        path = Path(value).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{name}={value}: {error}", f"{name}=PATH without ~, or with a user of this machine") from None
+    if any(len(part.encode()) > LONGEST_NAME for part in path.parts):
+        raise ConfigError(f"{name}={value}: a name in it is longer than {LONGEST_NAME} bytes", f"{name}=PATH that file systems allow")
+
+
+def _check_rules(config: RunConfig) -> None:
+    """What the values of some fields, and of some together, must satisfy."""
     for rule in RULES:
         for name in rule.fields:
             value = attrgetter(name)(config)

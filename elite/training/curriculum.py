@@ -17,7 +17,9 @@ from elite.data.difficulty import by_files, document_lengths
 from elite.data.tokens import TokenFile, TokenStore
 from elite.distributed.ranks import Ranks
 from elite.distributed.watchdog import Beat, no_beat
+from elite.errors import CheckpointError
 from elite.executor.contract import Executor
+from elite.jsonfile import read_json
 from elite.plan.stages import context_stages
 from elite.plan.words import duration
 
@@ -50,9 +52,12 @@ def course_of(
 
 
 def _scores(store: TokenStore, context: int, executor: Executor, ranks: Ranks, file: Path, beat: Beat) -> list[float]:
-    known: list[float] | None = json.loads(file.read_text()) if ranks.is_main and file.is_file() else None
+    anew = f"delete it: {file.name} is measured anew"
+    known: list[float] | None = read_json(file, CheckpointError, anew) if ranks.is_main and file.is_file() else None
     known = ranks.broadcast(known)
     if known is not None:
+        if not isinstance(known, list) or len(known) != len(store.select("train")):
+            raise CheckpointError(f"{file} is damaged, or of another corpus", anew)
         return known
     began = time.perf_counter()
     found = file_losses(store, store.select("train"), context, executor, ranks, beat)

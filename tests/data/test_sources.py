@@ -10,7 +10,9 @@ import datasets
 import pytest
 
 from elite.config import DataConfig
-from elite.data.sources import Reading, find_repositories, hf_documents, jsonl_documents, repository_documents
+from elite.data.documents import Reading
+from elite.data.records import hf_documents, jsonl_documents
+from elite.data.sources import find_repositories, repository_documents
 from elite.errors import DataError
 
 from .conftest import MakeRepository, git, source
