@@ -101,7 +101,7 @@ def _name(model: ModelConfig) -> str:
 
 
 @lru_cache(maxsize=32)
-def _shape(name: str, config_json: str, code: Path | None) -> ModelShape:
+def _shape(name: str, config_json: str, code: Path | None = None) -> ModelShape:
     import torch
     from torch import nn
     from transformers import AutoConfig, AutoModelForCausalLM

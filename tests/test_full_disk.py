@@ -46,6 +46,7 @@ def assert_same(one: RunFolder, two: RunFolder) -> None:
     assert adapter.keys() == expected.keys() and all(torch.equal(adapter[name], expected[name]) for name in expected)
 
 
+@pytest.mark.faults
 def test_a_run_goes_on_while_its_disk_is_full(
     trained: Trained, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -65,6 +66,7 @@ def test_a_run_goes_on_while_its_disk_is_full(
     assert sum("takes no more lines (No space left on device)" in text for text in said) == 1
 
 
+@pytest.mark.faults
 def test_a_run_whose_end_cannot_be_saved_says_so_and_continues_when_there_is_room(
     trained: Trained, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,7 @@ def through(trained: Trained, tmp_path: Path, mode: str, number: signal.Signals,
     return in_time
 
 
+@pytest.mark.faults
 def test_a_run_killed_at_random_is_the_undisturbed_one(trained: Trained, tmp_path: Path) -> None:
     assert through(trained, tmp_path, "lora", signal.SIGKILL, seed=99, ends=2) >= 1
 

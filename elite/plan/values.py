@@ -92,7 +92,7 @@ RULES = (
 LARGEST = 1e15
 """Nothing that is counted, measured or drawn from is larger; a larger number is a slip, and arithmetic on it ends in overflow."""
 AT_MOST = {
-    "tier.context": 2**28,
+    "tier.context": 2**40,
     "tier.lora_rank": 2**16,
     "adapter.rank": 2**16,
     "training.global_batch_tokens": 2**36,

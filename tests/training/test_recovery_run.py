@@ -65,6 +65,7 @@ def test_a_run_goes_on_and_says_so(
     assert not folder.failure.exists()
 
 
+@pytest.mark.faults
 def test_a_completion_that_does_not_fit_is_left_out(
     trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -191,7 +191,13 @@ def test_an_end_that_cannot_be_saved_is_an_error_and_the_one_before_resumes(tmp_
     undisturbed = trainer_of(tmp_path, 5)
     fitted(undisturbed)
     trainer = trainer_of(folder, 5)
-    trainer.observers = (At(step3=lambda: fill(folder)),)
+
+    def filled() -> None:
+        # The save of step 2 may still be at work.
+        trainer.saver.settle()
+        fill(folder)
+
+    trainer.observers = (At(step3=filled),)
     with pytest.raises(CheckpointError) as raised:
         trainer.fit()
     assert raised.value.exit_code == 2 and len(str(raised.value).splitlines()) == 2

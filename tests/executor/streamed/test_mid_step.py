@@ -91,6 +91,7 @@ def killed_anywhere(case: Case, folder: Path, calls: Callable[[int], range]) -> 
         assert lost <= (1 + (second.calls > 0)) * (OF_A_LAYER + REFILLED), f"killed at {call}, {lost} calls lost"
 
 
+@pytest.mark.faults
 def test_a_step_killed_inside_a_layer_goes_on(tmp_path: Path) -> None:
     killed_anywhere(CASES["layers"], tmp_path, lambda calls: range(3, calls, 22))
 
