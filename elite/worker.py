@@ -37,6 +37,7 @@ from elite.plan import model_flops_per_token
 from elite.plan.words import duration, gib
 from elite.prepared import Run, corpus_of, prepared
 from elite.printable import lines, one_line
+from elite.report import endings
 from elite.report.run_report import RunReport, convergence
 from elite.runfolder import ANOTHER, RunFolder
 from elite.training.around import loop_hooks
@@ -48,7 +49,6 @@ from elite.training.optimizer import build_optimizer
 from elite.training.recovery import Recovery
 from elite.training.schedules import schedule
 from elite.training.shortage import actual, is_out_of_memory
-from elite.training.stability import Setbacks
 from elite.training.step import make_scaler
 from elite.training.telemetry import Meter, error_percent, paged_bytes, pinned_bytes
 from elite.training.validation import Validator
@@ -314,7 +314,7 @@ def _of_hooks(trainer: Trainer) -> dict[str, Any]:
     exports = [hook.exports() for hook in trainer.hooks if hook.exports()]
     return {
         "acted": {hook.name: hook.counts() for hook in trainer.hooks},
-        "final_weights": exports[-1] if exports else "the trained weights",
+        "final_weights": exports[-1] if exports else endings.TRAINED,
         "ended_by": progress.ended_by,
         "planned_steps": trainer.steps,
         "best_checkpoint": str(best) if best.is_dir() else None,
@@ -329,6 +329,7 @@ def _show(summary: dict[str, Any], folder: RunFolder) -> None:
     if max(summary["host_pinned_bytes"], summary["predicted_host_pinned_bytes"]) >= SCRATCH_BYTES:
         planned = gib(summary["predicted_host_pinned_bytes"])
         pinned = f", of it pinned {gib(summary['host_pinned_bytes'])}, {planned} planned{_off(errors['host_pinned'])}"
+    unusual = "".join(f"{line}\n" for line in endings.unusual(summary))
     console.print(
         f"\n{summary['steps']} steps, {summary['tokens']:,} tokens, {summary['tokens_per_s']:,.0f} tokens/s\n"
         f"validation loss  {first['val_loss']:.4f} → {last['val_loss']:.4f}   alone {first['val_loss_alone']:.4f} → "
@@ -337,32 +338,8 @@ def _show(summary: dict[str, Any], folder: RunFolder) -> None:
         f"{_off(errors['peak'])}{reserved}; host {gib(summary['host_rss_peak_bytes'])}{pinned}\n"
         f"step time    {duration(summary['step_s'])} measured, {duration(summary['predicted_step_s'])} planned{_off(errors['step'])}\n"
         f"convergence  {summary['convergence']['words']}\n"
-        f"{_ending(summary)}results in {folder.path}, on one page in report.html",
+        f"{unusual}results in {folder.path}, on one page in report.html",
     )
-
-
-def _ending(summary: dict[str, Any]) -> str:
-    """What is not as usual: an early end, other weights than the trained ones."""
-    lines = []
-    if summary["ended_by"]:
-        kept = summary["best_checkpoint"] or "none: no validation was better than the one before the first step"
-        lines.append(
-            f"ended early  by {summary['ended_by']} after {summary['steps']} of {summary['planned_steps']} steps: "
-            f"{_counted(summary['acted'][summary['ended_by']])}; best checkpoint: {kept}"
-        )
-    lines += [f"{name}  {_counted(counts)}" for name, counts in summary["acted"].items() if name != summary["ended_by"] and counts]
-    setbacks = {name: summary[name] for name in Setbacks().counts() if summary[name]}
-    lines += [f"bad numbers  {_counted(setbacks)}"] if setbacks else []
-    if summary["oom_recoveries"]:
-        chunk = f", chunks of {summary['chunk']:,} tokens" if summary["chunk"] else ""
-        lines.append(f"out of memory  {summary['oom_recoveries']} times, and went on: now {summary['micro_batch']} rows in a pass{chunk}")
-    if summary["final_weights"] != "the trained weights":
-        lines.append(f"final/ holds {summary['final_weights']}; checkpoints hold the trained ones")
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _counted(counts: dict[str, float]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value:{',' if isinstance(value, int) else '.4g'}}" for name, value in counts.items())
 
 
 def _off(percent: float | None) -> str:

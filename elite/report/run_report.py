@@ -15,7 +15,7 @@ from rich.console import Console
 from elite.callbacks import metrics_file
 from elite.facts import GIB
 from elite.plan.words import duration
-from elite.report import chart, page
+from elite.report import chart, endings, page
 from elite.report.convergence import Convergence, estimate
 from elite.runfolder import RunFolder
 
@@ -108,6 +108,7 @@ def _result(plan: dict[str, Any], summary: dict[str, Any], steps: Records) -> st
             ("without the repository before it", f"{first['val_loss_alone']:.4f} → {last['val_loss_alone']:.4f}"),
             ("best validation loss", f"{summary['best_val_loss']:.4f} at step {summary['best_step']:,}"),
         ]
+        rows += [(what, said) for what, _, said in (line.partition("  ") for line in endings.unusual(summary))]
     return page.table(("", ""), rows)
 
 
