@@ -58,7 +58,7 @@ def expected(case: Case) -> list[Tensor]:
     rows = []
     for row, documents in enumerate(case.documents):
         parts = zip(*(t[row].split(documents) for t in (do, q, k, v)), strict=True)
-        found = [dense(*part, True, None, case.dim**-0.5) for part in parts]
+        found = [dense(a, b, c, d, True, None, case.dim**-0.5) for a, b, c, d in parts]
         rows.append([torch.cat([part[i] for part in found]) for i in (0, 2, 3, 4)])
     return [torch.stack(of_rows) for of_rows in zip(*rows, strict=True)]
 
