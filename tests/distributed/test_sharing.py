@@ -1,5 +1,6 @@
 """Ranks that share each sequence: data, loss, gradients and whole runs against one rank's."""
 
+import io
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,6 +27,7 @@ from elite.model import apply_stage
 from elite.optimizations.contract import Stage
 from elite.optimizations.ring_attention import Variant
 from elite.plan import make_plan
+from elite.plan.table import render
 from elite.runfolder import RunFolder
 from elite.training.step import accumulate, make_scaler
 from elite.zigzag import held
@@ -76,10 +79,10 @@ def all_gradients(kind: str) -> Callable[[Ranks], Found]:
     return work
 
 
-@pytest.mark.parametrize("kind", ["llama", "phi"])
-def test_loss_and_gradients_are_one_ranks(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "count"), [("llama", 4), ("phi", 2)])
+def test_loss_and_gradients_are_one_ranks(kind: str, count: int, tmp_path: Path) -> None:
     expected = all_gradients(kind)(ALONE)
-    for rank, found in enumerate(forked(2, tmp_path, all_gradients(kind))):
+    for rank, found in enumerate(forked(count, tmp_path, all_gradients(kind))):
         for case, (loss, of_parameters) in expected.items():
             assert found[case][0] == pytest.approx(loss, rel=1e-5), (rank, case)
             assert found[case][1].keys() == of_parameters.keys()
@@ -113,8 +116,9 @@ def test_ranks_that_share_get_the_same_rows(tmp_path: Path) -> None:
 
 
 RUN = (
-    *("debug=tiny", "training.completion_tokens=0", "training.max_steps=3", "training.val_every=3", "training.checkpoint_every=100"),
+    *("debug=tiny", "training.completion_tokens=0", "training.max_steps=2", "training.val_every=2", "training.checkpoint_every=100"),
     *("optimizations=none", "optimizations.sequence_packing.enabled=true", "adapter.dropout=0", "training.preflight=true"),
+    "data.val_sequences=1",
 )
 SHARED = ("hardware.gpus=2", "optimizations.ring_attention.enabled=true")
 
@@ -158,6 +162,9 @@ def test_the_plan_of_shared_sequences() -> None:
     assert together.step_flops == pytest.approx(alone.step_flops / 2, rel=1e-6)
     assert together.memory["saved_activations"] <= 0.6 * alone.memory["saved_activations"]
     assert any("2 ranks share each sequence" in words for words in together.warnings)
+    printed = Console(width=200, record=True, file=io.StringIO())
+    printed.print(render(together))
+    assert "× 4 accumulated, shared by 2 ranks" in printed.export_text()
     (switch,) = (switch for switch in together.decisions if switch.name == "ring_attention")
     assert switch.active
     (switch,) = (switch for switch in plan_of(tokens, SHARED[1]).decisions if switch.name == "ring_attention")
