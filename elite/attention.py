@@ -9,7 +9,7 @@ Shapes: B rows, H query heads, K key/value heads (H % K == 0), S tokens, D head 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,15 @@ WINDOW = "attention_window"
 """Attribute of an attention module: tokens that its queries see (optimizations.sliding_window)."""
 
 Documents = tuple[tuple[int, ...], ...]
+
+
+class Sharing(Protocol):
+    """The ranks that share each row (elite/distributed/ring.py)."""
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None, dropout: float, window: int | None
+    ) -> Tensor:
+        """Attention [B,H,n,D] of the n tokens of this rank to all ranks' keys; `documents` are those of whole rows."""
 
 
 def window_of(module: nn.Module, own: int | None) -> int | None:
@@ -134,6 +143,7 @@ def _interface(kernel: Any) -> Any:
         value: Tensor,
         attention_mask: Tensor | None,
         documents: Documents | None = None,
+        sharing: Sharing | None = None,
         scaling: float | None = None,
         dropout: float = 0.0,
         sliding_window: int | None = None,
@@ -148,7 +158,11 @@ def _interface(kernel: Any) -> Any:
         if documents is None:
             # A compiled layer is not told of them: it would be compiled anew for every number of documents.
             documents = getattr(module, DOCUMENTS)
-        out = _by_document(kernel, query, key, value, documents, scaling, dropout, window_of(module, sliding_window))
+        options = scaling, dropout, window_of(module, sliding_window)
+        if sharing is not None:
+            out = sharing.attend(query, key, value, documents, *options)
+        else:
+            out = _by_document(kernel, query, key, value, documents, *options)
         return out.transpose(1, 2).contiguous(), None
 
     return attention

@@ -196,8 +196,10 @@ class Facts:
     """Forward and backward passes of one optimizer step."""
     generates: bool = True
     """Text is generated: a completion to look at, or an evaluation."""
+    sharing: int = 1
+    """Ranks that share each sequence; 1: none is shared."""
 
     @property
     def micro_tokens(self) -> int:
-        """Tokens in one forward pass."""
-        return self.context * self.micro_batch
+        """Tokens in one forward pass of one rank."""
+        return self.context * self.micro_batch // self.sharing

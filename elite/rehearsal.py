@@ -154,7 +154,8 @@ def _subject(run: Run, loaded: LoadedModel, executor: Executor, held_bytes: floa
         compute_dtype=run.dtype,
         trainable=loaded.trainable,
         vocab=int(loaded.core.config.get_text_config().vocab_size),
-        context=run.config.tier.context,
+        # Alone with its part of a sequence that ranks share: others may fail and leave it waiting.
+        context=run.config.tier.context // run.facts.sharing,
         device=run.ranks.device,
         # On a CPU only tensors are counted: what else the process takes needs the headroom.
         limit_bytes=usable if run.device.kind == "cuda" else usable * (1 - run.config.plan.headroom_fraction),

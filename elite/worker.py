@@ -33,6 +33,7 @@ from elite.executor.streamed.mid_step import MidStep
 from elite.jsonfile import read_object
 from elite.model import LoadedModel, export, load
 from elite.optimizations.contract import Applied
+from elite.optimizations.ring_attention import active_variant
 from elite.plan import model_flops_per_token
 from elite.plan.words import duration, gib
 from elite.prepared import Run, corpus_of, prepared
@@ -158,7 +159,8 @@ def _carried_out(parts: _Parts, beat: Beat) -> None:
 def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter, beat: Beat) -> tuple[Trainer, Attached | None]:
     """The trainer, and the streamed model if it is one."""
     config, tier, ranks, steps = run.config, run.config.tier, run.ranks, run.plan["steps"]
-    executors = build(loaded, run.layout, run.dtype, run.device, ranks, Path(config.output.cache).expanduser())
+    shared = active_variant(run.decisions)
+    executors = build(loaded, run.layout, run.dtype, run.device, ranks, Path(config.output.cache).expanduser(), shared)
     attached = executors.attached
     if attached is not None:
         attached.runner.beat = beat
@@ -180,7 +182,8 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter, be
         scheduler=scheduler,
         scaler=make_scaler(ranks.device, run.dtype),
         stream=TrainStream(
-            store, config.data, tier.context, config.training.sequences, config.seed, run.packed, ranks.rank, ranks.world, course
+            *(store, config.data, tier.context, config.training.sequences, config.seed, run.packed, ranks.rank, ranks.world, course),
+            sharing=run.facts.sharing,
         ),
         validator=Validator(executors.validation, *_held_out(run, store), ranks, beat),
         meter=meter,

@@ -12,7 +12,7 @@ from elite import config, curriculum, mode_options, retention, stability, vigila
 ROOT = config.CONF_DIR.parent
 # Each layer may import the layers before it, and its own.
 LAYERS = (
-    {"errors", "facts", "console", "streaming", "chunks", "revolve", "scaling", "curriculum", "kernels", "mode_options"}
+    {"errors", "facts", "console", "streaming", "chunks", "zigzag", "revolve", "scaling", "curriculum", "kernels", "mode_options"}
     | {"stability", "retention", "vigilance", "printable", "jsonfile"},
     {"optimizations", "losses", "ablation"},
     {"config"},

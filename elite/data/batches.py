@@ -1,7 +1,7 @@
 """Sequences → tensors, and the endless stream of training micro-batches: dealt to ranks, resumable to the sequence."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from elite.data.course import Course
 from elite.data.packing import Sequence, length, pack, pieces, split, utilisation
 from elite.data.tokens import TokenStore
 from elite.errors import DataError
+from elite.zigzag import held
 
 IGNORE = -100
 """Label of a position that has nothing to predict (torch's default `ignore_index`)."""
@@ -19,7 +20,7 @@ IGNORE = -100
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B rows of S tokens."""
+    """B rows of S tokens, or of the n of them that one of several ranks holds (elite/zigzag.py)."""
 
     input_ids: Tensor
     """[B, S], int64."""
@@ -29,6 +30,18 @@ class Batch:
     """[B, S], int64, from 0 in every document."""
     documents: tuple[tuple[int, ...], ...]
     """Lengths of each row's documents; they sum to S. Padding is one closing document of its own."""
+    ranks: int = 1
+    """That share the rows. Above 1 the tensors are [B, n], this rank's part of them; documents are those of whole rows."""
+
+    @property
+    def context(self) -> int:
+        """S, also where ranks share it."""
+        return sum(self.documents[0])
+
+    @property
+    def slots(self) -> int:
+        """Token slots of whole rows, padding included: B·S."""
+        return len(self.documents) * self.context
 
     @property
     def label_tokens(self) -> int:
@@ -37,7 +50,18 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`."""
-        return Batch(self.input_ids.to(device), self.labels.to(device), self.position_ids.to(device), self.documents)
+        tensors = self.input_ids.to(device), self.labels.to(device), self.position_ids.to(device)
+        return Batch(*tensors, self.documents, self.ranks)
+
+    def shared(self, rank: int, ranks: int) -> "Batch":
+        """What one of so many ranks holds of these rows. Labels are shifted already, and so right at the borders."""
+        if ranks == 1:
+            return self
+        pieces = held(self.context, rank, ranks)
+        input_ids, labels, position_ids = (
+            torch.cat([t[:, piece.start : piece.stop] for piece in pieces], 1) for t in (self.input_ids, self.labels, self.position_ids)
+        )
+        return replace(self, input_ids=input_ids, labels=labels, position_ids=position_ids, ranks=ranks)
 
 
 def collate(store: TokenStore, sequences: Seq[Sequence], context: int, pad_id: int) -> Batch:
@@ -93,6 +117,7 @@ class TrainStream:
         micro_batch: rows in a batch.
         packed: several documents may share a row; otherwise every piece has its own, padded.
         course: where a curriculum leads; unset: everything, at the whole context.
+        sharing: neighbouring ranks that hold parts of the same rows.
 
     Raises:
         DataError: fewer than `context` tokens to train on.
@@ -109,6 +134,7 @@ class TrainStream:
         rank: int = 0,
         world: int = 1,
         course: Course | None = None,
+        sharing: int = 1,
     ) -> None:
         tokens = store.count("train")
         if tokens < context:
@@ -117,8 +143,9 @@ class TrainStream:
                 f"choose a lower tier or tier.context={_power_of_two_below(tokens)}, or add files",
             )
         self._store, self._cfg, self._context, self._seed, self._packed = store, data_cfg, context, seed, packed
-        self._micro_batch, self._rank, self._world = micro_batch, rank, world
-        self._course = course or Course(micro_batch * world)
+        self._micro_batch, self._rank, self._world = micro_batch, rank // sharing, world // sharing
+        self._part = rank % sharing, sharing
+        self._course = course or Course(micro_batch * self._world)
         self._enter(epoch=0, index=0)
 
     @property
@@ -139,7 +166,7 @@ class TrainStream:
             step = [self._next() for _ in range(self._micro_batch * self._world)]
             mine = step[self._rank * self._micro_batch : (self._rank + 1) * self._micro_batch]
             rows = [row for sequence in mine for row in split(sequence, self._context, parts)]
-            window.append(collate(self._store, rows, self._context // parts, self._store.end_token))
+            window.append(collate(self._store, rows, self._context // parts, self._store.end_token).shared(*self._part))
         return window
 
     def state(self) -> dict[str, int]:

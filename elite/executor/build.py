@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from elite.distributed.ranks import Ranks
+from elite.distributed.ring import Ring
 from elite.executor.contract import Executor
 from elite.executor.streamed.attach import Attached, attach
 from elite.executor.streamed.choose import fastest
@@ -16,7 +19,11 @@ from elite.executor.whole import WholeExecutor
 from elite.facts import Device
 from elite.model import LoadedModel
 from elite.optimizations.fused_loss import FusedLoss
+from elite.optimizations.ring_attention import Variant
 from elite.streaming import Streaming, WeightPlace
+
+RING_TILE = 4096
+"""Queries and keys with which attention kernels are timed for ranks that share sequences: beyond, rates hardly change."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +40,15 @@ def streams_weights(layout: Streaming | None) -> bool:
     return layout is not None and layout.weights is WeightPlace.streamed
 
 
-def build(loaded: LoadedModel, layout: Streaming | None, dtype: torch.dtype, device: Device, ranks: Any, cache: Path) -> Executors:
+def build(
+    loaded: LoadedModel,
+    layout: Streaming | None,
+    dtype: torch.dtype,
+    device: Device,
+    ranks: Any,
+    cache: Path,
+    shared: Variant | None = None,
+) -> Executors:
     """Executors for training and for validation.
 
     Args:
@@ -42,6 +57,7 @@ def build(loaded: LoadedModel, layout: Streaming | None, dtype: torch.dtype, dev
         device: what is emulated decides which attention kernels may run.
         ranks: this process among all; gradients are exchanged by DDP if there are several.
         cache: folder where kernel choices are remembered.
+        shared: how ranks exchange keys and values of the sequences that they share in training; None: each has its own.
     """
     attached = None
     if layout is not None:
@@ -56,12 +72,21 @@ def build(loaded: LoadedModel, layout: Streaming | None, dtype: torch.dtype, dev
     # Validation runs on the bare model: DDP would wait for ranks that have fewer targets.
     if layout is not None:
         return Executors(StreamedExecutor(model, dtype), StreamedExecutor(loaded.model, dtype), attached)
-    return Executors(whole(loaded, dtype, model), whole(loaded, dtype), None)
+    ring = None if shared is None else _ring(shared, device, ranks, cache)
+    return Executors(whole(loaded, dtype, model, ring), whole(loaded, dtype), None)
 
 
-def whole(loaded: LoadedModel, dtype: torch.dtype, wrapped: torch.nn.Module | None = None) -> WholeExecutor:
+def whole(loaded: LoadedModel, dtype: torch.dtype, wrapped: torch.nn.Module | None = None, ring: Ring | None = None) -> WholeExecutor:
     """The whole executor around a loaded model, or around what wraps it."""
-    return WholeExecutor(loaded.model if wrapped is None else wrapped, dtype, FusedLoss.name in loaded.applied)
+    return WholeExecutor(loaded.model if wrapped is None else wrapped, dtype, FusedLoss.name in loaded.applied, ring)
+
+
+def _ring(variant: Variant, device: Device, ranks: Ranks, cache: Path) -> Ring:
+    def choice(shape: AttentionShape) -> Kernel:
+        return fastest(shape, ranks.device, cache, RING_TILE, RING_TILE, kernels_of(device))
+
+    # A group of its own: gradients are exchanged by DDP meanwhile.
+    return Ring(ranks, choice, variant, dist.new_group())
 
 
 def kernels_of(device: Device) -> list[str]:

@@ -33,6 +33,7 @@ from elite.optimizations.memory_pool import MemoryPool
 from elite.optimizations.mixed_precision import MixedPrecision
 from elite.optimizations.paged_attention import PagedAttention
 from elite.optimizations.qlora import QLoRA
+from elite.optimizations.ring_attention import RingAttention
 from elite.optimizations.sequence_packing import SequencePacking
 from elite.optimizations.sliding_window import SlidingWindow
 from elite.optimizations.swa import SWA
@@ -49,6 +50,7 @@ ALL: tuple[type[Optimization], ...] = (
     SlidingWindow,  # likewise: what the layers' attention sees
     QLoRA,  # replaces linear maps, so before adapters attach to them
     FlashAttention,  # chooses a function by name; any time after loading
+    RingAttention,  # the same function for rows that are not shared, so its memory stands above that one's
     FusedKernels,  # replaces norms and MLPs as they were loaded, before anything wraps them
     LigerKernels,  # the same places; patches them by its own rules
     FusedLoRA,  # acts on adapters, inside what checkpointing wraps
@@ -89,6 +91,7 @@ class OptimizationsConfig:
     sliding_window: OptimizationConfig = field(default_factory=SlidingWindow.Config)
     qlora: OptimizationConfig = field(default_factory=QLoRA.Config)
     flash_attention: OptimizationConfig = field(default_factory=FlashAttention.Config)
+    ring_attention: OptimizationConfig = field(default_factory=RingAttention.Config)
     fused_kernels: OptimizationConfig = field(default_factory=FusedKernels.Config)
     liger_kernels: OptimizationConfig = field(default_factory=LigerKernels.Config)
     fused_lora: OptimizationConfig = field(default_factory=FusedLoRA.Config)

@@ -66,6 +66,7 @@ class Site(Enum):
     COMPUTE_DTYPE = "dtype of computation"
     BACKEND_FLAGS = "precision and algorithms of backends"
     ALLOCATOR = "how device memory is taken"
+    SEQUENCE = "which ranks hold a sequence"
     KV_HEADS = "number of key/value heads"
     BASE_WEIGHTS = "storage of frozen weights"
     ATTENTION_REACH = "how far back attention sees"

@@ -44,7 +44,18 @@ def facts_of(config: RunConfig, device: Device, shape: ModelShape, executor: str
         executor=executor,
         accumulation=max(1, sequences_of_a_rank(config, device) // config.training.sequences),
         generates=config.training.completion_tokens > 0,
+        sharing=sharing(config, device),
     )
+
+
+def sharing(config: RunConfig, device: Device) -> int:
+    """Ranks that share each sequence; 1: none is shared."""
+    return device.count if config.optimizations.ring_attention.enabled else 1
+
+
+def _replicas(config: RunConfig, device: Device) -> int:
+    """Ranks, or groups of ranks, that carry different sequences."""
+    return device.count // sharing(config, device)
 
 
 def _trainable(config: RunConfig, shape: ModelShape) -> int:
@@ -82,23 +93,24 @@ def batch_geometry(config: RunConfig, device: Device) -> BatchGeometry:
             f"tier.target_length={tier.target_length} leaves no context before the target in tier.context={context}",
             f"tier.target_length={context // 8}",
         )
-    wanted, unit = training.global_batch_tokens, context * training.sequences * device.count
+    replicas = _replicas(config, device)
+    wanted, unit = training.global_batch_tokens, context * training.sequences * replicas
     if wanted <= unit:
         less = f"training.global_batch_tokens={wanted} is less than one micro-batch on each rank: a step takes {unit} tokens"
         return BatchGeometry(1, unit, less if wanted < unit else "")
     if wanted % unit:
         near = max(1, round(wanted / unit)) * unit
         raise PlanError(
-            f"training.global_batch_tokens={wanted} is not a multiple of context × micro_batch × ranks = "
-            f"{context} × {training.sequences} × {device.count} = {unit}",
+            f"training.global_batch_tokens={wanted} is not a multiple of context × micro_batch × "
+            f"{'ranks' if replicas == device.count else 'groups of ranks'} = {context} × {training.sequences} × {replicas} = {unit}",
             f"training.global_batch_tokens={near}",
         )
     return BatchGeometry(wanted // unit, wanted, "")
 
 
 def sequences_of_a_rank(config: RunConfig, device: Device) -> int:
-    """Sequences that each rank carries through one optimizer step, whatever the micro-batch; one at least."""
-    return max(1, config.training.global_batch_tokens // (config.tier.context * device.count))
+    """Sequences that each rank, alone or with others, carries through one optimizer step, whatever the micro-batch; one at least."""
+    return max(1, config.training.global_batch_tokens // (config.tier.context * _replicas(config, device)))
 
 
 def accumulation_for(sequences: int, largest: int) -> int:

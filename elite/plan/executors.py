@@ -10,7 +10,7 @@ from elite.facts import Device, Facts, ModelShape
 from elite.optimizations import decide
 from elite.optimizations.contract import Decision, Estimate
 from elite.plan import streamed
-from elite.plan.batch import facts_of
+from elite.plan.batch import facts_of, sharing
 from elite.plan.memory import host, predict
 from elite.plan.time import StepTime, recomputed, step_flops, step_time
 from elite.streaming import Place, Streaming, WeightPlace, check_layout
@@ -58,7 +58,12 @@ def choose_executor(config: RunConfig, device: Device, shape: ModelShape, accumu
         # What the whole executor's parts would refuse each other is no concern of its.
         return _streamed(config, device, shape, accumulation)
     whole = _whole(config, device, shape, accumulation)
-    if wanted is Executor.whole or shape.unstreamable or (wanted is Executor.auto and whole.fits and device.kind == "cpu"):
+    if (
+        wanted is Executor.whole
+        or shape.unstreamable
+        or sharing(config, device) > 1
+        or (wanted is Executor.auto and whole.fits and device.kind == "cpu")
+    ):
         return whole
     small = _streamed(config, device, shape, accumulation)
     if not whole.fits:
@@ -88,7 +93,7 @@ def least_bytes(config: RunConfig, device: Device, shape: ModelShape) -> float:
     wanted, found = config.executor.name, list[float]()
     if wanted is not Executor.streamed:
         found.append(_whole(config, device, shape, 1).estimate.total)
-    if wanted is not Executor.whole and not shape.unstreamable:
+    if wanted is not Executor.whole and not shape.unstreamable and sharing(config, device) == 1:
         found += [made.estimate.total for made in _streamed_in_turn(config, device, shape, 1)]
     return min(found)
 

@@ -296,6 +296,8 @@ def _own_scaling(config: RunConfig) -> bool:
 def _warnings(config: RunConfig, made: Prediction, corpus: Corpus, batch: BatchGeometry, factor: float) -> tuple[str, ...]:
     facts = made.facts
     found = [batch.note] if batch.note else []
+    if facts.sharing > 1:
+        found.append(f"{facts.sharing} ranks share each sequence: times leave the exchange of keys and values out")
     if corpus.train_tokens < facts.context:
         found.append(f"the corpus has {corpus.train_tokens:,} tokens, less than one sequence of {facts.context:,}")
     if factor > 1 and _own_scaling(config):

@@ -76,14 +76,14 @@ def survey(config: RunConfig, device: Device, shape: ModelShape) -> Survey:
     """
     check_values(config)
     config = settled(config, device, shape).config
-    accumulation = batch_geometry(config, device).accumulation
-    present = choose_executor(config, device, shape, accumulation)
-    # An effect is the part's own, not that of another layout.
-    pinned = held_to(config, present)
 
     def made(changed: RunConfig) -> Prediction:
-        return choose_executor(changed, device, shape, accumulation)
+        # Ranks that share sequences take more of them for the same global batch.
+        return choose_executor(changed, device, shape, batch_geometry(changed, device).accumulation)
 
+    present = made(config)
+    # An effect is the part's own, not that of another layout.
+    pinned = held_to(config, present)
     requested = {decision.name: decision.active for decision in present.decisions if decision.requested}
     lines = []
     for decision in present.decisions:

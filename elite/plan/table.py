@@ -45,7 +45,9 @@ def _run(plan: Plan) -> Table:
     device = plan.device + ("" if plan.device_present else " (not in this machine)") + (" (memory capped)" if plan.device_capped else "")
     trained = f"{count(plan.trainable_params)} ({plan.trainable_params / plan.total_params:.2%})"
     found = "" if plan.largest_micro_batch is None else f" (at most {plan.largest_micro_batch:,} fit)"
-    factors = f"{plan.context:,} × {plan.micro_batch} micro-batch{found} × {plan.accumulation} accumulated × {plan.ranks} ranks"
+    factors = f"{plan.context:,} × {plan.micro_batch} micro-batch{found} × {plan.accumulation} accumulated"
+    alone = plan.step_tokens == plan.context * plan.micro_batch * plan.accumulation * plan.ranks
+    factors += f" × {plan.ranks} ranks" if alone else f", shared by {plan.ranks} ranks"
     return _pairs(
         "Run",
         [

@@ -235,7 +235,7 @@ class _Clock:
         """One pass of attention through all layers."""
         facts, model = self._facts, self._facts.model
         flops = _attention(facts) * facts.micro_tokens * (ATTENTION_BACKWARD if backward else 1.0)
-        if facts.executor == "whole" and not traffic.active(self._decisions, Site.ATTENTION):
+        if facts.executor == "whole" and not traffic.active(self._decisions, Site.ATTENTION) and facts.sharing == 1:
             scores = facts.micro_tokens * facts.context * model.num_attention_heads * model.num_hidden_layers
             # The masked half is computed, too.
             return 2 * flops / self._flops_per_s + scores * UNFUSED_SCORE_BYTES / 2 / self.rates.memory_bytes_per_s

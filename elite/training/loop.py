@@ -224,7 +224,7 @@ class Trainer:
             state.tokens += result.tokens
             state.last_loss = result.loss
             state.first_loss = result.loss if state.first_loss is None else state.first_loss
-        context = window[0].input_ids.shape[1]
+        context = window[0].context
         record = {"step": state.step, "tokens": state.tokens, "loss": result.loss, "grad_norm": result.grad_norm, "lr": rate}
         for hook in self.hooks:
             record |= hook.metrics()

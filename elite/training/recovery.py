@@ -86,7 +86,8 @@ class Recovery:
                 if ranks.world == 1:
                     return finish(pending, executor, scaler, ranks)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or window[0].ranks > 1:
+                    # Ranks that share a row wait within its layers, where none can ask.
                     raise
                 refused = True
                 self._at_floor = self._smaller(window[0]) is None
@@ -223,4 +224,4 @@ class Recovery:
 def split(batch: Batch, rows: int) -> list[Batch]:
     """A batch in parts of at most so many rows."""
     cuts = [slice(first, first + rows) for first in range(0, len(batch.input_ids), rows)]
-    return [Batch(batch.input_ids[cut], batch.labels[cut], batch.position_ids[cut], batch.documents[cut]) for cut in cuts]
+    return [Batch(batch.input_ids[cut], batch.labels[cut], batch.position_ids[cut], batch.documents[cut], batch.ranks) for cut in cuts]

@@ -131,7 +131,7 @@ def optimizer_step(
         # Makes the scaler ready for the next gradients; the scale stays.
         scaler.update(scaler.get_scale())
     optimizer.zero_grad(set_to_none=True)
-    tokens = sum(batch.input_ids.numel() for batch in window) * ranks.world
+    tokens = sum(batch.slots for batch in window) * ranks.world // window[0].ranks
     return StepResult(loss, norm, tokens, verdict)
 
 

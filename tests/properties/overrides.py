@@ -217,9 +217,12 @@ KINDS: tuple[Callable[[random.Random, list[Leaf]], Wrong], ...] = (
 
 
 def wrong(count: int, seed: int) -> list[Wrong]:
-    """So many different sets, of each kind in turn."""
+    """So many different sets, of each kind in turn, after one of each group of fields: no draw may leave a group out."""
     draw, all_leaves = random.Random(seed), list(leaves())
     found: dict[tuple[str, ...], Wrong] = {}
+    for group in dict.fromkeys(leaf.name.split(".")[0] for leaf in all_leaves):
+        made = _wrong_type(draw, [leaf for leaf in all_leaves if leaf.name.split(".")[0] == group])
+        found[made.overrides] = made
     turn = 0
     while len(found) < count:
         made = KINDS[turn % len(KINDS)](draw, all_leaves)

@@ -17,6 +17,8 @@ from elite.optimizations.functions.unread import UnreadOutputs
 
 FEW = 16
 """Tokens on which a layer's gradients are tried out."""
+WHOLE_ROWS = frozenset({"documents", "sharing"})
+"""Arguments of attention that a few tokens of a row have no use for."""
 
 log = logging.getLogger("elite.optimizations")
 
@@ -74,7 +76,7 @@ class Recomputed:
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0]
         few = partial(_few, hidden.shape[0], hidden.shape[1])
-        given, named = tree_map_only(Tensor, few, (args, {name: value for name, value in kwargs.items() if name != "documents"}))
+        given, named = tree_map_only(Tensor, few, (args, {name: value for name, value in kwargs.items() if name not in WHOLE_ROWS}))
         if kwargs.get("documents") is not None:
             named["documents"] = ((min(FEW, hidden.shape[1]),),)
         try:
