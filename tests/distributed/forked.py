@@ -1,0 +1,45 @@
+"""Several ranks as forks of the test's process: torch is imported once, and gloo meets in a file."""
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from elite.distributed.ranks import Ranks
+
+Work = Callable[[Ranks, Path], Any]
+"""What a rank does in a folder that it shares with the others; returns tensors and plain values."""
+
+
+def together(folder: Path, world: int, work: Work) -> list[Any]:
+    """What each of `world` ranks finds, by rank."""
+    folder.mkdir(parents=True, exist_ok=True)
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            _child(folder, rank, world, work)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    said = "\n".join(path.read_text() for path in sorted(folder.glob("failed_*.txt")))
+    assert not any(codes), f"{codes}\n{said}"
+    return [torch.load(folder / f"found_{rank}.pt") for rank in range(world)]
+
+
+def _child(folder: Path, rank: int, world: int, work: Work) -> None:
+    code = 1
+    try:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+        torch.save(work(Ranks(rank, world, torch.device("cpu")), folder), folder / f"found_{rank}.pt")
+        code = 0
+    except BaseException:
+        (folder / f"failed_{rank}.txt").write_text(traceback.format_exc())
+    finally:
+        # Nothing of the test's process, which is the parent's, runs on.
+        os._exit(code)
