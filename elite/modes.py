@@ -1,5 +1,6 @@
 """What `mode=` selects: one function each."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -8,7 +9,7 @@ from typing import Any
 
 from rich.prompt import Prompt
 
-from elite import geometry, hardware, pretrained
+from elite import checkpoint, geometry, hardware, pretrained
 from elite.compose import TIER_OPTIONS, Composed, from_overrides, options
 from elite.config import Mode, RunConfig
 from elite.console import console, start_logging
@@ -27,6 +28,7 @@ from elite.plan.ablated import require_variation
 from elite.plan.executors import least_bytes
 from elite.plan.values import check_values
 from elite.printable import one_line
+from elite.redealt import redealt
 from elite.runfolder import ANOTHER, RunFolder, interrupted_run, new_folder, request_key, write_request, write_start
 from elite.schema import from_yaml
 
@@ -287,14 +289,20 @@ def _take_over(folder: RunFolder, composed: Composed, device: Device) -> None:
         CheckpointError: it cannot go on so.
     """
     begun, now = from_yaml(folder.config), composed.config
-    ranks = read_object(folder.plan, CheckpointError, ANOTHER).get("ranks", device.count)
-    if ranks != device.count:
-        problem = f"the run in {folder.path} was begun on {ranks} ranks, here are {device.count}: its batches would be others"
-        raise CheckpointError(problem, f"hardware.gpus={ranks}, or resume=never")
+    plan = read_object(folder.plan, CheckpointError, ANOTHER)
+    ranks = plan.get("ranks", device.count)
+    dealt = redealt(begun, plan, device, geometry.shape(begun.model)) if ranks != device.count else None
     says = _may_change if now.resume == "auto" else typed(now, from_overrides().config, composed.overrides)
     taken, refused = changes(begun, now, says)
     if refused:
         raise CheckpointError(f"resume={now.resume}: {refusal(refused)}", "leave them out, or begin a new run: resume=never")
+    if dealt is not None:
+        begun, plan = dealt
+        # A start that is cut off in between deals anew.
+        folder.rewrite_config(begun)
+        checkpoint.write_text(folder.plan, json.dumps(plan, indent=2))
+        said = f"a step is dealt to {plan['ranks']} ranks, not {ranks}: {plan['accumulation']} × {plan['micro_batch']} sequences each"
+        console.print(said, markup=False)
     if taken:
         folder.rewrite_config(with_values(begun, taken))
         console.print(f"from here on: {', '.join(words(name, value) for name, value in taken.items())}", markup=False)

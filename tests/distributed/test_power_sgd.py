@@ -144,9 +144,7 @@ def trained(ranks: Ranks, folder: Path, steps: int, stop: int = 0, **options: An
     }
 
 
-@pytest.mark.parametrize(
-    "options", [{"start_iteration": 3}, {"start_iteration": 4, "warm_start": False}, {"start_iteration": 2, "error_feedback": False}]
-)
+@pytest.mark.parametrize("options", [{"start_iteration": 3}, {"start_iteration": 2, "error_feedback": False, "warm_start": False}])
 def test_a_run_that_continues_ends_bit_for_bit_as_one_that_was_not_interrupted(options: dict[str, Any], tmp_path: Path) -> None:
     def work(ranks: Ranks, folder: Path) -> list[Any]:
         whole = trained(ranks, folder, 8, rank=2, **options)
@@ -168,16 +166,16 @@ def test_a_run_that_continues_ends_bit_for_bit_as_one_that_was_not_interrupted(o
 
 def test_the_loss_goes_down_and_more_so_with_a_higher_rank(tmp_path: Path) -> None:
     def work(ranks: Ranks, folder: Path) -> list[Any]:
-        low, high = (trained(ranks, folder / str(rank), 16, rank=rank, start_iteration=2) for rank in (1, 4))
-        return [trained(ranks, folder / "plain", 16), high, low]
+        low, high = (trained(ranks, folder / str(rank), 10, rank=rank, start_iteration=2) for rank in (1, 4))
+        return [trained(ranks, folder / "plain", 10), high, low]
 
     plain, high, low = together(tmp_path, 2, work)[0]
     for found in (high, low):
         effect = found["losses"][-1] - plain["losses"][-1]
-        print(f"power_sgd: training loss {effect:+.4f} after 16 steps, {found['counts'][0]['compression']:.2f} times fewer bytes")
+        print(f"power_sgd: training loss {effect:+.4f} after 10 steps, {found['counts'][0]['compression']:.2f} times fewer bytes")
         assert found["losses"][:2] == pytest.approx(plain["losses"][:2], rel=1e-5), "plain exchanges come first"
-        assert found["lines"][-1]["exchange_compression"] > 3 > 1 == found["lines"][0]["exchange_compression"]
-    assert plain["losses"][-1] < high["losses"][-1] < low["losses"][-1] < low["losses"][0] - 0.1
+        assert found["lines"][-1]["exchange_compression"] > 2 > 1 == found["lines"][0]["exchange_compression"]
+    assert plain["losses"][-1] < high["losses"][-1] < low["losses"][-1] < low["losses"][0] - 0.05
 
 
 def test_gradients_that_are_not_finite_are_forgotten(tmp_path: Path) -> None:
