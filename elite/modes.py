@@ -19,7 +19,7 @@ from elite.data.harvest import Harvest, estimate, harvest
 from elite.data.sources import find_repositories
 from elite.data.tokens import TokenStore, cached, tokenise
 from elite.distributed.launch import ended_by, launch, saved
-from elite.distributed.ranks import joined, launched
+from elite.distributed.ranks import by_slurm, joined, launched, ranks_here
 from elite.errors import CheckpointError, ConfigError, ModelError, PlanError
 from elite.facts import NO_CORPUS, Corpus, Device, ModelShape
 from elite.jsonfile import read_object
@@ -109,9 +109,12 @@ def train(composed: Composed) -> float | None:
 
         with joined() as ranks:
             request = composed.again(f"hardware.gpus={ranks.world}")
-            folder = ranks.broadcast(_prepare(request)[0].path if ranks.is_main else None)
+            folder = RunFolder(ranks.broadcast(_prepare(request)[0].path if ranks.is_main else None))
+            if not folder.identity.is_file():
+                problem = f"rank {ranks.rank} does not see the run folder {folder.path} that rank 0 has made"
+                raise ConfigError(problem, "output.root= and output.cache= on a file system that all machines share")
             try:
-                worker.train(RunFolder(folder), ranks)
+                worker.train(folder, ranks)
             except worker.Interrupted as error:
                 raise ended_by(error.number, saved(error.step)) from error
         return None
@@ -216,7 +219,8 @@ def _prepare(composed: Composed) -> tuple[RunFolder, int]:
     """A run folder ready to train in, new or interrupted, and the number of processes."""
     config = composed.config
     device = _device(config)
-    hardware.require_present(device, config.hardware)
+    # srun may show each process its own card alone.
+    hardware.require_present(device, config.hardware, local=1 if by_slurm() else ranks_here() if launched() else None)
     found = harvest(config.data, config.seed)
     request = request_key(config, found.origin)
     again = composed.job is not None and config.resume == "auto"

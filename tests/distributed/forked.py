@@ -15,14 +15,18 @@ Work = Callable[[Ranks, Path], Any]
 """What a rank does in a folder that it shares with the others; returns tensors and plain values."""
 
 
-def together(folder: Path, world: int, work: Work) -> list[Any]:
-    """What each of `world` ranks finds, by rank."""
+def together(folder: Path, world: int, work: Work, environment: Callable[[int], dict[str, str]] | None = None) -> list[Any]:
+    """What each of `world` ranks finds, by rank.
+
+    Args:
+        environment: of a rank, as a launcher sets it; the work itself joins the others. Unset: they have met before it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     children = []
     for rank in range(world):
         child = os.fork()
         if child == 0:
-            _child(folder, rank, world, work)
+            _child(folder, rank, world, work, environment)
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     said = "\n".join(path.read_text() for path in sorted(folder.glob("failed_*.txt")))
@@ -30,12 +34,15 @@ def together(folder: Path, world: int, work: Work) -> list[Any]:
     return [torch.load(folder / f"found_{rank}.pt") for rank in range(world)]
 
 
-def _child(folder: Path, rank: int, world: int, work: Work) -> None:
+def _child(folder: Path, rank: int, world: int, work: Work, environment: Callable[[int], dict[str, str]] | None) -> None:
     code = 1
     try:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         torch.set_num_threads(1)
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+        if environment is None:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+        else:
+            os.environ.update(environment(rank))
         torch.save(work(Ranks(rank, world, torch.device("cpu")), folder), folder / f"found_{rank}.pt")
         code = 0
     except BaseException:

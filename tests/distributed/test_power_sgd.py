@@ -164,18 +164,16 @@ def test_a_run_that_continues_ends_bit_for_bit_as_one_that_was_not_interrupted(o
     assert not feedback or not torch.equal(*kept["errors"]), "each rank leaves out its own"
 
 
-def test_the_loss_goes_down_and_more_so_with_a_higher_rank(tmp_path: Path) -> None:
+def test_the_loss_goes_down_a_little_less(tmp_path: Path) -> None:
     def work(ranks: Ranks, folder: Path) -> list[Any]:
-        low, high = (trained(ranks, folder / str(rank), 10, rank=rank, start_iteration=2) for rank in (1, 4))
-        return [trained(ranks, folder / "plain", 10), high, low]
+        return [trained(ranks, folder / "plain", 10), trained(ranks, folder / "factors", 10, rank=2, start_iteration=2)]
 
-    plain, high, low = together(tmp_path, 2, work)[0]
-    for found in (high, low):
-        effect = found["losses"][-1] - plain["losses"][-1]
-        print(f"power_sgd: training loss {effect:+.4f} after 10 steps, {found['counts'][0]['compression']:.2f} times fewer bytes")
-        assert found["losses"][:2] == pytest.approx(plain["losses"][:2], rel=1e-5), "plain exchanges come first"
-        assert found["lines"][-1]["exchange_compression"] > 2 > 1 == found["lines"][0]["exchange_compression"]
-    assert plain["losses"][-1] < high["losses"][-1] < low["losses"][-1] < low["losses"][0] - 0.05
+    plain, found = together(tmp_path, 2, work)[0]
+    effect = found["losses"][-1] - plain["losses"][-1]
+    print(f"power_sgd: training loss {effect:+.4f} after 10 steps, {found['counts'][0]['compression']:.2f} times fewer bytes")
+    assert found["losses"][:2] == pytest.approx(plain["losses"][:2], rel=1e-5), "plain exchanges come first"
+    assert found["lines"][-1]["exchange_compression"] > 2 > 1 == found["lines"][0]["exchange_compression"]
+    assert plain["losses"][-1] < found["losses"][-1] < found["losses"][0] - 0.1
 
 
 def test_gradients_that_are_not_finite_are_forgotten(tmp_path: Path) -> None:
