@@ -1,5 +1,6 @@
 """What `mode=` selects: one function each."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -8,7 +9,7 @@ from typing import Any
 
 from rich.prompt import Prompt
 
-from elite import geometry, hardware, pretrained
+from elite import checkpoint, geometry, hardware, pretrained
 from elite.compose import TIER_OPTIONS, Composed, from_overrides, options
 from elite.config import Mode, RunConfig
 from elite.console import console, start_logging
@@ -18,7 +19,7 @@ from elite.data.harvest import Harvest, estimate, harvest
 from elite.data.sources import find_repositories
 from elite.data.tokens import TokenStore, cached, tokenise
 from elite.distributed.launch import ended_by, launch, saved
-from elite.distributed.ranks import joined, launched
+from elite.distributed.ranks import by_slurm, joined, launched, ranks_here
 from elite.errors import CheckpointError, ConfigError, ModelError, PlanError
 from elite.facts import NO_CORPUS, Corpus, Device, ModelShape
 from elite.jsonfile import read_object
@@ -27,6 +28,7 @@ from elite.plan.ablated import require_variation
 from elite.plan.executors import least_bytes
 from elite.plan.values import check_values
 from elite.printable import one_line
+from elite.redealt import redealt
 from elite.runfolder import ANOTHER, RunFolder, interrupted_run, new_folder, request_key, write_request, write_start
 from elite.schema import from_yaml
 
@@ -107,9 +109,12 @@ def train(composed: Composed) -> float | None:
 
         with joined() as ranks:
             request = composed.again(f"hardware.gpus={ranks.world}")
-            folder = ranks.broadcast(_prepare(request)[0].path if ranks.is_main else None)
+            folder = RunFolder(ranks.broadcast(_prepare(request)[0].path if ranks.is_main else None))
+            if not folder.identity.is_file():
+                problem = f"rank {ranks.rank} does not see the run folder {folder.path} that rank 0 has made"
+                raise ConfigError(problem, "output.root= and output.cache= on a file system that all machines share")
             try:
-                worker.train(RunFolder(folder), ranks)
+                worker.train(folder, ranks)
             except worker.Interrupted as error:
                 raise ended_by(error.number, saved(error.step)) from error
         return None
@@ -214,7 +219,8 @@ def _prepare(composed: Composed) -> tuple[RunFolder, int]:
     """A run folder ready to train in, new or interrupted, and the number of processes."""
     config = composed.config
     device = _device(config)
-    hardware.require_present(device, config.hardware)
+    # srun may show each process its own card alone.
+    hardware.require_present(device, config.hardware, local=1 if by_slurm() else ranks_here() if launched() else None)
     found = harvest(config.data, config.seed)
     request = request_key(config, found.origin)
     again = composed.job is not None and config.resume == "auto"
@@ -287,14 +293,20 @@ def _take_over(folder: RunFolder, composed: Composed, device: Device) -> None:
         CheckpointError: it cannot go on so.
     """
     begun, now = from_yaml(folder.config), composed.config
-    ranks = read_object(folder.plan, CheckpointError, ANOTHER).get("ranks", device.count)
-    if ranks != device.count:
-        problem = f"the run in {folder.path} was begun on {ranks} ranks, here are {device.count}: its batches would be others"
-        raise CheckpointError(problem, f"hardware.gpus={ranks}, or resume=never")
+    plan = read_object(folder.plan, CheckpointError, ANOTHER)
+    ranks = plan.get("ranks", device.count)
+    dealt = redealt(begun, plan, device, geometry.shape(begun.model)) if ranks != device.count else None
     says = _may_change if now.resume == "auto" else typed(now, from_overrides().config, composed.overrides)
     taken, refused = changes(begun, now, says)
     if refused:
         raise CheckpointError(f"resume={now.resume}: {refusal(refused)}", "leave them out, or begin a new run: resume=never")
+    if dealt is not None:
+        begun, plan = dealt
+        # A start that is cut off in between deals anew.
+        folder.rewrite_config(begun)
+        checkpoint.write_text(folder.plan, json.dumps(plan, indent=2))
+        said = f"a step is dealt to {plan['ranks']} ranks, not {ranks}: {plan['accumulation']} × {plan['micro_batch']} sequences each"
+        console.print(said, markup=False)
     if taken:
         folder.rewrite_config(with_values(begun, taken))
         console.print(f"from here on: {', '.join(words(name, value) for name, value in taken.items())}", markup=False)

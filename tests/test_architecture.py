@@ -22,7 +22,7 @@ LAYERS = (
     {"executor", "distributed"},
     {"checkpoint"},
     {"training"},
-    {"callbacks", "continued", "runfolder", "report"},
+    {"callbacks", "continued", "redealt", "runfolder", "report"},
     {"prepared", "rehearsal", "uptraining", "worker", "evaluation"},
     {"bench"},
     {"modes"},

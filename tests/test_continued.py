@@ -81,7 +81,7 @@ def test_a_run_goes_on_with_what_is_taken_over(trained: Trained, repository: Pat
     where = (f"resume={begun.path}", f"data.repo={repository}")
     for words, said in (
         (("training.max_steps=9",), "refused: training.max_steps=9 (not 4)"),
-        (("hardware.gpus=2",), "begun on 1 ranks, here are 2"),
+        (("hardware.gpus=3",), "begun on 1 ranks, here are 3: a step's"),
         (("hardware=cpu",), "refused: hardware.name=cpu (not auto)"),
         (("adapter.rank=8", "logger=wandb"), "refused: adapter.rank=8 (not 4)"),
     ):

@@ -94,6 +94,9 @@ def test_launching_needs_as_many_gpus_as_asked_for() -> None:
     assert device.count == 2
     with pytest.raises(PlanError, match="hardware.gpus=2, but this machine shows 1"):
         hardware.require_present(device, config, lambda: [RTX3090])
+    hardware.require_present(device, config, lambda: [RTX3090], local=1)
+    with pytest.raises(PlanError, match="the launcher started 2 ranks on this machine, which shows 1 GPUs"):
+        hardware.require_present(device, config, lambda: [RTX3090], local=2)
 
 
 @pytest.mark.parametrize(

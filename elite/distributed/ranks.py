@@ -1,6 +1,7 @@
 """This process among its peers."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,13 @@ LAST_RESORT = timedelta(days=1)
 the watchdog, which knows the run's own step time, comes long before."""
 LOST = ("gloo", "NCCL", "closed by peer", "Connection reset", "Broken pipe", "Timed out waiting", "Timeout waiting")
 """What backends say when another rank is gone or does not come."""
+
+LAUNCHER = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
+"""In the environment, from torchrun, DeepSpeed's launcher and our own."""
+SLURM = ("SLURM_LOCALID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+"""The same, from srun."""
+PORTS = range(20000, 32000)
+"""Where ranks that srun started meet, one for a job: below those that systems hand out themselves."""
 
 
 class RankError(EliteError):
@@ -94,13 +102,44 @@ class Ranks:
 
 def place() -> tuple[int, int, int]:
     """Local rank, rank and number of ranks, as the launcher's environment says; 0, 0, 1 alone."""
-    local, rank, world = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", "0"), ("RANK", "0"), ("WORLD_SIZE", "1")))
+    names = SLURM if by_slurm() else LAUNCHER
+    local, rank, world = (int(os.environ.get(name, default)) for name, default in zip(names, ("0", "0", "1"), strict=True))
     return local, rank, world
 
 
 def launched() -> bool:
-    """Whether torchrun, DeepSpeed's launcher or our own started this process as one of several."""
-    return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys()
+    """Whether torchrun, DeepSpeed's launcher, srun or our own started this process as one of several."""
+    return os.environ.keys() >= set(LAUNCHER) or by_slurm()
+
+
+def by_slurm() -> bool:
+    """Whether srun started this process as one of several, and no other launcher stands in between."""
+    return not os.environ.keys() >= set(LAUNCHER) and os.environ.keys() >= set(SLURM) and int(os.environ[SLURM[-1]]) > 1
+
+
+def ranks_here() -> int | None:
+    """Ranks on this machine, as the launcher says; None where it says nothing."""
+    if by_slurm():
+        # "4(x2),3": four on each of the first two machines. Rank 0, which asks, is on the first.
+        said = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        return int(said[0]) if said else None
+    # torchrun's name, and DeepSpeed's.
+    count = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
+    return int(count) if count is not None else None
+
+
+def _meeting() -> str:
+    """Where ranks meet: what the launcher's environment says, or a port on the first of Slurm's machines."""
+    if not by_slurm():
+        return "env://"
+    return f"tcp://{first_host(os.environ['SLURM_STEP_NODELIST'])}:{PORTS[int(os.environ['SLURM_JOB_ID']) % len(PORTS)]}"
+
+
+def first_host(nodes: str) -> str:
+    """The first of the machines in Slurm's short form: `gpu[003-005,7]-ib,big1` is gpu003-ib first."""
+    found = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\])?([^,]*)", nodes)
+    assert found is not None
+    return "".join(part or "" for part in found.groups())
 
 
 @contextmanager
@@ -108,11 +147,12 @@ def joined() -> Iterator[Ranks]:
     """Join the peers named in the launcher's environment for the duration; alone, this is a plain single rank."""
     local, rank, world = place()
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    # A scheduler may show each process its own card alone.
+    device = torch.device("cuda", local % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=LAST_RESORT)
+        dist.init_process_group("nccl" if cuda else "gloo", _meeting(), timeout=LAST_RESORT, rank=rank, world_size=world)
     try:
         yield Ranks(rank, world, device)
     finally:

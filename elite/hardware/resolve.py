@@ -49,8 +49,11 @@ def _with_profile(found: Device, gpus: list[Gpu], cache: Path) -> Device:
     return replace(found, measured=made, disk_free_bytes=disk_free(cache))
 
 
-def require_present(device: Device, config: HardwareConfig, inventory: Inventory = nvml_gpus) -> None:
+def require_present(device: Device, config: HardwareConfig, inventory: Inventory = nvml_gpus, local: int | None = None) -> None:
     """Refuse to launch on a card, or on more cards, than are here.
+
+    Args:
+        local: how many of the device's ranks are on this machine, if a launcher has said so; unset: all.
 
     Raises:
         PlanError: the preset's card is not in this machine, or fewer GPUs than asked for.
@@ -66,7 +69,9 @@ def require_present(device: Device, config: HardwareConfig, inventory: Inventory
             f"hardware={config.name} is not in this machine (found: {here})",
             f"mode=plan plans for it anyway; hardware=auto trains on what is here{cap}",
         )
-    if device.count > len(gpus):
+    if local is not None and local > len(gpus):
+        raise PlanError(f"the launcher started {local} ranks on this machine, which shows {len(gpus)} GPUs", "one rank a GPU")
+    if local is None and device.count > len(gpus):
         raise PlanError(f"hardware.gpus={device.count}, but this machine shows {len(gpus)}", f"hardware.gpus={len(gpus)}")
 
 

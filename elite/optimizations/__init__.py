@@ -32,6 +32,7 @@ from elite.optimizations.memory_mapped_data import MemoryMappedData
 from elite.optimizations.memory_pool import MemoryPool
 from elite.optimizations.mixed_precision import MixedPrecision
 from elite.optimizations.paged_attention import PagedAttention
+from elite.optimizations.power_sgd import PowerSGD
 from elite.optimizations.qlora import QLoRA
 from elite.optimizations.ring_attention import RingAttention
 from elite.optimizations.sequence_packing import SequencePacking
@@ -62,6 +63,7 @@ ALL: tuple[type[Optimization], ...] = (
     FusedLoss,  # replaces the whole model's forward, so after every part of it; its proof runs the model as it then is
     LoRAPlus,  # divides what is trained into groups, whichever optimizer takes them
     AdamW8bit,  # the optimizer, of the groups as they then are
+    PowerSGD,  # how gradients come to be whole, before anything acts on them
     KernelWarmup,  # before the first step, with everything of the model in place
     LabelSmoothing,  # what a step's loss is
     GradientCentralization,  # gradients as they come
@@ -103,6 +105,7 @@ class OptimizationsConfig:
     fused_loss: OptimizationConfig = field(default_factory=FusedLoss.Config)
     lora_plus: OptimizationConfig = field(default_factory=LoRAPlus.Config)
     adamw_8bit: OptimizationConfig = field(default_factory=AdamW8bit.Config)
+    power_sgd: OptimizationConfig = field(default_factory=PowerSGD.Config)
     kernel_warmup: OptimizationConfig = field(default_factory=KernelWarmup.Config)
     label_smoothing: OptimizationConfig = field(default_factory=LabelSmoothing.Config)
     gradient_centralization: OptimizationConfig = field(default_factory=GradientCentralization.Config)

@@ -80,6 +80,7 @@ class Site(Enum):
     LOSS = "head and loss"
     OPTIMIZER_STATE = "storage of optimizer state"
     PARAMETER_GROUPS = "learning rates of the parameters"
+    GRADIENT_EXCHANGE = "how ranks exchange gradients"
     FIRST_PASS = "what runs before the first step"
     LOSS_TARGETS = "what the loss asks for"
     GRADIENT_MEAN = "mean of a unit's gradient"

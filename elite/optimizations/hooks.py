@@ -63,7 +63,7 @@ class Hook:
         return {}
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values that a checkpoint keeps."""
+        """Tensors and plain values that a checkpoint keeps. All ranks call it at once, and rank 0's is kept."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:

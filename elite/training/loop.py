@@ -307,6 +307,8 @@ class Trainer:
         """
         self.beat("saving a checkpoint")
         randoms = self.ranks.gather(checkpoint.random_state())
+        with self.ranks.meeting("what a checkpoint gathers"):
+            of_hooks = {hook.name: hook.state() for hook in self.hooks}
         progress = self.progress
         if self.ranks.is_main:
             state = {
@@ -316,7 +318,7 @@ class Trainer:
                 "scaler": self.scaler.state_dict(),
                 "stream": self.stream.state(),
                 "random": randoms,
-                "hooks": {hook.name: hook.state() for hook in self.hooks},
+                "hooks": of_hooks,
                 "recovery": self.recovery.state(),
             }
             loss = progress.last_val.get("val_loss") if progress.val_step == progress.step else None

@@ -14,7 +14,7 @@ from elite.errors import ModelError
 from elite.executor.streamed.kernels import KERNELS
 from elite.optimizations.ring_attention import Variant
 from elite.zigzag import held, runs, share, visible
-from tests.distributed.forked import forked
+from tests.distributed.forked import together
 from tests.executor.streamed.dense import dense, random, relative
 
 
@@ -108,7 +108,7 @@ def traffic(case: Case, rank: int, ranks: int, variant: Variant) -> tuple[int, i
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_it_is_attention_and_sends_what_it_says(count: int, tmp_path: Path) -> None:
-    of_ranks = forked(count, tmp_path, attended)
+    of_ranks = together(tmp_path, count, lambda ranks, _: attended(ranks))
     for name, variant in of_ranks[0]:
         case = CASES[name]
         found = [found[name, variant] for found in of_ranks]

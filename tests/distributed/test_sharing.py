@@ -31,7 +31,7 @@ from elite.plan.table import render
 from elite.runfolder import RunFolder
 from elite.training.step import accumulate, make_scaler
 from elite.zigzag import held
-from tests.distributed.forked import forked
+from tests.distributed.forked import together as on_ranks
 from tests.models import tiny
 from tests.optimizations.test_all import only
 from tests.test_attention import row
@@ -82,7 +82,7 @@ def all_gradients(kind: str) -> Callable[[Ranks], Found]:
 @pytest.mark.parametrize(("kind", "count"), [("llama", 4), ("phi", 2)])
 def test_loss_and_gradients_are_one_ranks(kind: str, count: int, tmp_path: Path) -> None:
     expected = all_gradients(kind)(ALONE)
-    for rank, found in enumerate(forked(count, tmp_path, all_gradients(kind))):
+    for rank, found in enumerate(on_ranks(tmp_path, count, lambda ranks, _: all_gradients(kind)(ranks))):
         for case, (loss, of_parameters) in expected.items():
             assert found[case][0] == pytest.approx(loss, rel=1e-5), (rank, case)
             assert found[case][1].keys() == of_parameters.keys()
@@ -134,7 +134,7 @@ def run(ranks: int, folder: Path, repository: Path, cache: Path, *overrides: str
     if ranks == 1:
         train(ALONE)
     else:
-        forked(ranks, folder / "ranks", train)
+        on_ranks(folder / "ranks", ranks, lambda peers, _: train(peers))
     return metrics_file.read(made.metrics)
 
 

@@ -68,6 +68,9 @@ NEEDS: dict[str, dict[str, Any]] = {
 SEVERAL_RANKS = {"ring_attention"}
 """What one rank alone has no use for; tests/distributed/test_sharing.py holds its result to one rank's."""
 CUDA_ONLY = {"backend_flags", "fused_kernels", "liger_kernels", "memory_pool", "defragmentation"}
+SEVERAL_RANKS = {"power_sgd"}
+"""Acts on the exchange between ranks alone (tests/distributed/test_power_sgd.py)."""
+ELSEWHERE = CUDA_ONLY | SEVERAL_RANKS
 
 
 def on(kind: type[Optimization]) -> OptimizationConfig:
@@ -124,7 +127,7 @@ def same(one: Any, two: Any) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi"])
-@pytest.mark.parametrize("name", sorted(BY_NAME.keys() - CUDA_ONLY))
+@pytest.mark.parametrize("name", sorted(BY_NAME.keys() - ELSEWHERE))
 def test_it_acts_and_undoes(name: str, kind: str) -> None:
     stage = BY_NAME[name].stage
     thing = target(stage, kind, needs_adapters(name))
@@ -160,10 +163,10 @@ def curve(*names: str, adapters: bool = False, steps: int = 50) -> list[float]:
 
 
 KEEPING = [kind.name for kind in ALL if kind.stage in (Stage.model, Stage.executor) and kind.exactness is not Exactness.APPROX]
-LOOP = [kind.name for kind in ALL if kind.stage is Stage.loop and kind.name not in CUDA_ONLY]
+LOOP = [kind.name for kind in ALL if kind.stage is Stage.loop and kind.name not in ELSEWHERE]
 
 
-@pytest.mark.parametrize("name", [name for name in KEEPING if name not in CUDA_ONLY])
+@pytest.mark.parametrize("name", [name for name in KEEPING if name not in ELSEWHERE])
 def test_exact_and_equal_keep_their_word_in_fp32(name: str) -> None:
     adapters = needs_adapters(name)
     plain, changed = torch.tensor(curve(adapters=adapters)), torch.tensor(curve(name, adapters=adapters))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn.parallel import DistributedDataParallel
 
 from elite.attention import DOCUMENT_EAGER
 from elite.config import DataConfig, Schedule, ScheduleConfig, TrainingConfig
@@ -48,8 +49,9 @@ def adapted(kind: str, dropout: float = 0.0, rank: int = 4) -> LoadedModel:
     return LoadedModel(get_peft_model(core, options).train(), core, {})
 
 
-def loop_build(loaded: LoadedModel, optimizer: Any, steps: int, validations: int) -> LoopBuild:
-    executor = WholeExecutor(loaded.model, torch.float32)
+def loop_build(loaded: LoadedModel, optimizer: Any, steps: int, validations: int, ranks: Ranks = ALONE) -> LoopBuild:
+    model = DistributedDataParallel(loaded.model, broadcast_buffers=False) if ranks.world > 1 else loaded.model
+    executor = WholeExecutor(model, torch.float32)
     subject = Subject(executor, torch.float32, loaded.trainable, VOCAB, CONTEXT, ALONE.device, 1e9, 0.0)
     return LoopBuild(
         executor=executor,
@@ -72,6 +74,8 @@ def rig(
     plan: ScheduleConfig = CONSTANT,
     dropout: float = 0.0,
     rank: int = 4,
+    ranks: Ranks = ALONE,
+    accumulation: int = 2,
 ) -> Trainer:
     """A trainer of so many steps, two micro-batches each, that saves under `folder`."""
     chosen = tuple(decision for decision in decisions if decision.active)
@@ -79,22 +83,22 @@ def rig(
     loaded, store = adapted(kind, dropout, rank), corpus(folder)
     optimizer, applied = build_optimizer(loaded.trainable, training.learning_rate, training, chosen, loaded.model)
     scheduler = schedule(optimizer, plan, steps)
-    around = loop_build(loaded, optimizer, steps, len({*range(training.val_every, steps, training.val_every), steps}))
+    around = loop_build(loaded, optimizer, steps, len({*range(training.val_every, steps, training.val_every), steps}), ranks)
     applied |= apply_stage(Stage.loop, chosen, around)
     with_context, alone = (validation_batches(store, CONTEXT, 10, 4, SEED, with_context=flag) for flag in (True, False))
     return Trainer(
         config=training,
         steps=steps,
-        accumulation=2,
+        accumulation=accumulation,
         loaded=loaded,
         executor=around.executor,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=make_scaler(ALONE.device, torch.float32),
-        stream=TrainStream(store, DataConfig(), CONTEXT, 1, SEED, packed=False),
-        validator=Validator(WholeExecutor(loaded.model, torch.float32), with_context, alone, ALONE),
-        meter=Meter(ALONE, lambda context: 1.0, 0.0),
-        ranks=ALONE,
+        stream=TrainStream(store, DataConfig(), CONTEXT, 1, SEED, packed=False, rank=ranks.rank, world=ranks.world),
+        validator=Validator(WholeExecutor(loaded.model, torch.float32), with_context, alone, ranks),
+        meter=Meter(ranks, lambda context: 1.0, 0.0),
+        ranks=ranks,
         checkpoints=folder / "checkpoints",
         applied=applied,
         hooks=around.hooks,
