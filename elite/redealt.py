@@ -11,6 +11,7 @@ from typing import Any
 from elite.config import Executor, RunConfig
 from elite.errors import CheckpointError
 from elite.facts import Corpus, Device, ModelShape
+from elite.optimizations.ring_attention import RingAttention
 from elite.plan import make_plan
 from elite.plan.batch import accumulation_for
 
@@ -42,10 +43,12 @@ def redealt(begun: RunConfig, plan: dict[str, Any], device: Device, shape: Model
     before, count = plan["ranks"], device.count
     stays = f"hardware.gpus={before}, or resume=never"
     where = f"the run was begun on {before} ranks, here are {count}"
-    sequences = before * plan["accumulation"] * plan["micro_batch"]
-    if sequences % count:
+    # Ranks that share each sequence carry all of them together.
+    shared = any(one["name"] == RingAttention.name and one["active"] for one in plan["decisions"])
+    sequences = plan["accumulation"] * plan["micro_batch"] * (1 if shared else before)
+    if not shared and sequences % count:
         raise CheckpointError(f"{where}: a step's {sequences} sequences cannot be dealt equally to {count} ranks", stays)
-    own = sequences // count
+    own = sequences if shared else sequences // count
     micro_batch = own // accumulation_for(own, plan["micro_batch"])
     config = replace(
         begun,
