@@ -1,4 +1,4 @@
-"""Ranks as forks of the test's process: a group of them costs milliseconds, not another import of torch each."""
+"""Several ranks as forks of the test's process: torch is imported once, and gloo meets in a file."""
 
 import os
 import traceback
@@ -7,33 +7,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from elite.distributed.ranks import Ranks
 
+Work = Callable[[Ranks, Path], Any]
+"""What a rank does in a folder that it shares with the others; returns tensors and plain values."""
 
-def forked(count: int, folder: Path, work: Callable[[Ranks], Any]) -> list[Any]:
-    """What `work` returns on each of so many ranks of a gloo group."""
+
+def together(folder: Path, world: int, work: Work, environment: Callable[[int], dict[str, str]] | None = None) -> list[Any]:
+    """What each of `world` ranks finds, by rank.
+
+    Args:
+        environment: of a rank, as a launcher sets it; the work itself joins the others. Unset: they have met before it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     children = []
-    for rank in range(count):
-        children.append(os.fork())
-        if children[-1] == 0:
-            _child(rank, count, folder, work)
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            _child(folder, rank, world, work, environment)
+        children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    said = [(folder / f"{rank}.txt").read_text() for rank in range(count) if (folder / f"{rank}.txt").exists()]
-    assert codes == [0] * count, "\n".join(said)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+    said = "\n".join(path.read_text() for path in sorted(folder.glob("failed_*.txt")))
+    assert not any(codes), f"{codes}\n{said}"
+    return [torch.load(folder / f"found_{rank}.pt") for rank in range(world)]
 
 
-def _child(rank: int, count: int, folder: Path, work: Callable[[Ranks], Any]) -> None:
+def _child(folder: Path, rank: int, world: int, work: Work, environment: Callable[[int], dict[str, str]] | None) -> None:
     code = 1
     try:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=count)
-        torch.save(work(Ranks(rank, count, torch.device("cpu"))), folder / f"{rank}.pt")
-        torch.distributed.barrier()
+        torch.set_num_threads(1)
+        if environment is None:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
+        else:
+            os.environ.update(environment(rank))
+        torch.save(work(Ranks(rank, world, torch.device("cpu")), folder), folder / f"found_{rank}.pt")
         code = 0
     except BaseException:
-        (folder / f"{rank}.txt").write_text(traceback.format_exc())
+        (folder / f"failed_{rank}.txt").write_text(traceback.format_exc())
     finally:
+        # Nothing of the test's process, which is the parent's, runs on.
         os._exit(code)
