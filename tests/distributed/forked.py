@@ -31,7 +31,7 @@ def together(folder: Path, world: int, work: Work, environment: Callable[[int], 
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     said = "\n".join(path.read_text() for path in sorted(folder.glob("failed_*.txt")))
     assert not any(codes), f"{codes}\n{said}"
-    return [torch.load(folder / f"found_{rank}.pt", weights_only=False) for rank in range(world)]
+    return [torch.load(folder / f"found_{rank}.pt") for rank in range(world)]
 
 
 def _child(folder: Path, rank: int, world: int, work: Work, environment: Callable[[int], dict[str, str]] | None) -> None:

@@ -1,6 +1,7 @@
 """Attention over a sequence that ranks share: output, gradients and traffic against one rank's, in fp64 by the textbook."""
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def ring_of(ranks: Ranks, variant: Variant) -> Ring:
     return Ring(ranks, lambda shape: KERNELS["math"], variant)
 
 
-def attended(ranks: Ranks) -> dict[tuple[str, Variant], tuple[list[Tensor], int, int]]:
+def attended(ranks: Ranks, folder: Path) -> dict[tuple[str, str], tuple[list[Tensor], int, int]]:
     """This rank's shares of output and gradients, and the bytes that it sent forward and in all."""
     found = {}
     for name, case in CASES.items():
@@ -79,7 +80,8 @@ def attended(ranks: Ranks) -> dict[tuple[str, Variant], tuple[list[Tensor], int,
             out = ring.attend(q, k, v, case.documents, None, 0.0, None)
             forward = ring.sent_bytes
             gradients = torch.autograd.grad(out, leaves, do.transpose(1, 2))
-            found[name, variant] = [t.detach().transpose(1, 2) for t in (out, *gradients)], forward, ring.sent_bytes
+            found[name, variant.value] = [t.detach().transpose(1, 2) for t in (out, *gradients)], forward, ring.sent_bytes
+    ranks.barrier()
     return found
 
 
@@ -108,10 +110,10 @@ def traffic(case: Case, rank: int, ranks: int, variant: Variant) -> tuple[int, i
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_it_is_attention_and_sends_what_it_says(count: int, tmp_path: Path) -> None:
-    of_ranks = together(tmp_path, count, lambda ranks, _: attended(ranks))
-    for name, variant in of_ranks[0]:
+    of_ranks = together(tmp_path, count, attended)
+    for name, variant in product(CASES, Variant):
         case = CASES[name]
-        found = [found[name, variant] for found in of_ranks]
+        found = [found[name, variant.value] for found in of_ranks]
         for part, right in enumerate(expected(case)):
             made = whole([tensors[part] for tensors, _, _ in found], case.length)
             error = relative(made, right)

@@ -31,7 +31,7 @@ from elite.plan.table import render
 from elite.runfolder import RunFolder
 from elite.training.step import accumulate, make_scaler
 from elite.zigzag import held
-from tests.distributed.forked import together as on_ranks
+from tests.distributed.forked import together
 from tests.models import tiny
 from tests.optimizations.test_all import only
 from tests.test_attention import row
@@ -68,21 +68,23 @@ def gradients(ranks: Ranks, kind: str, window: list[Batch], parts: tuple[str, ..
     return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def all_gradients(kind: str) -> Callable[[Ranks], Found]:
-    def work(ranks: Ranks) -> Found:
-        return {
+def all_gradients(kind: str) -> Callable[[Ranks, Path], Found]:
+    def work(ranks: Ranks, folder: Path) -> Found:
+        found = {
             f"{name} {words} {variant.value}": gradients(ranks, kind, window, parts, variant)
             for name, window in WINDOWS.items()
             for variant, words, parts in ((Variant.ring, "", ()), (Variant.all_gather, "with parts", PARTS))
         }
+        ranks.barrier()
+        return found
 
     return work
 
 
 @pytest.mark.parametrize(("kind", "count"), [("llama", 4), ("phi", 2)])
 def test_loss_and_gradients_are_one_ranks(kind: str, count: int, tmp_path: Path) -> None:
-    expected = all_gradients(kind)(ALONE)
-    for rank, found in enumerate(on_ranks(tmp_path, count, lambda ranks, _: all_gradients(kind)(ranks))):
+    expected = all_gradients(kind)(ALONE, tmp_path)
+    for rank, found in enumerate(together(tmp_path, count, all_gradients(kind))):
         for case, (loss, of_parameters) in expected.items():
             assert found[case][0] == pytest.approx(loss, rel=1e-5), (rank, case)
             assert found[case][1].keys() == of_parameters.keys()
@@ -128,24 +130,24 @@ def run(ranks: int, folder: Path, repository: Path, cache: Path, *overrides: str
     shown = f"output.cache={cache}", f"data.repo={repository}", f"output.root={folder}"
     made, _ = modes._prepare(compose.from_overrides(*RUN, *overrides, *shown))
 
-    def train(ranks: Ranks) -> None:
+    def train(ranks: Ranks, folder: Path) -> None:
         worker.train(RunFolder(made.path), ranks)
 
     if ranks == 1:
-        train(ALONE)
+        train(ALONE, folder)
     else:
-        on_ranks(folder / "ranks", ranks, lambda peers, _: train(peers))
+        together(folder / "ranks", ranks, train)
     return metrics_file.read(made.metrics)
 
 
 def test_a_run_whose_ranks_share_each_sequence_is_the_run_of_one(tmp_path: Path, repository: Path, cache: Path) -> None:
     alone = run(1, tmp_path / "alone", repository, cache)
-    together = run(2, tmp_path / "together", repository, cache, *SHARED)
+    shared = run(2, tmp_path / "together", repository, cache, *SHARED)
     for key in ("loss", "val_loss", "val_loss_alone", "grad_norm"):
-        of_both = [[line[key] for line in lines if key in line] for lines in (alone, together)]
+        of_both = [[line[key] for line in lines if key in line] for lines in (alone, shared)]
         assert of_both[1] == pytest.approx(of_both[0], rel=2e-5) and of_both[0], key
     for key in ("step", "tokens", "context"):
-        assert [line.get(key) for line in together] == [line.get(key) for line in alone], key
+        assert [line.get(key) for line in shared] == [line.get(key) for line in alone], key
 
 
 def plan_of(*overrides: str) -> Any:
@@ -157,15 +159,15 @@ def plan_of(*overrides: str) -> Any:
 
 def test_the_plan_of_shared_sequences() -> None:
     tokens = "training.global_batch_tokens=16384"
-    alone, together = plan_of(tokens), plan_of(tokens, *SHARED)
-    assert (together.accumulation, together.step_tokens) == (alone.accumulation, alone.step_tokens)
-    assert together.step_flops == pytest.approx(alone.step_flops / 2, rel=1e-6)
-    assert together.memory["saved_activations"] <= 0.6 * alone.memory["saved_activations"]
-    assert any("2 ranks share each sequence" in words for words in together.warnings)
+    alone, shared = plan_of(tokens), plan_of(tokens, *SHARED)
+    assert (shared.accumulation, shared.step_tokens) == (alone.accumulation, alone.step_tokens)
+    assert shared.step_flops == pytest.approx(alone.step_flops / 2, rel=1e-6)
+    assert shared.memory["saved_activations"] <= 0.6 * alone.memory["saved_activations"]
+    assert any("2 ranks share each sequence" in words for words in shared.warnings)
     printed = Console(width=200, record=True, file=io.StringIO())
-    printed.print(render(together))
+    printed.print(render(shared))
     assert "× 4 accumulated, shared by 2 ranks" in printed.export_text()
-    (switch,) = (switch for switch in together.decisions if switch.name == "ring_attention")
+    (switch,) = (switch for switch in shared.decisions if switch.name == "ring_attention")
     assert switch.active
     (switch,) = (switch for switch in plan_of(tokens, SHARED[1]).decisions if switch.name == "ring_attention")
     assert switch.requested and not switch.active and "one rank has no other" in switch.reason

@@ -65,7 +65,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "loss_spike_detection": {"minimum": 4, "threshold": 50},
 }
 """Options without which it would find nothing to do in models this small and runs this short."""
-SEVERAL_RANKS = {"ring_attention"}
+SHARED_BY_TWO = {"ring_attention"}
 """What one rank alone has no use for; tests/distributed/test_sharing.py holds its result to one rank's."""
 CUDA_ONLY = {"backend_flags", "fused_kernels", "liger_kernels", "memory_pool", "defragmentation"}
 SEVERAL_RANKS = {"power_sgd"}
@@ -79,7 +79,7 @@ def on(kind: type[Optimization]) -> OptimizationConfig:
 
 def only(name: str) -> tuple[Decision, ...]:
     changes: dict[str, Any] = {name: on(BY_NAME[name])}
-    ranks = 2 if name in SEVERAL_RANKS else 1
+    ranks = 2 if name in SHARED_BY_TWO else 1
     return decide(replace(OptimizationsConfig(), **changes), replace(FACTS, device=replace(CPU, count=ranks), sharing=ranks))
 
 
