@@ -59,6 +59,7 @@ class Counted:
 
 def exchanged(ranks: Ranks, steps: int, rank: int, feedback: bool, warm: bool = True, start: int = 2) -> dict[str, Any]:
     """Gradients of each exchange without an update, those of a plain one, and bytes."""
+    # Each layer's gradients are a part of their own.
     model = DistributedDataParallel(square(), bucket_cap_mb=0.008)
     hook = LowRankExchange("power_sgd", model, rank, start, feedback, warm, 2, 0)
     found, plain, metrics = [], [], []

@@ -50,7 +50,9 @@ def adapted(kind: str, dropout: float = 0.0, rank: int = 4) -> LoadedModel:
 
 
 def loop_build(loaded: LoadedModel, optimizer: Any, steps: int, validations: int, ranks: Ranks = ALONE) -> LoopBuild:
-    model = DistributedDataParallel(loaded.model, broadcast_buffers=False) if ranks.world > 1 else loaded.model
+    # Small enough that gradients are exchanged in several parts.
+    split = 0.01
+    model = DistributedDataParallel(loaded.model, broadcast_buffers=False, bucket_cap_mb=split) if ranks.world > 1 else loaded.model
     executor = WholeExecutor(model, torch.float32)
     subject = Subject(executor, torch.float32, loaded.trainable, VOCAB, CONTEXT, ALONE.device, 1e9, 0.0)
     return LoopBuild(

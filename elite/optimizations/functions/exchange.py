@@ -149,6 +149,10 @@ class LowRankExchange(Hook):
         before = self._state.total_numel_after_compression
         future = powerSGD_hook(self._state, bucket)
         self._sent += (self._state.total_numel_after_compression - before) * bucket.buffer().element_size()
+        if bucket.buffer().device.type == "cpu":
+            # torch's hook exchanges the factors from callbacks. gloo runs those in two threads of its own, which would wait for each other
+            # where several buckets are at work, and in another order on every rank; a GPU's run here, in order.
+            future.wait()
         return future
 
     def _lay_out(self, bucket: dist.GradBucket) -> None:
