@@ -199,4 +199,4 @@ def test_two_ranks_end_together_when_the_end_cannot_be_saved(tmp_path: Path, rep
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0 and f"continuing the interrupted run in {folder.path}" in output, errors
     asked_for = f"step_{int(last.name.removeprefix('step_')) + 1:06d}"
-    assert folder.finished and not (folder.path / "checkpoint_now").exists() and f"{asked_for} is on the disk" in errors.replace("\n", "")
+    assert folder.finished and not (folder.path / "checkpoint_now").exists() and f"{asked_for} is on the disk" in " ".join(errors.split())
