@@ -21,10 +21,10 @@ setup: $(VENV)/.installed ## Create .venv and install everything, the quickstart
 train: setup ## Train; without ARGS the quickstart: a small pretrained model on this repository, minutes on two CPU cores
 	$(PYTHON) train.py $(ARGS)
 
-test: setup ## The whole suite that needs no GPU
+test: setup ## The suite: all tests but the next three
 	$(PYTHON) -m pytest --numprocesses 2 --dist loadgroup
 
-test-slow: setup ## Tests of minutes: every pair of optimizations in a training run, a real model
+test-slow: setup ## Tests of minutes: every pair of optimizations in a training run, all cases of the kernels, a real model
 	$(PYTHON) -m pytest -m slow --numprocesses 2
 
 test-faults: setup ## Kills, damage, bad numbers and bad input at many moments: nothing is lost
