@@ -1,6 +1,7 @@
 """Fused kernels in whole models: what they replace, and that loss and gradients stay; on a CPU under Triton's interpreter."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -123,10 +124,9 @@ def check_dropout(device: str) -> None:
     assert torch.equal(gradients(model, batch)["loss"], gradients(model, batch)["loss"])
 
 
-def check_streamed(device: str) -> None:
-    """Under the streamed executor, chunk by chunk, in two layouts; where Triton interprets, which takes long, each kind in one of them."""
-    keeps = {"llama": Keep.attention, "qwen3": Keep.layers, "phi": Keep.attention, "starcoder2": Keep.layers}
-    for kind, chosen in keeps.items():
+def check_streamed(device: str, cases: Iterable[tuple[str, Keep]] = (("llama", Keep.layers), ("phi", Keep.attention))) -> None:
+    """Under the streamed executor, chunk by chunk."""
+    for kind, keep in cases:
         model: Any = uneven(kind, hidden_size=64)
         model.to(device)
         ids = tokens(1, 9).to(device)
@@ -135,11 +135,14 @@ def check_streamed(device: str) -> None:
         ordinary_loss(model, ids, ids, [[9]]).backward()
         expected = exactness.gradients(model)
         applied = FUSED.apply(model)
-        for keep in (Keep.attention, Keep.layers) if device == "cuda" else (chosen,):
-            _, found = streamed(model, Streaming(chunk=4, block=4, keep=keep), arguments)
-            assert_same(found, expected, 1e-4)
+        _, found = streamed(model, Streaming(chunk=4, block=4, keep=keep), arguments)
+        assert_same(found, expected, 1e-4)
         assert applied.undo is not None
         applied.undo()
+
+
+def check_more_streamed(device: str) -> None:
+    check_streamed(device, itertools.product(("llama", "qwen3", "phi", "starcoder2"), (Keep.attention, Keep.layers)))
 
 
 def check_others(device: str) -> None:
@@ -164,13 +167,19 @@ def check_others(device: str) -> None:
         assert_same(found(), expected, 1e-4)
 
 
-@pytest.mark.parametrize("check", ["check_models", "check_others", "check_parts", "check_dropout", "check_streamed"])
+@pytest.mark.parametrize(
+    "check",
+    [
+        *("check_models", "check_others", "check_parts", "check_dropout", "check_streamed"),
+        pytest.param("check_more_streamed", marks=pytest.mark.slow),
+    ],
+)
 def test_models_in_the_interpreter(check: str) -> None:
     run_interpreted("tests.optimizations.test_fused_kernels", check)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", [check_models, check_others, check_parts, check_dropout, check_streamed])
+@pytest.mark.parametrize("check", [check_models, check_others, check_parts, check_dropout, check_more_streamed])
 def test_models_on_a_gpu(check: Callable[[str], None]) -> None:
     check("cuda")
 
