@@ -86,6 +86,7 @@ def wait_for_lines(root: Path, process: subprocess.Popen[str], lines: int) -> No
         time.sleep(0.02)
 
 
+@pytest.mark.faults
 def test_a_killed_run_continues_bit_for_bit(program: Program, trained: Trained, tmp_path: Path, repository: Path, cache: Path) -> None:
     request = (
         "debug=tiny",
