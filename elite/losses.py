@@ -4,11 +4,16 @@ Symbols: T tokens, d hidden size, V vocabulary. For a scored token with logits z
 
     loss = lse(z) − (1 − ε) z_y − ε mean(z) + ζ lse(z)²        ∂loss/∂z = (1 + 2ζ lse(z)) softmax(z) − (1 − ε) onehot(y) − ε / V
 
-so a tile of tokens needs its logits once: they become their own gradient in place, and the gradients of h, W and b follow while the
-tile is there. Source: Hsu et al. 2024, arXiv:2410.10989 (Liger); label smoothing after Szegedy et al. 2016, arXiv:1512.00567;
-the z-loss ζ lse² after Chowdhery et al. 2022, arXiv:2204.02311.
+A head that trains goes by tiles of tokens, whose logits become their own gradient in place; the gradients of h, W and b follow while the
+tile is there. A frozen head, whose own gradient nobody wants, goes by tiles of the vocabulary besides: of each token it keeps the largest
+logit m, Σ exp(z − m) and Σ exp(z_v − m) W_v, of which loss and gradient are made at the end (elite/kernels/running_loss). So logits
+need the same memory however long the vocabulary is, and as many matrix products.
+
+Source: Hsu et al. 2024, arXiv:2410.10989 (Liger); running sums as in attention (Dao et al. 2022, arXiv:2205.14135); label smoothing after
+Szegedy et al. 2016, arXiv:1512.00567; the z-loss ζ lse² after Chowdhery et al. 2022, arXiv:2204.02311.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,16 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE_BYTES = 1024**3
-"""fp32 logits at once, at most: matrix products of fewer tokens run slower."""
-ALIGNMENT = 128
-"""Tiles of more tokens than this are a multiple of it, as matrix kernels like."""
-
-
-def tile_tokens(vocab_size: int, most_bytes: int = TILE_BYTES) -> int:
-    """Tokens whose fp32 logits fit into so many bytes; at least one."""
-    tokens = max(1, most_bytes // (4 * vocab_size))
-    return tokens if tokens < ALIGNMENT else tokens - tokens % ALIGNMENT
+from elite.kernels.running_loss import reference
+from elite.loss_tiles import frozen_tile, tile_tokens
 
 
 def linear_cross_entropy(
@@ -53,14 +50,13 @@ def linear_cross_entropy(
         ignore_index: label of tokens that are not scored.
         label_smoothing: ε, 0 to 1.
         z_loss: ζ, not negative.
-        tile: tokens at once; 0 takes as many as `TILE_BYTES` of logits allow.
+        tile: tokens at once; 0: see elite/loss_tiles.py.
 
     Returns:
         Scalar, fp32 (fp64 for fp64 weights).
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    tile = tile or tile_tokens(weight.shape[0])
     # Inside a Function gradients are always off, so whether the caller wants any is asked here.
     options = _Options(dtype, ignore_index, label_smoothing, z_loss, tile, torch.is_grad_enabled())
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, labels, options)
@@ -80,21 +76,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: _Options) -> Tensor:
         wanted = [options.gradients and need for need in ctx.needs_input_grad[:3]]
+        ctx.dtypes = hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype
+        if not any(wanted[1:]):
+            total, grad_hidden = _frozen(hidden, weight, bias, labels, options, wanted[0])
+            ctx.save_for_backward(grad_hidden, None, None)
+            return total
         wide = options.accumulate
+        tile = options.tile or tile_tokens(len(weight))
         grad_hidden = torch.empty_like(hidden) if wanted[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
         matrix = weight.to(options.dtype)
         offset = None if bias is None else bias.to(options.dtype)
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        for start in range(0, hidden.shape[0], options.tile):
-            rows = slice(start, start + options.tile)
+        for start in range(0, hidden.shape[0], tile):
+            rows = slice(start, start + tile)
             part = hidden[rows].to(options.dtype)
             logits = F.linear(part, matrix, offset)
-            losses = _cross_entropy(logits)(logits, labels[rows], options.ignore_index, options.smoothing, any(wanted), options.z_loss)
+            losses = _cross_entropy(logits)(logits, labels[rows], options.ignore_index, options.smoothing, True, options.z_loss)
             total += losses.sum()
-            if not any(wanted):
-                continue
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=wide)
             if grad_hidden is not None:
@@ -103,17 +103,60 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _add_product(grad_weight, logits.mT, part)
             del logits
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
-        ctx.dtypes, ctx.tile = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype), options.tile
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = (
-            None if gradient is None else _scaled(gradient, upstream[0], dtype, ctx.tile)
+            None if gradient is None else _scaled(gradient, upstream[0], dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
         return *gradients, None, None
+
+
+def _frozen(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: _Options, wanted: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Sum of the losses, and the gradient of `hidden` if it is wanted."""
+    (tokens, width), matrix, wide = hidden.shape, weight.to(options.dtype).contiguous(), options.accumulate
+    tile, words = frozen_tile(tokens, width if wanted else 1, len(matrix), options.tile)
+    logits = torch.empty(tile, words, dtype=options.dtype, device=hidden.device)
+    sums = torch.empty(tile, width, dtype=wide, device=hidden.device) if wanted else None
+    gradient = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device) if wanted else None
+    mean = matrix.mean(0, dtype=wide) if wanted and options.smoothing else None
+    total = torch.zeros((), dtype=wide, device=hidden.device)
+    for start in range(0, tokens, tile):
+        rows = slice(start, start + tile)
+        part = hidden[rows].to(options.dtype)
+        kernels, own = _running(part), None if sums is None else sums[: len(part)]
+        state = _seen(part, matrix, bias, labels[rows], logits[: len(part)], own, options.smoothing > 0)
+        given = (labels[rows], len(matrix), options.ignore_index, options.smoothing, options.z_loss)
+        total += kernels.finish(state, *given, own, matrix, mean, None if gradient is None else gradient[rows]).sum()
+    return total, gradient
+
+
+def _seen(part: Tensor, matrix: Tensor, bias: Tensor | None, labels: Tensor, logits: Tensor, sums: Tensor | None, smooth: bool) -> Tensor:
+    """The state of the tokens `part` [n, d] after the whole vocabulary, and their sums; `logits` [n, c] holds those of a tile's words."""
+    kernels, wide = _running(part), torch.promote_types(part.dtype, torch.float32)
+    state = reference.begun(len(part), smooth, wide, part.device)
+    for first in range(0, len(matrix), logits.shape[1]):
+        some = matrix[first : first + logits.shape[1]]
+        offset = None if bias is None else bias[first : first + logits.shape[1]]
+        z = torch.mm(part, some.mT, out=logits[:, : len(some)])
+        kernels.absorb(z, offset, labels, first, state, sums)
+        if sums is not None:
+            kernels.add_rows(sums, z, some, first == 0)
+    return state
+
+
+def _running(x: Tensor) -> ModuleType:
+    """The kernels of tiles of the vocabulary, or on a CPU and in fp64 what they compute."""
+    if x.is_cuda and x.dtype is not torch.float64:
+        from elite.kernels.running_loss import kernel
+
+        return kernel
+    return reference
 
 
 def _cross_entropy(logits: Tensor) -> Any:
@@ -135,15 +178,11 @@ def _add_product(total: Tensor, one: Tensor, two: Tensor) -> None:
         total += one @ two
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, rows: int) -> Tensor:
-    """`factor` times `gradient`, as `dtype`; row tiles keep the product in fp32 without a whole fp32 copy of a half gradient."""
-    if gradient.dtype == factor.dtype == dtype:
-        # In place: a head's gradient is as large as the head. A second backward would find it changed, and says so.
-        return gradient.mul_(factor)
-    out = torch.empty_like(gradient, dtype=dtype)
-    if gradient.dtype == factor.dtype:
-        # One pass: the product is converted as it is written.
-        return torch.mul(gradient, factor, out=out)
-    for part, target in zip(gradient.split(rows), out.split(rows), strict=True):
-        target.copy_(part.to(factor.dtype) * factor)
-    return out
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`factor` times `gradient`, as `dtype`, in place if it is that already: a head's gradient is as large as the head.
+
+    A second backward would find it changed, and says so. The product is in the wider dtype of both, converted as it is written.
+    """
+    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    # As a vector of one, since a single number would be rounded to the gradient's dtype first.
+    return torch.mul(gradient, factor.view(1), out=out)

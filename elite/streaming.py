@@ -59,17 +59,6 @@ ARGUMENT_BYTES = 256 * 1024**2
 """Layer arguments (rotary embeddings) of chunks are kept on the device up to this size, and made anew beyond."""
 
 
-LOGIT_BYTES = 256 * 1024**2
-"""One tile of logits in fp32, at most: the loss must not decide how much memory a streamed step takes."""
-TRAINED_LOGIT_BYTES = 1024**3
-"""The same where the head is trained: every tile reads and writes the head's fp32 gradient, which is as large."""
-
-
-def logit_bytes(head_trained: bool) -> int:
-    """One tile of logits in fp32 under the streamed executor, at most."""
-    return TRAINED_LOGIT_BYTES if head_trained else LOGIT_BYTES
-
-
 @dataclass(frozen=True)
 class Streaming:
     """One layout, every choice made."""

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elite.losses import TILE_BYTES, linear_cross_entropy, tile_tokens
+from elite import loss_tiles
+from elite.loss_tiles import TILE_BYTES, frozen_tile, tile_tokens
+from elite.losses import linear_cross_entropy
 from tests.plan.live_bytes import LiveBytes
 
 TOKENS, WIDTH, VOCAB = 23, 12, 31
@@ -54,6 +56,45 @@ def test_z_loss() -> None:
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
     for got, expected in zip(gradients(ours, hidden, weight, offset), gradients(theirs, hidden, weight, offset), strict=True):
         assert torch.allclose(got, expected, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.03)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_a_frozen_head_is_seen_in_tiles(
+    dtype: torch.dtype, tolerance: float, smoothing: float, z_loss: float, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of seven words and five tokens, the largest logit in any of them, against the whole head of one that trains."""
+    monkeypatch.setattr(loss_tiles, "MOST_WORDS", 7)
+    hidden, weight, offset, labels = inputs(dtype, bias)
+    frozen = None if offset is None else offset.detach()
+    options: dict[str, Any] = {"label_smoothing": smoothing, "z_loss": z_loss}
+    right = linear_cross_entropy(hidden, weight, offset, labels, **options)
+    for tile in (0, 5):
+        ours = linear_cross_entropy(hidden, weight.detach(), frozen, labels, tile=tile, **options)
+        assert ours.dtype == dtype and ours.item() == pytest.approx(right.item(), rel=tolerance)
+        for factor in (1.0, -2.5):
+            loss = linear_cross_entropy(hidden, weight.detach(), frozen, labels, tile=tile, **options)
+            got, expected = (gradients(each, hidden, factor=factor)[0] for each in (loss, right))
+            assert torch.allclose(got, expected, rtol=tolerance, atol=tolerance)
+            right = linear_cross_entropy(hidden, weight, offset, labels, **options)
+        with torch.no_grad():
+            assert linear_cross_entropy(hidden, weight, offset, labels, tile=tile, **options).item() == pytest.approx(
+                ours.item(), rel=tolerance
+            )
+
+
+def test_confident_tokens_keep_their_small_gradients() -> None:
+    """Where a label has nearly all the probability, its row nearly cancels; half-precision products must not show in what is left."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(300, 64, generator=generator).bfloat16()
+    labels = torch.arange(0, 300, 20)
+    hidden = (weight[labels] * (13 / weight[labels].float().square().sum(1, keepdim=True))).bfloat16().requires_grad_()
+    logits = (hidden @ weight.mT).detach().double()
+    expected = logits.softmax(1) @ weight.double() - weight[labels].double()
+    assert 1e-4 < (1 - logits.softmax(1).gather(1, labels[:, None])).mean() < 1e-2
+    got = gradients(linear_cross_entropy(hidden, weight, None, labels), hidden)[0].double()
+    assert ((got - expected).norm(dim=1) / expected.norm(dim=1)).max() < 1e-2
 
 
 def test_another_ignored_label() -> None:
@@ -126,3 +167,16 @@ def test_logits_never_exist_whole() -> None:
 def test_tiles_fit_their_budget(vocab: int) -> None:
     tokens = tile_tokens(vocab)
     assert tokens == 1 or 4 * vocab * tokens <= TILE_BYTES < 4 * vocab * (tokens + 128)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "vocab"),
+    [(8192, 1536, 151936), (8192, 4096, 128256), (100, 576, 49152), (1, 8, 3), (0, 8, 3), (2**21, 4096, 10**6)],
+)
+def test_tiles_of_a_frozen_head_are_bounded(tokens: int, width: int, vocab: int) -> None:
+    rows, words = frozen_tile(tokens, width, vocab)
+    assert 1 <= rows <= max(1, tokens + 127) and 1 <= words <= vocab
+    assert 4 * rows * width <= loss_tiles.SUM_BYTES and rows * words <= loss_tiles.MOST_LOGITS
+    # Equal tiles: none is left with a few tokens.
+    assert tokens == 0 or rows * -(-tokens // rows) - tokens < rows
+    assert frozen_tile(tokens, width, vocab, 5)[0] <= 5

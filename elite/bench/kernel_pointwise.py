@@ -83,7 +83,8 @@ def rotary(g: Geometry, tokens: int, device: torch.device) -> Iterator[Case]:
     def ours() -> Call:
         from elite.kernels.rotary.kernel import rotary
 
-        return lambda q, k, cos, sin: rotary(_made(q), _made(k), cos, sin)
+        # As attention's gradients are; the bench's own may be written to likewise.
+        return lambda q, k, cos, sin: rotary(_made(q), _made(k), cos, sin, spend=True)
 
     def reference() -> Call:
         from elite.kernels.rotary.reference import rotary
@@ -99,9 +100,9 @@ def rotary(g: Geometry, tokens: int, device: torch.device) -> Iterator[Case]:
 
         return call
 
-    # Forward in place, so only what turns; gradients are new tensors.
-    there = 2 * (total(q, k) * g.rotary // g.head_dim) + total(cos, sin)
-    moved = {FORWARD: there, BOTH: there + 2 * total(q, k) + total(cos, sin)}
+    # In place, so only what turns; both halves of the angles are alike.
+    there = 2 * (total(q, k) * g.rotary // g.head_dim) + total(cos, sin) // 2
+    moved = {FORWARD: there, BOTH: 2 * there}
     eager, others = _eager_rotary(g.rotary), {"liger": liger}
     yield Case("rotary", g, tokens, (q, k, cos, sin), reference, eager, ours, others=others, moved=moved, in_place=True)
 

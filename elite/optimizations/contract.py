@@ -166,6 +166,8 @@ class Step:
     """Bytes of scratch a value while a tensor is packed or unpacked."""
     loss_tile: int | None = None
     """Tokens whose logits exist at once, with their gradients formed in the same pass; None forms all logits."""
+    loss_words: int | None = None
+    """Words whose logits exist at once in such a tile, where the head is frozen; None is the whole vocabulary."""
     optimizer_workspace: float = 0.0
     """Bytes that the optimizer needs during its step."""
     corpus_resident: bool = True

@@ -112,7 +112,7 @@ def fused_norm(s: Sizes) -> Part:
 
 
 def fused_rotary(s: Sizes) -> Part:
-    """In place; gradients are turned back into new memory."""
+    """In place; so are gradients if attention lays them out as projections do, which is not counted on."""
     turned = s.value * (s.queries + s.keys) * s.tokens
     return Part("rotary", arrives=turned, leaves=turned)
 

@@ -2,10 +2,11 @@
 
 What:   head and cross-entropy in one function; logits exist for a tile of tokens only, and never wait for the backward.
 How:    the causal language model's forward, given `labels_to_sum`, passes its hidden states to elite.losses.linear_cross_entropy and
-        returns the sum of the losses. It stays the model's own forward, so wrappers such as DDP see it. Three matrix products as
+        returns the sum of the losses. It stays the model's own forward, so wrappers such as DDP see it. As many matrix products as
         before: the gradient is formed in the forward, nothing is computed twice.
-Memory: one tile of logits, 1 GiB in fp32 or less, half of that in bf16 (on a CPU both), and the gradient of the hidden states, instead
-        of 12 bytes a logit of every token. A trained head adds its fp32 gradient once more, and its copy.
+Memory: one tile of logits and the gradient of the hidden states, instead of 12 bytes a logit of every token. A tile of a trained head
+        takes 1 GiB in fp32 or less, half of that in bf16 (on a CPU both); the head adds its fp32 gradient once more, and its copy. A
+        frozen head goes by tiles of the vocabulary too: 64 MiB in bf16 or less, and 17 MiB of sums.
 Source: Hsu et al. 2024, arXiv:2410.10989 (Liger); Wijmans et al. 2024, arXiv:2411.09009 (Cut Cross-Entropy) go further still.
 """
 
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 
 from elite.errors import PlanError
 from elite.facts import Facts
+from elite.loss_tiles import frozen_tile, tile_tokens
 from elite.optimizations.contract import Applied, Exactness, Optimization, OptimizationConfig, Site, Stage, Step
 
 RESCALED = ("cohere", "gemma2", "gemma3n", "gemma4", "granite", "nanochat", "recurrent_gemma", "vaultgemma")
@@ -28,7 +30,7 @@ class FusedLoss(Optimization):
         """Options."""
 
         tile: int = 0
-        """Tokens whose logits stand at once; 0: as many as 1 GiB of them holds in fp32."""
+        """Tokens whose logits stand at once; 0: as many as 1 GiB of them holds in fp32, of a frozen head 17 MiB of sums."""
 
     name = "fused_loss"
     title = "fused head and cross-entropy"
@@ -44,9 +46,11 @@ class FusedLoss(Optimization):
         return None
 
     def memory(self, step: Step, facts: Facts) -> Step:
-        from elite.losses import tile_tokens
-
-        return replace(step, loss_tile=min(self.config.tile or tile_tokens(facts.model.vocab_size), facts.micro_tokens))
+        tokens, model = facts.micro_tokens, facts.model
+        if facts.adapter == "full":
+            return replace(step, loss_tile=min(self.config.tile or tile_tokens(model.vocab_size), tokens))
+        tile, words = frozen_tile(tokens, model.hidden_size, model.vocab_size, self.config.tile)
+        return replace(step, loss_tile=tile, loss_words=words)
 
     def apply(self, target: Any) -> Applied:
         from elite.optimizations.functions.loss import head_is_all, summing

@@ -264,13 +264,26 @@ def _loss(step: Step, facts: Facts, held: Estimate, copies: float) -> Iterator[E
         yield _plus(kept, loss_workspace=LOSS_BYTES * s.tokens * vocab + copy + read)
         yield _plus(kept, gradients=made, loss_workspace=s.value * (s.tokens * vocab + head) + copy + 2 * read)
     else:
-        # The kernel works in place; plain torch in fp32, beside what came in another dtype.
-        logits = s.value if not s.half or s.on_cuda else FP32 + s.value
-        rows = (s.value + (s.value if norm.hands != s.value else 0)) * s.d
-        tile = min(step.loss_tile, s.tokens) * (logits * vocab + rows)
+        tile = loss_tile(step, facts, s.tokens, norm.hands)
         yield _plus(kept, loss_workspace=2 * hidden + tile + FP32 * head + copy, trainable_copy=copies)
-        yield _plus(kept, loss_workspace=(1 if norm.hands == FP32 else 2) * hidden + FP32 * head)
+        # The backward scales in place.
+        yield _plus(kept, loss_workspace=hidden + FP32 * head)
     yield from _passing(_plus(held, gradients=made), [norm], forward=False)
+
+
+def loss_tile(step: Step, facts: Facts, tokens: int, handed: float) -> float:
+    """Scratch of a tile of tokens while head and loss are one function; a value of the hidden states takes `handed` bytes."""
+    s = step.sizes(facts, tokens)
+    assert step.loss_tile is not None
+    tile, words = min(step.loss_tile, tokens), step.loss_words or facts.model.vocab_size
+    rows = (s.value if handed != s.value else 0) * s.d * tile
+    if step.loss_words is None:
+        # The kernel works in place; plain torch in fp32, beside what came in another dtype.
+        return tile * (s.value + (FP32 if s.half and not s.on_cuda else 0)) * words + rows + s.value * s.d * tile
+    # Logits and sums. Plain torch takes the logits to fp32, and for their product the head's rows.
+    sums = FP32 * s.d * tile
+    beside = 0 if s.on_cuda else max(sums, FP32 * words * (tile + s.d) if s.half else 0)
+    return s.value * tile * words + sums + rows + beside
 
 
 def layer_moments(step: Step, facts: Facts, tokens: int) -> list[tuple[Part, Estimate]]:

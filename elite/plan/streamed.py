@@ -24,12 +24,13 @@ from typing import Any
 from elite.chunks import longest_chunk
 from elite.config import ExecutorConfig
 from elite.facts import GIB, Device, Facts
+from elite.loss_tiles import frozen_tile, tile_tokens
 from elite.optimizations.contract import Decision, Estimate
 from elite.optimizations.flash_attention import fused_attention
 from elite.optimizations.parts import FP32, Part, Sizes
-from elite.plan.memory import folded, layer_moments
+from elite.plan.memory import folded, layer_moments, loss_tile
 from elite.revolve import layer_forwards, slots_for
-from elite.streaming import ARGUMENT_BYTES, JOURNALED, VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace, logit_bytes
+from elite.streaming import ARGUMENT_BYTES, JOURNALED, VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
 
 CHUNKS = ((32768, 16384, 8192, 4096), (2048, 1024))
 """Longest first: longer chunks run faster. Rather than go below the first few, keys and values leave the device."""
@@ -93,9 +94,10 @@ class StreamedMemory:
         if full:
             # The sum over chunks and a chunk's own; the weight in the compute dtype; on a CPU a tile's product before it is added.
             head = 2 * embedding + (self._width * model.embedding_params * (1 if cuda else 2) if half else 0)
-        # The kernel works in place, in the compute dtype; tiles are cut by what fp32 would take.
-        logits = self._width if cuda or not half else FP32 + self._width
-        tile = min(logit_bytes(full) / FP32, chunk * model.vocab_size) * logits
+        tokens, words = tile_tokens(model.vocab_size), None
+        if not full:
+            tokens, words = frozen_tile(chunk, model.hidden_size, model.vocab_size)
+        tile = loss_tile(replace(step, loss_tile=tokens, loss_words=words), facts, chunk, step.value)
         before = every - (FP32 * facts.trainable_params if once else 0)
         yield Estimate(loss_workspace=tile + head + self._around_loss(chunk, hidden), gradients=before)
         sums = 0.0 if once else FP32 * (model.layer_params if full else facts.trainable_params / model.num_hidden_layers)

@@ -20,13 +20,14 @@ from dataclasses import dataclass, fields
 from math import ceil
 
 from elite.facts import Facts
+from elite.loss_tiles import tile_tokens
 from elite.optimizations.contract import Decision, Site
 from elite.optimizations.shapes import split
 from elite.plan import launches, traffic
 from elite.plan.copies import Copies, offloaded, streamed
 from elite.plan.memory import PARALLEL_BLOCKS, folded
 from elite.plan.rates import attention_of, rates_of
-from elite.streaming import Streaming, logit_bytes
+from elite.streaming import Streaming
 
 ATTENTION_BACKWARD = 2.5
 """Five matrix products against the forward's two (Dao 2023): scores are recomputed."""
@@ -201,7 +202,7 @@ class _Clock:
             return 0
         if self._layout is not None:
             chunk = min(self._layout.chunk, facts.context)
-            return ceil(tokens / chunk) * ceil(4 * facts.model.vocab_size * chunk / logit_bytes(head_trained=True))
+            return ceil(tokens / chunk) * ceil(chunk / tile_tokens(facts.model.vocab_size))
         return ceil(tokens / (folded(facts, self._decisions).loss_tile or tokens))
 
     def copies(self, sweeps: float) -> Copies:

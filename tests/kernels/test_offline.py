@@ -15,6 +15,8 @@ from elite.kernels.norm import kernel as norm
 from elite.kernels.pack import kernel as pack
 from elite.kernels.residual import kernel as residual
 from elite.kernels.rotary import kernel as rotary
+from elite.kernels.running_loss import kernel as running_loss
+from elite.loss_tiles import MOST_WORDS
 from tests.kernels.offline import SHARED_BYTES, Launch, shared_kib
 
 
@@ -22,28 +24,35 @@ def strides(*names: str) -> dict[str, str]:
     return dict.fromkeys(names, "i64")
 
 
+def parted(sizes: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """What is compiled in, and the number of warps."""
+    return {name: value for name, value in sizes.items() if name != "num_warps"}, {"num_warps": sizes["num_warps"]}
+
+
 def launches(dtype: str) -> Iterator[Launch]:
     """Each kernel as the models of `conf/model` would launch it."""
     for head_dim, columns in ((64, 64), (80, 128), (128, 128)):
-        sizes = {"HEAD_DIM": head_dim, "COLUMNS": columns}
         yield Launch(
             merge._kernel,
             {**dict.fromkeys(("o_a", "o_b", "o"), f"*{dtype}"), **dict.fromkeys(("lse_a", "lse_b", "lse"), "*fp32"), "queries": "i64"}
             | strides("a_query", "a_head", "b_query", "b_head", "out_query", "out_head"),
-            {**sizes, "ROWS": merge.ROWS},
+            {"HEAD_DIM": head_dim, "COLUMNS": columns, "ROWS": merge.ROWS},
         )
         for has_base in (False, True):
+            sizes, warps = parted(group_sum.sizes(head_dim))
             yield Launch(
                 group_sum._kernel,
                 {"more": f"*{dtype}", "base": "*fp32", "out": "*fp32", "keys": "i64"}
                 | strides("more_key", "more_head", "base_key", "base_head", "out_key", "out_head"),
-                {**sizes, "HAS_BASE": has_base, "GROUP": 4, "ROWS": group_sum.ROWS},
+                {**sizes, "HEAD_DIM": head_dim, "HAS_BASE": has_base, "GROUP": 4},
+                warps,
             )
     yield from norm_launches(dtype)
     yield from gate_launches(dtype)
     yield from rotary_launches(dtype)
     yield from residual_launches(dtype)
     yield from pack_launches(dtype)
+    yield from running_loss_launches(dtype)
     for gradient in (False, True):
         yield Launch(
             cross_entropy._kernel,
@@ -60,20 +69,20 @@ def norm_launches(dtype: str) -> Iterator[Launch]:
         rows = dict.fromkeys(("x", "residual", "y", "h", "dy", "dh", "dx"), f"*{dtype}") | dict.fromkeys(("mean", "scale"), "*fp32")
         weights = {"weight": f"*{dtype}", "bias": f"*{dtype}", "dw": "*fp32", "db": "*fp32", "eps": "fp32"}
         types = rows | weights | {"width": "i32", "rows": "i64", "tiles_each": "i32"}
-        forward, backward = norm.sizes(width, norm.FORWARD_VALUES), norm.sizes(width, norm.BACKWARD_VALUES)
-        wide, narrow = ({"num_warps": sizes.pop("num_warps")} for sizes in (forward, backward))
-        yield Launch(norm._forward, types, flags | forward, wide)
+        sizes, warps = parted(norm.sizes(width, norm.FORWARD_VALUES, norm.TILE))
+        yield Launch(norm._forward, types, flags | sizes, warps)
         for trains in (False, True):
-            yield Launch(norm._backward, types, flags | backward | {"TRAINS": trains}, narrow)
+            sizes, warps = parted(norm.sizes(width, norm.BACKWARD_VALUES, norm.TILE if trains else 1))
+            yield Launch(norm._backward, types, flags | sizes | {"TRAINS": trains}, warps)
 
 
 def gate_launches(dtype: str) -> Iterator[Launch]:
     rows = dict.fromkeys(("gate", "up", "out", "upstream", "d_gate", "d_up", "x", "bias"), f"*{dtype}") | {"count": "i64", "width": "i64"}
-    size, options = {"BLOCK": gate.BLOCK}, {"num_warps": gate.WARPS}
-    yield Launch(gate._swiglu_forward, rows, size, options)
-    yield Launch(gate._swiglu_backward, rows, size, options)
+    gated, options = {"BLOCK": gate.SWIGLU_BLOCK}, {"num_warps": gate.WARPS}
+    yield Launch(gate._swiglu_forward, rows, gated, options)
+    yield Launch(gate._swiglu_backward, rows, gated, options)
     for backward in (False, True):
-        yield Launch(gate._gelu, rows, size | {"BACKWARD": backward, "HAS_BIAS": True}, options)
+        yield Launch(gate._gelu, rows, {"BLOCK": gate.GELU_BLOCK} | {"BACKWARD": backward, "HAS_BIAS": True}, options)
 
 
 def rotary_launches(dtype: str) -> Iterator[Launch]:
@@ -82,10 +91,9 @@ def rotary_launches(dtype: str) -> Iterator[Launch]:
         types |= strides(f"{name}_row", f"{name}_token", f"{name}_head")
     types |= strides("angle_row", "angle_token")
     for heads, kv_heads, half, rest in ((32, 4, 16, 48), (32, 8, 64, 0), (9, 3, 32, 0)):
-        for backward in (False, True):
-            sizes = rotary.sizes(heads, kv_heads, half, rest)
-            warps = {"num_warps": sizes.pop("num_warps")}
-            yield Launch(rotary._kernel, types, sizes | {"BACKWARD": backward}, warps)
+        for backward, copies in ((False, False), (True, False), (True, True)):
+            sizes, warps = parted(rotary.sizes(heads, kv_heads, half, rest))
+            yield Launch(rotary._kernel, types, sizes | {"BACKWARD": backward, "COPIES": copies}, warps)
 
 
 def residual_launches(dtype: str) -> Iterator[Launch]:
@@ -94,6 +102,19 @@ def residual_launches(dtype: str) -> Iterator[Launch]:
     for drops, backward, parts in ((False, False, 1), (True, False, 2), (True, True, 2)):
         flags = {"PARTS": parts, "DROPS": drops, "BACKWARD": backward, "LANES": residual.LANES}
         yield Launch(residual._kernel, types, flags, {"num_warps": residual.WARPS})
+
+
+def running_loss_launches(dtype: str) -> Iterator[Launch]:
+    types = dict.fromkeys(("logits", "bias", "weight", "gradient"), f"*{dtype}") | {"labels": "*i64", "smoothing": "fp32", "z_loss": "fp32"}
+    types |= dict.fromkeys(("state", "sums", "mean", "losses"), "*fp32")
+    types |= strides("row_stride", "first", "count", "tokens", "width", "vocab", "ignore_index")
+    for sums, first in ((False, True), (True, True), (True, False)):
+        sizes, warps = parted(running_loss.sizes(MOST_WORDS))
+        flags = {"HAS_BIAS": True, "SMOOTH": True, "SUMS": sums, "FIRST": first, "BLOCK": running_loss.BLOCK}
+        yield Launch(running_loss._absorb, types, sizes | flags, warps)
+    for gradient in (False, True):
+        flags = {"GRADIENT": gradient, "SMOOTH": True, "BLOCK": running_loss.BLOCK}
+        yield Launch(running_loss._finish, types, flags, {"num_warps": running_loss.WARPS})
 
 
 def pack_launches(dtype: str) -> Iterator[Launch]:
@@ -106,8 +127,8 @@ def pack_launches(dtype: str) -> Iterator[Launch]:
     yield Launch(pack._decode_int8, signature, {"TILE": pack.TILE})
     yield Launch(pack._decode_int4, signature, {"WORDS": pack.WORDS, "VALUES": pack.VALUES})
     for width in (576, 2560, 4096):
-        sizes = pack._sizes(width)
-        yield Launch(pack._encode_int4, signature, sizes, {"num_warps": sizes.pop("num_warps"), **pack.UNFUSED})
+        sizes, warps = parted(pack._sizes(width))
+        yield Launch(pack._encode_int4, signature, sizes, warps | pack.UNFUSED)
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)

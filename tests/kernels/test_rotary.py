@@ -12,12 +12,12 @@ SHAPES = [(2, 5, 4, 2, 16, 16, 1), (1, 7, 3, 3, 80, 32, 1), (3, 4, 9, 3, 24, 6, 
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
-    """q, k, cos, sin and what arrives at both. The two halves of the angles differ, as nothing forbids."""
+    """q, k, cos, sin and what arrives at both."""
     rows, tokens, heads, kv_heads, dim, turned, angle_rows = shape
     generator = torch.Generator().manual_seed(0)
     sizes = [(rows, tokens, heads, dim), (rows, tokens, kv_heads, dim)]
     q, k, dq, dk = (torch.randn(size, generator=generator) for size in (*sizes, *sizes))
-    angles = 50 * torch.rand(angle_rows, tokens, turned, generator=generator)
+    angles = 50 * torch.rand(angle_rows, tokens, turned // 2, generator=generator).repeat(1, 1, 2)
     return [t.to(dtype).to(device) for t in (q, k, angles.cos(), angles.sin(), dq, dk)]
 
 
@@ -42,10 +42,14 @@ def check_kernel(device: str) -> None:
             # Heads inside wider rows, as a fused projection would leave them; what lies beside must stay.
             wide = [torch.cat([t, t + 1], -1) for t in own]
             narrow = [t[..., : t.shape[-1] // 2] for t in wide]
-            made = rotary(narrow[0], narrow[1], cos, sin)
-            # Attention's own layout for what comes back.
-            back = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in upstream]
-            got = [*made, *torch.autograd.grad(made, own, back)]
+            made = rotary(narrow[0], narrow[1], cos, sin, spend=True)
+            # Attention's own layout for what comes back, then that of projections.
+            back = [t.clone().transpose(1, 2).contiguous().transpose(1, 2) for t in upstream]
+            got = [*made, *torch.autograd.grad(made, own, back, retain_graph=True)]
+            assert all(torch.equal(a, b) for a, b in zip(back, upstream, strict=True) if not a.is_contiguous())
+            spent = [t.clone() for t in upstream]
+            assert all(map(torch.equal, torch.autograd.grad(made, own, spent), got[2:]))
+            assert all(map(torch.equal, spent, got[2:]))
             for name, a, b in zip(("q", "k", "dq", "dk"), got, right, strict=True):
                 assert a.dtype is dtype and a.shape == b.shape, name
                 torch.testing.assert_close(a.detach().double(), b.detach(), rtol=tolerance, atol=tolerance)
@@ -62,7 +66,10 @@ def check_refusals(device: str) -> None:
         rotary(q.transpose(2, 3), k, cos, sin)
     with pytest.raises(ValueError, match="cannot be turned"):
         rotary(q[..., :8], k[..., :8], cos, sin)
-    kept = (q.requires_grad_() * 1).exp()
+    upstream = torch.ones_like(q), torch.ones_like(k)
+    torch.autograd.grad(rotary(q.requires_grad_() * 1, k.requires_grad_() * 1, cos, sin), (q, k), upstream)
+    assert all(bool((t == 1).all()) for t in upstream)
+    kept = (q * 1).exp()
     rotary(kept, k, cos, sin)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         kept.sum().backward()

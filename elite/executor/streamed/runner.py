@@ -29,10 +29,10 @@ from elite.executor.streamed.store import Boundary, Store
 from elite.executor.streamed.sweeps import Sweep, backward_sweeps, forward_sweep
 from elite.executor.streamed.transfers import Fields, Transfers
 from elite.executor.streamed.weights import ResidentWeights, StreamedWeights
-from elite.losses import linear_cross_entropy, tile_tokens
+from elite.losses import linear_cross_entropy
 from elite.optimizations.functions.hooks import hooks_aside
 from elite.optimizations.functions.unread import UnreadOutputs
-from elite.streaming import Streaming, WeightPlace, logit_bytes
+from elite.streaming import Streaming, WeightPlace
 
 FEW = 16
 """Tokens on which a layer's gradients are tried out."""
@@ -221,7 +221,6 @@ class Runner:
             *(normed, self._head.weight, self._head.bias, labels),
             ignore_index=IGNORE,
             label_smoothing=step.label_smoothing,
-            tile=tile_tokens(len(self._head.weight), logit_bytes(self._head.weight.requires_grad)),
         )
 
     def run(self, step: Step, sweeps: Sequence[Sweep], after: Sweep | None, totals: dict[int, GradientSum]) -> None:

@@ -1,5 +1,6 @@
 """One pass forward, one backward, which computes the activation again instead of keeping it. Formulas are those of `reference.py`."""
 
+from math import ceil
 from typing import Any
 
 import torch
@@ -8,8 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 2048
-"""Values of a program."""
+GELU_BLOCK, SWIGLU_BLOCK = 2048, 512
+"""Values of a program; the gated one, which reads and writes more tensors, is faster by a percent with fewer (H100)."""
 WARPS = 4
 
 
@@ -60,7 +61,7 @@ class _SwiGLU(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         out = torch.empty_like(gate)
         if gate.numel():
-            _swiglu_forward[_grid(gate)](gate, up, out, gate.numel(), BLOCK=BLOCK, num_warps=WARPS)
+            _swiglu_forward[_grid(gate, SWIGLU_BLOCK)](gate, up, out, gate.numel(), BLOCK=SWIGLU_BLOCK, num_warps=WARPS)
         return out
 
     @staticmethod
@@ -69,7 +70,8 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         d_gate, d_up = (_place(t, ctx.spend) for t in (gate, up))
         if gate.numel():
-            _swiglu_backward[_grid(gate)](upstream[0].contiguous(), gate, up, d_gate, d_up, gate.numel(), BLOCK=BLOCK, num_warps=WARPS)
+            tensors = upstream[0].contiguous(), gate, up, d_gate, d_up
+            _swiglu_backward[_grid(gate, SWIGLU_BLOCK)](*tensors, gate.numel(), BLOCK=SWIGLU_BLOCK, num_warps=WARPS)
         return d_gate, d_up
 
 
@@ -105,11 +107,11 @@ def _place(x: Tensor, spend: bool) -> Tensor:
 
 def _gelu_pass(upstream: Tensor, x: Tensor, bias: Tensor | None, out: Tensor, backward: bool) -> Tensor:
     if x.numel():
-        _gelu[_grid(x)](
+        _gelu[_grid(x, GELU_BLOCK)](
             *(upstream, x, x if bias is None else bias, out, x.numel(), x.shape[-1]),
             BACKWARD=backward,
             HAS_BIAS=bias is not None,
-            BLOCK=BLOCK,
+            BLOCK=GELU_BLOCK,
             num_warps=WARPS,
         )
     return out
@@ -127,5 +129,5 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def _grid(t: Tensor) -> tuple[int]:
-    return (triton.cdiv(t.numel(), BLOCK),)
+def _grid(t: Tensor, block: int) -> tuple[int]:
+    return (ceil(t.numel() / block),)

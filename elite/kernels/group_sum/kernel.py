@@ -1,11 +1,14 @@
 """One pass over the heads and the sum: plain torch writes a group's sum before it is added. Formulas are those of `reference.py`."""
 
+from functools import cache
+from math import ceil
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 16
-"""Keys of one group that a program sums."""
+VALUES = 8
+"""Values of a thread."""
 
 
 @triton.jit
@@ -26,14 +29,15 @@ def _kernel(
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    head = tl.program_id(1).to(tl.int64)
-    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    # Neighbours in memory go to programs that run at the same time.
+    head = tl.program_id(0).to(tl.int64)
+    rows = (tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     columns = tl.arange(0, COLUMNS)[None, :]
     cells = (rows < keys) & (columns < HEAD_DIM)
     total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
     if HAS_BASE:
         total += tl.load(base + rows * base_key + head * base_head + columns, mask=cells, other=0.0).to(tl.float32)
-    for i in range(GROUP):
+    for i in tl.static_range(GROUP):
         part = more + rows * more_key + (head * GROUP + i) * more_head + columns
         total += tl.load(part, mask=cells, other=0.0).to(tl.float32)
     tl.store(out + rows * out_key + head * out_head + columns, total.to(out.dtype.element_ty), mask=cells)
@@ -46,12 +50,20 @@ def group_sum(more: Tensor, base: Tensor | None, out: Tensor) -> None:
     base = base if base is None or base.stride(2) == 1 else base.contiguous()
     assert out.stride(2) == 1
     read = out if base is None else base
-    _kernel[(triton.cdiv(keys, ROWS), kv_heads)](
+    options = sizes(head_dim)
+    _kernel[(kv_heads, ceil(keys / options["ROWS"]))](
         *(more, read, out, keys),
         *(stride for t in (more, read, out) for stride in t.stride()[:2]),
         HAS_BASE=base is not None,
         GROUP=more.shape[1] // kv_heads,
         HEAD_DIM=head_dim,
-        COLUMNS=triton.next_power_of_2(head_dim),
-        ROWS=ROWS,
+        **options,
     )
+
+
+@cache
+def sizes(head_dim: int) -> dict[str, int]:
+    """Columns and keys of a program, and warps, for heads of this width: what is fastest on an H100."""
+    columns = triton.next_power_of_2(head_dim)
+    rows = 8 if columns > 64 else 32
+    return {"COLUMNS": columns, "ROWS": rows, "num_warps": max(1, rows * columns // (32 * VALUES))}

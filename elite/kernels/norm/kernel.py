@@ -7,6 +7,8 @@ With g = dy w, the mean over the width written ⟨·⟩ and s = 1 / sqrt(σ² + 
 ⟨g⟩ is left out without centring. Where weights train, a program goes over several tiles of rows and keeps their sums.
 """
 
+from functools import cache
+from math import ceil
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ MOST_WIDTH = 2**16
 PROGRAMS = 1024
 """Partial sums of the weights' gradients, at most."""
 TILE = 4096
-"""Values of a program, where rows are narrower than this."""
+"""Values of a program, where rows are narrower than this; without weights that train, the backward takes a row at a time."""
 FORWARD_VALUES, BACKWARD_VALUES = 32, 16
 """Values of a thread: the backward holds twice as many tensors of them."""
 
@@ -108,8 +110,8 @@ class _Norm(torch.autograd.Function):
         scale = torch.empty(len(rows), dtype=torch.float32, device=x.device)
         mean = torch.empty_like(scale) if center else scale
         if rows.numel():
-            options = sizes(rows.shape[1], FORWARD_VALUES)
-            _forward[(triton.cdiv(len(rows), options["ROWS"]),)](
+            options = sizes(rows.shape[1], FORWARD_VALUES, TILE)
+            _forward[(ceil(len(rows) / options["ROWS"]),)](
                 *(rows, rows if added is None else added, weight, weight if bias is None else bias, y, h, mean, scale),
                 *(len(rows), rows.shape[1], eps),
                 CENTER=center,
@@ -131,12 +133,13 @@ class _Norm(torch.autograd.Function):
         if dy is None:
             assert dh is not None
             return dh.view(shape).to(ctx.dtype), dh.view(shape) if ctx.adds else None, *[None] * 5
-        trains, options = any(ctx.needs_input_grad[2:4]), sizes(h.shape[1], BACKWARD_VALUES)
-        tiles = triton.cdiv(len(h), options["ROWS"])
-        each = max(1, triton.cdiv(tiles, PROGRAMS)) if trains else 1
-        programs, dx = triton.cdiv(tiles, each), torch.empty_like(h)
-        dw = torch.zeros(programs if trains else 0, h.shape[1], dtype=torch.float32, device=h.device)
-        db = torch.zeros_like(dw) if bias is not None else dw
+        trains = any(ctx.needs_input_grad[2:4])
+        options = sizes(h.shape[1], BACKWARD_VALUES, TILE if trains else 1)
+        tiles = ceil(len(h) / options["ROWS"])
+        each = max(1, ceil(tiles / PROGRAMS)) if trains else 1
+        programs, dx = ceil(tiles / each), torch.empty_like(h)
+        dw = torch.zeros(programs, h.shape[1], dtype=torch.float32, device=h.device) if trains else scale
+        db = torch.zeros_like(dw) if trains and bias is not None else dw
         if h.numel():
             _backward[(programs,)](
                 *(dy, dy if dh is None else dh, h, weight, mean, scale, dx, dw, db, len(h), each, h.shape[1]),
@@ -171,8 +174,9 @@ def norm(
     return y, x if residual is None else h
 
 
-def sizes(width: int, values: int) -> dict[str, int]:
-    """Rows, block and warps for rows of this width, about `values` to a thread."""
+@cache
+def sizes(width: int, values: int, tile: int) -> dict[str, int]:
+    """Rows, block and warps for rows of this width, about `tile` values to a program and `values` to a thread."""
     block = triton.next_power_of_2(max(width, 1))
-    rows = max(1, TILE // block)
+    rows = max(1, tile // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(1, rows * block // (32 * values)))}

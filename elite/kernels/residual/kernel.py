@@ -5,6 +5,7 @@ seed drawn from torch's generator, and the backward makes them again. So whoever
 does, gets the same masks. Formulas are those of `reference.py`.
 """
 
+from math import ceil
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ def add_dropped(residual: Tensor, parts: tuple[Tensor, ...], p: float) -> Tensor
 
 def _launch(residual: Tensor, parts: list[Tensor], out: Tensor, p: float, seeds: list[int], backward: bool) -> None:
     if residual.numel():
-        _kernel[(triton.cdiv(residual.numel(), 4 * LANES),)](
+        _kernel[(ceil(residual.numel() / (4 * LANES)),)](
             *(residual, parts[0], parts[-1], out, residual.numel(), p, seeds[0], seeds[-1]),
             PARTS=len(parts),
             DROPS=p > 0,

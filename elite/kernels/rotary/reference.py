@@ -13,7 +13,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
     Args:
         q: [B, S, H, D]
         k: [B, S, K, D]
-        cos, sin: [B or 1, S, R], R even and at most D.
+        cos, sin: [B or 1, S, R], R even and at most D; both halves alike.
     """
     return _turned(q, cos, sin), _turned(k, cos, sin)
 

@@ -63,7 +63,8 @@ def kernels() -> Operations:
     from elite.kernels.residual.kernel import add_dropped
     from elite.kernels.rotary.kernel import rotary
 
-    return Operations(norm, rotary, add_dropped)
+    # Attention makes the gradients of queries and keys for those who made them.
+    return Operations(norm, partial(rotary, spend=True), add_dropped)
 
 
 def references() -> Operations:
