@@ -72,6 +72,20 @@ def cut(documents: Sequence[int], size: int) -> tuple[Group, ...]:
     return tuple(groups)
 
 
+def slices(tokens: int, longest: int, size: int) -> tuple[Group, ...]:
+    """Chunks of at most `size` of the tokens that one of several ranks holds: documents go across ranks, and so does attention.
+
+    Args:
+        longest: tokens of the longest document.
+    """
+    pieces = _pieces(tokens, size)
+    starts = [sum(pieces[:i]) for i in range(len(pieces))]
+    return tuple(
+        (Chunk(i, start, start + piece, 0, (piece,), longest, shares=False),)
+        for i, (start, piece) in enumerate(zip(starts, pieces, strict=True))
+    )
+
+
 def _pieces(length: int, size: int) -> list[int]:
     """`length` in as few parts of at most `size` as it takes, as even as alignment lets them be."""
     count = -(-length // size)

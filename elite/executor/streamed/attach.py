@@ -21,15 +21,18 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from elite.attention import windowed
-from elite.chunks import cut
+from elite.chunks import Group, cut, slices
 from elite.data.batches import IGNORE
+from elite.distributed.exchange import Exchange
 from elite.errors import ModelError
 from elite.executor.streamed import choose
 from elite.executor.streamed.functions import loss_sum
+from elite.executor.streamed.rounds import Shared
 from elite.executor.streamed.runner import KernelChoice, Runner
 from elite.executor.streamed.step import Step
 from elite.streamable import reason_against, sliding_window
 from elite.streaming import Place, Streaming, check_layout
+from elite.zigzag import Dealing, share
 
 KERNEL_CACHE = Path("~/.cache/elite").expanduser()
 """Where measured kernel choices are kept."""
@@ -113,6 +116,7 @@ def _loss(
     num_items_in_batch: Tensor | int | None = None,
     documents: Sequence[Sequence[int]] | None = None,
     label_smoothing: float = 0.0,
+    sharing: Exchange | None = None,
     **_unused: Any,  # callers hand on use_cache, return_dict and the like, which change nothing here
 ) -> Tensor:
     """The loss as transformers defines it: the mean over scored tokens, or their sum over `num_items_in_batch`.
@@ -123,15 +127,15 @@ def _loss(
         position_ids: [B, S] or [1, S]; where they do not count on, another document begins, unless documents or a mask say.
         labels: [B, S], not shifted. shift_labels: [B, S], shifted already: the label of a position is the token after it.
         documents: for each row the lengths of its documents, which sum to S.
+        sharing: ranks that hold parts of the same rows: S is this rank's part (elite/zigzag.py), `documents` are those of whole rows, and
+            the loss is this rank's, to be summed over ranks.
     """
     if input_ids is None or input_ids.dim() != 2:
         raise ModelError("a streamed forward pass needs input_ids [batch, tokens]", "pass input_ids, not embeddings")
     rows, length = input_ids.shape
     if documents is None:
         documents = _documents(rows, length, attention_mask, position_ids)
-    for i, row in enumerate(documents):
-        if sum(row) != length:
-            raise ModelError(f"the documents of row {i} have {sum(row)} tokens, the row {length}", "documents= that fill their rows")
+    groups, shared = _cut(runner.layout, documents, length, sharing)
     if position_ids is None:
         position_ids = torch.arange(length, device=runner.device)[None]
     if shift_labels is None:
@@ -143,7 +147,8 @@ def _loss(
         ids=input_ids.to(runner.device).reshape(1, -1),
         positions=position_ids.to(runner.device).expand(rows, length).reshape(1, -1),
         labels=shift_labels.to(runner.device).flatten(),
-        groups=cut([n for row in documents for n in row], runner.layout.chunk),
+        groups=groups,
+        shared=shared,
         trains=torch.is_grad_enabled() and trained,
         label_smoothing=label_smoothing,
         # Drawn from torch's own generator, so that the run's seed decides it.
@@ -155,6 +160,22 @@ def _loss(
     if num_items_in_batch is None:
         return total / (step.labels != IGNORE).sum()
     return total / num_items_in_batch
+
+
+def _cut(
+    layout: Streaming, documents: Sequence[Sequence[int]], length: int, sharing: Exchange | None
+) -> tuple[tuple[Group, ...], Shared | None]:
+    """Chunks of rows of so many tokens, and how they are shared."""
+    lengths = [sum(row) if sharing is None else share(sum(row), sharing.rank, sharing.ranks) for row in documents]
+    for i, found in enumerate(lengths):
+        if found != length:
+            raise ModelError(f"the documents of row {i} have {found} tokens, the row {length}", "documents= that fill their rows")
+    if sharing is None:
+        return cut([n for row in documents for n in row], layout.chunk), None
+    longest = max(n for row in documents for n in row)
+    most = len(documents) * max(share(sum(documents[0]), rank, sharing.ranks) for rank in range(sharing.ranks))
+    dealing = Dealing(tuple(map(tuple, documents)), sharing.ranks, laps=-(-most // layout.block))
+    return slices(len(documents) * length, longest, layout.chunk), Shared(sharing, dealing)
 
 
 def _documents(rows: int, length: int, mask: Tensor | None, positions: Tensor | None) -> list[list[int]]:
