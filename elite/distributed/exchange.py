@@ -68,6 +68,8 @@ class Exchange:
                 yield owner, own if step == 0 else everything[owner].narrow(-3, 0, sizes[owner])
             return
         block = own
+        # Whoever calls may be done with it before the last one is here.
+        del own
         for step in range(self.ranks):
             last = step == self.ranks - 1
             coming = None if last else self._passed_on(block, sizes[(self.rank - step - 1) % self.ranks])
@@ -82,8 +84,9 @@ class Exchange:
             for owner, block in self.blocks(own, sizes):
                 over(owner, block, everything[owner].narrow(-3, 0, sizes[owner]))
             return self._scattered(everything).narrow(-3, 0, own.shape[-3])
-        arriving: _Coming | None = None
-        for owner, block in self.blocks(own, sizes):
+        arriving, coming = None, self.blocks(own, sizes)
+        del own
+        for owner, block in coming:
             sums = torch.zeros_like(block, dtype=wide)
             over(owner, block, sums)
             if arriving is not None:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from elite.distributed.exchange import Exchange
 from elite.distributed.ranks import Ranks
 from elite.distributed.ring import Ring
 from elite.executor.contract import Executor
@@ -71,7 +72,8 @@ def build(
     model = DistributedDataParallel(loaded.model, broadcast_buffers=False) if ranks.world > 1 else loaded.model
     # Validation runs on the bare model: DDP would wait for ranks that have fewer targets.
     if layout is not None:
-        return Executors(StreamedExecutor(model, dtype), StreamedExecutor(loaded.model, dtype), attached)
+        exchange = None if shared is None else Exchange(ranks, shared, dist.new_group())
+        return Executors(StreamedExecutor(model, dtype, exchange), StreamedExecutor(loaded.model, dtype), attached)
     ring = None if shared is None else _ring(shared, device, ranks, cache)
     return Executors(whole(loaded, dtype, model, ring), whole(loaded, dtype), None)
 

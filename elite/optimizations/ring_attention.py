@@ -53,13 +53,13 @@ class RingAttention(Optimization):
             return "one rank has no other to share a sequence with (hardware.gpus)"
         model, window = facts.model, facts.model.sliding_window
         reason = f"a window of {window:,} tokens" if window is not None and window < facts.context else ""
-        reason = reason or model.unstreamable or ("the streamed executor" if facts.executor == "streamed" else "")
+        reason = reason or model.unstreamable or ""
+        if facts.context < 2 * facts.device.count:
+            reason = f"{facts.device.count} ranks take two pieces each of {facts.context} tokens"
         if reason:
             # Sharing decides how many sequences make a step: no run goes on without it as if nothing had been asked.
             problem = f"optimizations.ring_attention: ranks cannot share sequences of {model.name} ({reason})"
-            raise PlanError(
-                problem, "optimizations.ring_attention.enabled=false" if reason != "the streamed executor" else "executor=whole"
-            )
+            raise PlanError(problem, "optimizations.ring_attention.enabled=false")
         return None
 
     def memory(self, step: Step, facts: Facts) -> Step:

@@ -140,9 +140,10 @@ def run(ranks: int, folder: Path, repository: Path, cache: Path, *overrides: str
     return metrics_file.read(made.metrics)
 
 
-def test_a_run_whose_ranks_share_each_sequence_is_the_run_of_one(tmp_path: Path, repository: Path, cache: Path) -> None:
-    alone = run(1, tmp_path / "alone", repository, cache)
-    shared = run(2, tmp_path / "together", repository, cache, *SHARED)
+@pytest.mark.parametrize("executor", ["whole", "streamed"])
+def test_a_run_whose_ranks_share_each_sequence_is_the_run_of_one(executor: str, tmp_path: Path, repository: Path, cache: Path) -> None:
+    alone = run(1, tmp_path / "alone", repository, cache, "executor=whole")
+    shared = run(2, tmp_path / "together", repository, cache, *SHARED, f"executor={executor}", "executor.chunk=48", "executor.block=100")
     for key in ("loss", "val_loss", "val_loss_alone", "grad_norm"):
         of_both = [[line[key] for line in lines if key in line] for lines in (alone, shared)]
         assert of_both[1] == pytest.approx(of_both[0], rel=2e-5) and of_both[0], key
@@ -176,7 +177,7 @@ def test_the_plan_of_shared_sequences() -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (("executor=streamed",), "the streamed executor.*\n.*executor=whole"),
+        (("training.mid_step_checkpoint=true", "executor=streamed", "executor.boundaries=disk"), "cannot be cut off alike"),
         (("optimizations.sliding_window.enabled=true", "optimizations.sliding_window.window=64"), "a window of 64 tokens"),
     ],
 )

@@ -70,6 +70,7 @@ class Rounds:
     """See the module's docstring.
 
     Args:
+        transfers: of the step, with nothing asked for ahead while ranks meet.
         choose: the kernel for a shape of attention.
         beat: told before each block.
     """
@@ -78,12 +79,13 @@ class Rounds:
         self,
         layout: Streaming,
         allocator: Allocator,
+        transfers: Transfers,
         device: torch.device,
         choose: Callable[[AttentionShape], Kernel],
         beat: Callable[[str], object],
     ) -> None:
-        self._layout, self._allocator, self._device, self._choose, self._beat = layout, allocator, device, choose, beat
-        self._transfers = Transfers(device, layout.chunk, allocator.disk)
+        self._layout, self._allocator, self._transfers, self._device = layout, allocator, transfers, device
+        self._choose, self._beat = choose, beat
         self._kinds: dict[str, _Kind] = {}
         self._shared: Shared
         self._chunks: Sequence[Chunk] = ()
@@ -95,7 +97,6 @@ class Rounds:
     def begin(self, shared: Shared, chunks: Sequence[Chunk]) -> None:
         """Take up a step's rows; `chunks` are of this rank's tokens."""
         self._shared, self._chunks = shared, chunks
-        self._transfers.reset()
         self.holds = None
 
     def put(self, chunk: Chunk, work: Work) -> None:

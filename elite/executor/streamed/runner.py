@@ -224,7 +224,7 @@ class Runner:
         self.weights.undo()
 
     def _new_rounds(self) -> Rounds:
-        return Rounds(self.layout, self.allocator, self.device, self._choose, lambda words: self.beat(words))
+        return Rounds(self.layout, self.allocator, self.transfers, self.device, self._choose, lambda words: self.beat(words))
 
     def run(self, step: Step, sweeps: Sequence[Sweep], after: Sweep | None, totals: dict[int, GradientSum]) -> None:
         """Carry sweeps out one after another.
