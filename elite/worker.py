@@ -185,7 +185,7 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter, be
             *(store, config.data, tier.context, config.training.sequences, config.seed, run.packed, ranks.rank, ranks.world, course),
             sharing=run.facts.sharing,
         ),
-        validator=Validator(executors.validation, *_held_out(run, store), ranks, beat),
+        validator=Validator(executors.validation, *_held_out(run, store), ranks, beat, shared is not None),
         meter=meter,
         ranks=ranks,
         checkpoints=run.folder.checkpoints,

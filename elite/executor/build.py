@@ -58,7 +58,7 @@ def build(
         device: what is emulated decides which attention kernels may run.
         ranks: this process among all; gradients are exchanged by DDP if there are several.
         cache: folder where kernel choices are remembered.
-        shared: how ranks exchange keys and values of the sequences that they share in training; None: each has its own.
+        shared: how ranks exchange keys and values of the sequences that they share; None: each has its own.
     """
     attached = None
     if layout is not None:
@@ -73,14 +73,14 @@ def build(
     # Validation runs on the bare model: DDP would wait for ranks that have fewer targets.
     if layout is not None:
         exchange = None if shared is None else Exchange(ranks, shared, dist.new_group())
-        return Executors(StreamedExecutor(model, dtype, exchange), StreamedExecutor(loaded.model, dtype), attached)
+        return Executors(StreamedExecutor(model, dtype, exchange), StreamedExecutor(loaded.model, dtype, exchange), attached)
     ring = None if shared is None else _ring(shared, device, ranks, cache)
-    return Executors(whole(loaded, dtype, model, ring), whole(loaded, dtype), None)
+    return Executors(whole(loaded, dtype, model, ring), whole(loaded, dtype, sharing=ring), None)
 
 
-def whole(loaded: LoadedModel, dtype: torch.dtype, wrapped: torch.nn.Module | None = None, ring: Ring | None = None) -> WholeExecutor:
+def whole(loaded: LoadedModel, dtype: torch.dtype, wrapped: torch.nn.Module | None = None, sharing: Ring | None = None) -> WholeExecutor:
     """The whole executor around a loaded model, or around what wraps it."""
-    return WholeExecutor(loaded.model if wrapped is None else wrapped, dtype, FusedLoss.name in loaded.applied, ring)
+    return WholeExecutor(loaded.model if wrapped is None else wrapped, dtype, FusedLoss.name in loaded.applied, sharing)
 
 
 def _ring(variant: Variant, device: Device, ranks: Ranks, cache: Path) -> Ring:

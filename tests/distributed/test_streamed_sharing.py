@@ -11,23 +11,28 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from elite.attention import DOCUMENT_SDPA
-from elite.data.batches import Batch, random_batch
+from elite.data.batches import IGNORE, Batch, random_batch
 from elite.distributed.exchange import Exchange
 from elite.distributed.ranks import Ranks
+from elite.distributed.ring import Ring
 from elite.executor.streamed.attach import attach
 from elite.executor.streamed.executor import StreamedExecutor
 from elite.executor.streamed.kernels import KERNELS
 from elite.executor.streamed.math_kernel import Math
 from elite.executor.whole import WholeExecutor
+from elite.model import apply_stage
 from elite.optimizations import decide
+from elite.optimizations.contract import Stage
 from elite.optimizations.ring_attention import Variant
 from elite.plan.streamed import StreamedMemory
 from elite.streaming import Keep, Place, Streaming
 from elite.training.live_bytes import LiveBytes
 from elite.training.step import accumulate, make_scaler
+from elite.training.validation import Validator
 from tests.distributed.forked import together
 from tests.distributed.test_sharing import WINDOWS
 from tests.models import tiny
+from tests.optimizations.test_all import only
 from tests.plan.helpers import switches
 from tests.plan.steps import Case, as_on_cuda, built, decisions_of, facts_of, tensors
 from tests.test_attention import row
@@ -82,6 +87,42 @@ def test_loss_and_gradients_are_one_ranks(kind: str, count: int, cases: Collecti
             for name, gradient in of_parameters.items():
                 error = (found[case][1][name] - gradient).norm().item()
                 assert error <= max(1e-5 * gradient.norm().item(), 1e-7 * most), (rank, case, name)
+
+
+def held_out() -> list[Batch]:
+    """Rows of which the end is scored, one of them too short to be shared."""
+    found = [row(53), row(40, seed=2), row(7, seed=3)]
+    for batch in found:
+        batch.labels[:, : -min(10, batch.context - 2)] = IGNORE
+    return found
+
+
+def validated(ranks: Ranks, folder: Path) -> dict[str, tuple[float, int]]:
+    """The mean loss under each executor, and the tokens of the longest pass."""
+    found = {}
+    for name in ("whole", "whole, fused loss", "streamed"):
+        model: Any = tiny("llama", DOCUMENT_SDPA)
+        sharing: Any = None
+        if name == "streamed":
+            attach(model, SMALL, choice=lambda shape: KERNELS["math"])
+            sharing = Exchange(ranks) if ranks.world > 1 else None
+            executor: Any = StreamedExecutor(model, torch.float32, sharing)
+        else:
+            if name != "whole":
+                apply_stage(Stage.executor, only("fused_loss"), model)
+            sharing = Ring(ranks, lambda shape: KERNELS["math"]) if ranks.world > 1 else None
+            executor = WholeExecutor(model, torch.float32, name != "whole", sharing)
+        validator = Validator(executor, held_out(), held_out()[1:], ranks, shares=sharing is not None)
+        found[name] = validator()["val_loss"], validator.longest
+    return found
+
+
+def test_validation_is_shared_and_one_ranks(tmp_path: Path) -> None:
+    expected = validated(ALONE, tmp_path)
+    for found in together(tmp_path, 4, validated):
+        for name, (loss, longest) in expected.items():
+            assert found[name][0] == pytest.approx(loss, rel=1e-5), name
+            assert longest == 53 and found[name][1] <= 15, "no rank holds a whole row"
 
 
 MEASURED = Case("llama", ("mixed_precision", "fused_lora", "ring_attention"), cuda=True, tokens=512, vocab=64, mlp=0.5)
