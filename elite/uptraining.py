@@ -43,7 +43,7 @@ def losses_before(run: Run, with_context: Sequence[Batch], alone: Sequence[Batch
     loaded = load(run.config, decisions, run.dtype, run.ranks.device, streams_weights(run.layout))
     shared = active_variant(run.decisions)
     executors = build(loaded, run.layout, run.dtype, run.device, run.ranks, Path(run.config.output.cache).expanduser(), shared)
-    found = Validator(executors.validation, with_context, alone, run.ranks, shares=shared is not None)()
+    found = Validator(executors.validation, with_context, alone, run.ranks, sharing=executors.sharing)()
     if run.ranks.is_main:
         file.write_text(json.dumps(found, indent=2))
     del loaded, executors

@@ -77,6 +77,11 @@ class Dealing:
         """What a rank holds of all rows."""
         return len(self.documents) * share(sum(self.documents[0]), rank, self.ranks)
 
+    def position(self, rank: int, token: int) -> int:
+        """Where in its row one of a rank's tokens is."""
+        early, late = held(sum(self.documents[0]), rank, self.ranks)
+        return (*early, *late)[token % (len(early) + len(late))]
+
     def parts(self, rank: int, lap: int) -> list[slice]:
         """Which of a rank's tokens, one row's after another's, come round in a lap.
 

@@ -34,6 +34,8 @@ class Executors:
     training: Executor
     validation: Executor
     attached: Attached | None
+    sharing: Exchange | None = None
+    """What brings both the keys and values of batches that ranks share; None where each has its own."""
 
 
 def streams_weights(layout: Streaming | None) -> bool:
@@ -73,9 +75,10 @@ def build(
     # Validation runs on the bare model: DDP would wait for ranks that have fewer targets.
     if layout is not None:
         exchange = None if shared is None else Exchange(ranks, shared, dist.new_group())
-        return Executors(StreamedExecutor(model, dtype, exchange), StreamedExecutor(loaded.model, dtype, exchange), attached)
-    ring = None if shared is None else _ring(shared, device, ranks, cache)
-    return Executors(whole(loaded, dtype, model, ring), whole(loaded, dtype, sharing=ring), None)
+        return Executors(StreamedExecutor(model, dtype, exchange), StreamedExecutor(loaded.model, dtype, exchange), attached, exchange)
+    # Groups of their own: gradients are exchanged by DDP meanwhile.
+    sharing = None if shared is None else ring(shared, device, ranks, cache, dist.new_group())
+    return Executors(whole(loaded, dtype, model, sharing), whole(loaded, dtype, sharing=sharing), None, sharing)
 
 
 def whole(loaded: LoadedModel, dtype: torch.dtype, wrapped: torch.nn.Module | None = None, sharing: Ring | None = None) -> WholeExecutor:
@@ -83,12 +86,13 @@ def whole(loaded: LoadedModel, dtype: torch.dtype, wrapped: torch.nn.Module | No
     return WholeExecutor(loaded.model if wrapped is None else wrapped, dtype, FusedLoss.name in loaded.applied, sharing)
 
 
-def _ring(variant: Variant, device: Device, ranks: Ranks, cache: Path) -> Ring:
+def ring(variant: Variant, device: Device, ranks: Ranks, cache: Path, group: dist.ProcessGroup | None = None) -> Ring:
+    """Attention between all ranks, with the fastest kernel here; `group` as in `Exchange`."""
+
     def choice(shape: AttentionShape) -> Kernel:
         return fastest(shape, ranks.device, cache, RING_TILE, RING_TILE, kernels_of(device))
 
-    # A group of its own: gradients are exchanged by DDP meanwhile.
-    return Ring(ranks, choice, variant, dist.new_group())
+    return Ring(ranks, choice, variant, group)
 
 
 def kernels_of(device: Device) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from elite.data.batches import IGNORE, Batch
+from elite.distributed.exchange import Exchange
 from elite.distributed.ranks import Ranks
 from elite.distributed.watchdog import Beat, no_beat
 from elite.executor.contract import Executor
@@ -19,7 +20,7 @@ class Validator:
         with_context: one row each: repository, then target; labels on the target only.
         alone: the same targets without what stands before them.
         beat: told before each row.
-        shares: all ranks carry each row together, as they do in training; `executor` brings them each other's keys.
+        sharing: brings the keys and values of rows that ranks share; unset: each has its own rows.
     """
 
     executor: Executor
@@ -27,7 +28,7 @@ class Validator:
     alone: Sequence[Batch]
     ranks: Ranks
     beat: Beat = no_beat
-    shares: bool = False
+    sharing: Exchange | None = None
 
     @property
     def longest(self) -> int:
@@ -56,9 +57,9 @@ class Validator:
         return self.ranks.sum(total) / self.ranks.sum(float(tokens))
 
     def _mine(self, batches: Sequence[Batch]) -> list[Batch]:
-        """What this rank scores: its part of rows that ranks share, and every so many-th of the others."""
+        """What this rank scores: its part of each row, where ranks share them; every so many-th of the others."""
         rank, world = self.ranks.rank, self.ranks.world
         # Each rank holds two pieces of a row.
-        shared = [batch for batch in batches if self.shares and batch.context >= 2 * world]
+        shared = [batch for batch in batches if self.sharing is not None and batch.context >= 2 * world]
         others = [batch for batch in batches if batch not in shared]
         return [*(batch.shared(rank, world) for batch in shared), *others[rank::world]]

@@ -21,18 +21,16 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from elite.attention import windowed
-from elite.chunks import Group, cut, slices
 from elite.data.batches import IGNORE
 from elite.distributed.exchange import Exchange
 from elite.errors import ModelError
 from elite.executor.streamed import choose
 from elite.executor.streamed.functions import loss_sum
-from elite.executor.streamed.rounds import Shared
+from elite.executor.streamed.rounds import cut_rows
 from elite.executor.streamed.runner import KernelChoice, Runner
 from elite.executor.streamed.step import Step
 from elite.streamable import reason_against, sliding_window
 from elite.streaming import Place, Streaming, check_layout
-from elite.zigzag import Dealing, share
 
 KERNEL_CACHE = Path("~/.cache/elite").expanduser()
 """Where measured kernel choices are kept."""
@@ -135,7 +133,7 @@ def _loss(
     rows, length = input_ids.shape
     if documents is None:
         documents = _documents(rows, length, attention_mask, position_ids)
-    groups, shared = _cut(runner.layout, documents, length, sharing)
+    groups, shared = cut_rows(runner.layout, documents, length, sharing)
     if position_ids is None:
         position_ids = torch.arange(length, device=runner.device)[None]
     if shift_labels is None:
@@ -160,22 +158,6 @@ def _loss(
     if num_items_in_batch is None:
         return total / (step.labels != IGNORE).sum()
     return total / num_items_in_batch
-
-
-def _cut(
-    layout: Streaming, documents: Sequence[Sequence[int]], length: int, sharing: Exchange | None
-) -> tuple[tuple[Group, ...], Shared | None]:
-    """Chunks of rows of so many tokens, and how they are shared."""
-    lengths = [sum(row) if sharing is None else share(sum(row), sharing.rank, sharing.ranks) for row in documents]
-    for i, found in enumerate(lengths):
-        if found != length:
-            raise ModelError(f"the documents of row {i} have {found} tokens, the row {length}", "documents= that fill their rows")
-    if sharing is None:
-        return cut([n for row in documents for n in row], layout.chunk), None
-    longest = max(n for row in documents for n in row)
-    most = len(documents) * max(share(sum(documents[0]), rank, sharing.ranks) for rank in range(sharing.ranks))
-    dealing = Dealing(tuple(map(tuple, documents)), sharing.ranks, laps=-(-most // layout.block))
-    return slices(len(documents) * length, longest, layout.chunk), Shared(sharing, dealing)
 
 
 def _documents(rows: int, length: int, mask: Tensor | None, positions: Tensor | None) -> list[list[int]]:

@@ -29,15 +29,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elite.chunks import Chunk
+from elite.chunks import Chunk, Group, cut, slices
 from elite.distributed.exchange import Exchange
+from elite.errors import ModelError
 from elite.executor.streamed.attention import Work
 from elite.executor.streamed.kernels import AttentionShape, Kernel, group_sum, merge
 from elite.executor.streamed.keys_values import token_range
 from elite.executor.streamed.rows import Allocator, Rows
 from elite.executor.streamed.transfers import Fields, Transfers
 from elite.streaming import Place, Streaming
-from elite.zigzag import Dealing, Seen, seen
+from elite.zigzag import Dealing, Seen, seen, share
 
 
 @dataclass(frozen=True)
@@ -88,15 +89,14 @@ class Rounds:
         self._choose, self._beat = choose, beat
         self._kinds: dict[str, _Kind] = {}
         self._shared: Shared
-        self._chunks: Sequence[Chunk] = ()
         self._kernel: Kernel
         self._scale = 1.0
         self.holds: int | None = None
         """The layer whose attended queries, keys, values and outputs these are."""
 
-    def begin(self, shared: Shared, chunks: Sequence[Chunk]) -> None:
-        """Take up a step's rows; `chunks` are of this rank's tokens."""
-        self._shared, self._chunks = shared, chunks
+    def begin(self, shared: Shared) -> None:
+        """Take up a step's rows."""
+        self._shared = shared
         self.holds = None
 
     def put(self, chunk: Chunk, work: Work) -> None:
@@ -113,18 +113,18 @@ class Rounds:
         """Keep the gradient of a chunk's attended output [n, H, D]."""
         self._write("do", chunk, do)
 
-    def attend(self, layer: int) -> None:
-        """Outputs of all chunks, once all are projected. All ranks meet here."""
+    def attend(self, layer: int, chunks: Sequence[Chunk]) -> None:
+        """Outputs of this rank's chunks, once all are projected. All ranks meet here."""
         dealing, first = self._shared.dealing, True
         for lap in range(dealing.laps):
             for owner, block in self._shared.exchange.blocks(self._block(lap), dealing.sizes(lap)):
                 self._beat(f"keys of rank {owner} in layer {layer}")
-                self._attend_block(lap, owner, block, first)
+                self._attend_block(lap, owner, block, chunks, first)
                 first = False
         self.holds = layer
 
-    def descend(self, layer: int, outputs: Outputs) -> None:
-        """Gradients of all chunks' queries, keys and values, once those of their outputs are known. All ranks meet here."""
+    def descend(self, layer: int, chunks: Sequence[Chunk], outputs: Outputs) -> None:
+        """Gradients of queries, keys and values, once those of this rank's chunks' outputs are known. All ranks meet here."""
         self.holds = None
         dealing, first = self._shared.dealing, True
         wide = self._kinds["dq"].dtype
@@ -133,7 +133,7 @@ class Rounds:
             def over(owner: int, block: Tensor, sums: Tensor, lap: int = lap) -> None:
                 nonlocal first
                 self._beat(f"gradients of rank {owner}'s keys in layer {layer}")
-                self._descend_block(lap, owner, block, sums, outputs, first)
+                self._descend_block(lap, owner, block, sums, chunks, outputs, first)
                 first = False
 
             sums = self._shared.exchange.summed(self._block(lap), dealing.sizes(lap), over, wide)
@@ -165,10 +165,10 @@ class Rounds:
         dk, dv = of_keys
         return self._typed("dq", data).to(self._kinds["q"].dtype), dk, dv
 
-    def _attend_block(self, lap: int, owner: int, block: Tensor, first: bool) -> None:
+    def _attend_block(self, lap: int, owner: int, block: Tensor, chunks: Sequence[Chunk], first: bool) -> None:
         """Merge a block's part into the outputs of the chunks that see it; the first one begins the outputs of all."""
         fields = {"q": self._rows("q")} | ({} if first else self.outputs.rows)
-        for chunk, data, pairs in self._seeing(lap, owner, fields, first):
+        for chunk, data, pairs in self._seeing(lap, owner, chunks, fields, first):
             q = self._typed("q", data)
             if first:
                 o = torch.zeros(q.shape, dtype=self._kinds["o"].dtype, device=self._device)
@@ -182,10 +182,12 @@ class Rounds:
             self._write("o", chunk, o)
             self._write("lse", chunk, lse.t())
 
-    def _descend_block(self, lap: int, owner: int, block: Tensor, sums: Tensor, outputs: Outputs, first: bool) -> None:
+    def _descend_block(
+        self, lap: int, owner: int, block: Tensor, sums: Tensor, chunks: Sequence[Chunk], outputs: Outputs, first: bool
+    ) -> None:
         """Add a block's part to dQ of the chunks that see it, and theirs to its own `sums`; the first one begins dQ of all."""
         fields = {kind: self._rows(kind) for kind in (("q", "do") if first else ("q", "do", "dq"))} | outputs.rows
-        for chunk, data, pairs in self._seeing(lap, owner, fields, first):
+        for chunk, data, pairs in self._seeing(lap, owner, chunks, fields, first):
             q, do, (o, lse) = self._typed("q", data), self._typed("do", data), outputs.decode(data)
             dq = torch.zeros(q.shape, dtype=self._kinds["dq"].dtype, device=self._device) if first else self._typed("dq", data).clone()
             for pair in pairs:
@@ -199,13 +201,12 @@ class Rounds:
             self._write("dq", chunk, dq)
 
     def _seeing(
-        self, lap: int, owner: int, fields: Fields, all_chunks: bool
+        self, lap: int, owner: int, chunks: Sequence[Chunk], fields: Fields, every: bool
     ) -> Iterator[tuple[Chunk, dict[str, Tensor], tuple[Seen, ...]]]:
-        """Chunks that see a block, or all, each with its rows and with what it sees."""
+        """Chunks that see a block, or every one, each with its rows and with what it sees."""
         rank, dealing = self._shared.exchange.rank, self._shared.dealing
-        pairs = {chunk: seen(dealing, rank, chunk.start, chunk.stop, owner, lap) for chunk in self._chunks}
-        order = [chunk for chunk in self._chunks if all_chunks or pairs[chunk]]
-        for chunk, data in self._transfers.read(order, fields):
+        pairs = {chunk: seen(dealing, rank, chunk.start, chunk.stop, owner, lap) for chunk in chunks}
+        for chunk, data in self._transfers.read([chunk for chunk in chunks if every or pairs[chunk]], fields):
             yield chunk, data, pairs[chunk]
 
     def _block(self, lap: int) -> Tensor:
@@ -240,3 +241,28 @@ class Rounds:
 
     def _write(self, kind: str, chunk: Chunk, tensor: Tensor) -> None:
         self._transfers.write(kind, self._rows(kind), chunk, tensor.flatten(1).contiguous().view(torch.uint8))
+
+
+def cut_rows(
+    layout: Streaming, documents: Sequence[Sequence[int]], length: int, exchange: Exchange | None
+) -> tuple[tuple[Group, ...], Shared | None]:
+    """Chunks of rows of so many tokens, and how the rows are shared.
+
+    Args:
+        documents: of whole rows.
+        exchange: of the ranks that hold parts of them; None: this one has all.
+
+    Raises:
+        ModelError: documents do not fill the rows.
+    """
+    lengths = [sum(row) if exchange is None else share(sum(row), exchange.rank, exchange.ranks) for row in documents]
+    for i, found in enumerate(lengths):
+        if found != length:
+            raise ModelError(f"the documents of row {i} have {found} tokens, the row {length}", "documents= that fill their rows")
+    if exchange is None:
+        return cut([n for row in documents for n in row], layout.chunk), None
+    longest = max(n for row in documents for n in row)
+    most = max(share(sum(documents[0]), rank, exchange.ranks) for rank in range(exchange.ranks))
+    dealing = Dealing(tuple(map(tuple, documents)), exchange.ranks, laps=-(-len(documents) * most // layout.block))
+    groups = slices(len(documents) * length, longest, layout.chunk, lambda token: dealing.position(exchange.rank, token))
+    return groups, Shared(exchange, dealing)

@@ -26,9 +26,9 @@ from elite.executor.streamed.math_kernel import MATH
 from elite.executor.streamed.rounds import Outputs, Rounds
 from elite.executor.streamed.rows import Allocator, Rows
 from elite.executor.streamed.stem import Stem
-from elite.executor.streamed.step import GradientSum, Step
+from elite.executor.streamed.step import GradientSum, Step, in_parts
 from elite.executor.streamed.store import Boundary, Store
-from elite.executor.streamed.sweeps import Sweep, across_ranks, backward_sweeps, forward_sweep
+from elite.executor.streamed.sweeps import Sweep, backward_sweeps, forward_sweep
 from elite.executor.streamed.transfers import Fields, Transfers
 from elite.executor.streamed.weights import ResidentWeights, StreamedWeights
 from elite.optimizations.functions.hooks import hooks_aside
@@ -105,7 +105,7 @@ class Runner:
         if step.trains:
             self.store.prepare()
         if step.shared is not None:
-            self._rounds.begin(step.shared, step.order)
+            self._rounds.begin(step.shared)
 
     def take_up(self, step: Step, state: dict[str, Any]) -> None:
         """Go on with the rows of a step that was cut off after its embedding."""
@@ -145,10 +145,10 @@ class Runner:
 
     def forward(self, step: Step, layers: range) -> None:
         """The first sweep of these layers."""
-        sweeps = self._as_shared(step, [forward_sweep(self.store, layer, step.groups, step.trains) for layer in layers])
+        sweeps = in_parts(step, [forward_sweep(self.store, layer, step.groups, step.trains) for layer in layers])
         following = layers.stop
         after = forward_sweep(self.store, following, step.groups, step.trains) if following < len(self.layers) else None
-        after = None if after is None else self._as_shared(step, [after])[0]
+        after = None if after is None else in_parts(step, [after])[0]
         with torch.no_grad():
             self.run(step, sweeps, after, {})
 
@@ -156,11 +156,11 @@ class Runner:
         """Gradients of one segment's parameters; the gradient of its input replaces that of its output."""
         if segment == self.store.segments - 1 or step.record is not None:
             self.find_unread(step)
-        sweeps = self._as_shared(step, backward_sweeps(self.store, segment, step.groups))
+        sweeps = in_parts(step, backward_sweeps(self.store, segment, step.groups))
         if self._at_hand(sweeps[0]):
             # The forward pass has just left it there.
             sweeps = sweeps[1:]
-        after = self._as_shared(step, backward_sweeps(self.store, segment - 1, step.groups))[0] if segment else None
+        after = in_parts(step, backward_sweeps(self.store, segment - 1, step.groups))[0] if segment else None
         totals = {sweep.layer: GradientSum(self.layer_parameters[sweep.layer]) for sweep in sweeps}
         with torch.no_grad():
             self.run(step, sweeps, after, totals)
@@ -246,9 +246,9 @@ class Runner:
                 if following is not None and self._takes_over(sweep, following):
                     self._keys_values.holds = following.document
                 if sweep.phase is Phase.project:
-                    self._rounds.attend(sweep.layer)
+                    self._rounds.attend(sweep.layer, sweep.chunks)
                 elif sweep.phase is Phase.above:
-                    self._rounds.descend(sweep.layer, self._outputs(sweep))
+                    self._rounds.descend(sweep.layer, sweep.chunks, self._outputs(sweep))
 
     def _prepare_keys(self, sweep: Sweep) -> None:
         """Have a document's keys and values at hand for its backward."""
@@ -266,9 +266,6 @@ class Runner:
     def _takes_over(self, sweep: Sweep, following: Sweep) -> bool:
         """Whether the next layer's keys and values may take the place of this one's, chunk by chunk: later chunks need them no more."""
         return self.store.keeps_keys and sweep.phase is Phase.backward and sweep.chunks[0].shares and following.chunks == sweep.chunks
-
-    def _as_shared(self, step: Step, sweeps: list[Sweep]) -> list[Sweep]:
-        return sweeps if step.shared is None else list(across_ranks(sweeps))
 
     def _at_hand(self, sweep: Sweep) -> bool:
         """Whether the last pass has left what a sweep would compute again."""

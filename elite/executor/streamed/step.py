@@ -14,7 +14,7 @@ from elite.executor.streamed.files import raw
 from elite.executor.streamed.journal import Pass
 from elite.executor.streamed.rounds import Shared
 from elite.executor.streamed.stem import Positions
-from elite.executor.streamed.sweeps import in_order
+from elite.executor.streamed.sweeps import Sweep, across_ranks, in_order
 
 
 @dataclass
@@ -71,6 +71,11 @@ class Step:
     def part(self, chunk: Chunk) -> Positions:
         """A chunk's tokens and positions."""
         return Positions(chunk.index, self.ids[:, chunk.start : chunk.stop], self.positions[:, chunk.start : chunk.stop])
+
+
+def in_parts(step: Step, sweeps: list[Sweep]) -> list[Sweep]:
+    """A step's sweeps as they are carried out: in parts where ranks share its rows."""
+    return sweeps if step.shared is None else list(across_ranks(sweeps))
 
 
 class GradientSum:
