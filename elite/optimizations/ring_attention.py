@@ -5,7 +5,7 @@ How:    rows are dealt zigzag (elite/zigzag.py), labels and positions with them.
         attention is at work (`ring`), or come all at once (`all_gather`: fewer, larger messages, for few key/value heads); partial results
         are merged by their log-sum-exp (elite/distributed/ring.py; under the streamed executor elite/executor/streamed/rounds.py). The
         loss is a mean over the label tokens of all ranks. Ranks do not divide the batch among them then. Validation is shared, too;
-        generation is not, and before the first step each rank tries its part alone.
+        generation and the losses that order a curriculum are not, and before the first step each rank tries its part alone.
 Memory: everything that grows with the context is divided by R. Attention holds besides: forward the output in fp32 and a block of keys
         and values, backward dQ in fp32, a block and two blocks of gradients in fp32; with all_gather R blocks of each. Under the
         streamed executor: elite/plan/across.py.
