@@ -4,7 +4,7 @@ A batch is one flat row of T = B·S tokens. A document longer than a chunk is cu
 ones are collected whole, so that a chunk lies inside one document or holds whole documents.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -21,7 +21,7 @@ class Chunk:
     """First token in the flat row."""
     stop: int
     offset: int
-    """Tokens of the same document before `start`."""
+    """Tokens of the same document before `start`; of the row, where ranks share it."""
     documents: tuple[int, ...]
     """Lengths of the parts of documents in it; more than one only if each is a whole document."""
     longest: int
@@ -70,6 +70,21 @@ def cut(documents: Sequence[int], size: int) -> tuple[Group, ...]:
         position, index = position + length, index + len(pieces)
     collect()
     return tuple(groups)
+
+
+def slices(tokens: int, longest: int, size: int, position: Callable[[int], int]) -> tuple[Group, ...]:
+    """Chunks of at most `size` of the tokens that one of several ranks holds: documents go across ranks, and so does attention.
+
+    Args:
+        longest: tokens of the longest document.
+        position: where in its row one of the rank's tokens is.
+    """
+    pieces = _pieces(tokens, size)
+    starts = [sum(pieces[:i]) for i in range(len(pieces))]
+    return tuple(
+        (Chunk(i, start, start + piece, position(start), (piece,), longest, shares=False),)
+        for i, (start, piece) in enumerate(zip(starts, pieces, strict=True))
+    )
 
 
 def _pieces(length: int, size: int) -> list[int]:

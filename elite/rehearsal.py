@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,11 +10,13 @@ import torch
 from elite import checkpoint
 from elite.config import Executor as ExecutorName
 from elite.console import console
-from elite.executor.build import whole
+from elite.distributed.exchange import Exchange
+from elite.executor.build import Executors, ring, whole
 from elite.executor.contract import Executor
 from elite.executor.streamed.attach import Attached
 from elite.facts import Corpus
 from elite.model import LoadedModel
+from elite.optimizations.ring_attention import active_variant
 from elite.plan import make_plan
 from elite.plan.batch import sequences_of_a_rank
 from elite.plan.memory import averages
@@ -38,7 +41,9 @@ def micro_batch_found(run: Run, loaded: LoadedModel) -> Run:
     most = sequences_of_a_rank(run.config, run.device)
     # DDP, which comes later, keeps a second copy of the gradients; so do averages, one each of the weights.
     copies = sum(p.nbytes for p in loaded.trainable) * ((1 if run.ranks.world > 1 else 0) + averages(run.decisions))
-    subject = _subject(run, loaded, whole(loaded, run.dtype), run.plan["memory"]["optimizer_state"] + copies)
+    variant = active_variant(run.decisions)
+    sharing = None if variant is None else ring(variant, run.device, run.ranks, Path(run.config.output.cache).expanduser())
+    subject = _subject(run, loaded, whole(loaded, run.dtype, sharing=sharing), run.plan["memory"]["optimizer_state"] + copies, sharing)
 
     def probe(sequences: int) -> Any:
         return attempt(subject, sequences, one_pass(subject, sequences), gradients=sequences < most)
@@ -90,7 +95,7 @@ def checked(run: Run, loaded: LoadedModel, trainer: Trainer, attached: Attached 
     if ranks.device.type != "cuda":
         # Where nobody counts what is allocated, averages are known by name alone.
         held += sum(p.nbytes for p in loaded.trainable) * averages(run.decisions)
-    mine = preflight(_subject(run, loaded, trainer.validator.executor, held), attached, run.plan)
+    mine = preflight(_subject(run, loaded, trainer.validator.executor, held, trainer.validator.sharing), attached, run.plan)
     found = Preflight(
         planned_bytes=mine.planned_bytes,
         measured_bytes=ranks.max(mine.measured_bytes),
@@ -114,13 +119,10 @@ def checked(run: Run, loaded: LoadedModel, trainer: Trainer, attached: Attached 
         )
 
 
-def warm(run: Run, loaded: LoadedModel, executor: Executor) -> float:
-    """Carry a pass of the run's shape through, so that what the first use of a kernel takes is spent; its seconds.
-
-    Args:
-        executor: around the bare model, as validation's is.
-    """
-    return rehearse(_subject(run, loaded, executor, 0.0), run.plan["micro_batch"])
+def warm(run: Run, loaded: LoadedModel, executors: Executors) -> float:
+    """Carry a pass of the run's shape through, so that what the first use of a kernel takes is spent; its seconds."""
+    # Validation's is around the bare model.
+    return rehearse(_subject(run, loaded, executors.validation, 0.0, executors.sharing), run.plan["micro_batch"])
 
 
 def shortage(run: Run, found: Actual, step: int, when: str = "") -> MemoryShortage:
@@ -147,17 +149,17 @@ def shortage(run: Run, found: Actual, step: int, when: str = "") -> MemoryShorta
     return error
 
 
-def _subject(run: Run, loaded: LoadedModel, executor: Executor, held_bytes: float) -> Subject:
+def _subject(run: Run, loaded: LoadedModel, executor: Executor, held_bytes: float, sharing: Exchange | None) -> Subject:
     usable = run.device.memory_usable_bytes
     return Subject(
         executor=executor,
         compute_dtype=run.dtype,
         trainable=loaded.trainable,
         vocab=int(loaded.core.config.get_text_config().vocab_size),
-        # Alone with its part of a sequence that ranks share: others may fail and leave it waiting.
-        context=run.config.tier.context // run.facts.sharing,
+        context=run.config.tier.context,
         device=run.ranks.device,
         # On a CPU only tensors are counted: what else the process takes needs the headroom.
         limit_bytes=usable if run.device.kind == "cuda" else usable * (1 - run.config.plan.headroom_fraction),
         held_bytes=held_bytes,
+        sharing=sharing,
     )

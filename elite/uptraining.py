@@ -16,6 +16,7 @@ from elite.executor.build import build, streams_weights
 from elite.jsonfile import read_object
 from elite.model import load
 from elite.optimizations.gqa_conversion import GQAConversion
+from elite.optimizations.ring_attention import active_variant
 from elite.prepared import Run
 from elite.training.loop import Progress
 from elite.training.validation import Validator
@@ -40,8 +41,9 @@ def losses_before(run: Run, with_context: Sequence[Batch], alone: Sequence[Batch
     # Random weights are drawn as they will be for the run itself.
     torch.manual_seed(run.config.seed)
     loaded = load(run.config, decisions, run.dtype, run.ranks.device, streams_weights(run.layout))
-    executors = build(loaded, run.layout, run.dtype, run.device, run.ranks, Path(run.config.output.cache).expanduser())
-    found = Validator(executors.validation, with_context, alone, run.ranks)()
+    shared = active_variant(run.decisions)
+    executors = build(loaded, run.layout, run.dtype, run.device, run.ranks, Path(run.config.output.cache).expanduser(), shared)
+    found = Validator(executors.validation, with_context, alone, run.ranks, sharing=executors.sharing)()
     if run.ranks.is_main:
         file.write_text(json.dumps(found, indent=2))
     del loaded, executors

@@ -170,7 +170,7 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter, be
     hooks, of_loop = loop_hooks(
         *(config, run.decisions, executors.training, optimizer, loaded.trainable, steps, ranks.device),
         # Under DDP a rank that fails would leave the others waiting.
-        rehearse=lambda: rehearsal.warm(run, loaded, executors.validation),
+        rehearse=lambda: rehearsal.warm(run, loaded, executors),
     )
     trainer = Trainer(
         config=config.training,
@@ -185,7 +185,7 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter, be
             *(store, config.data, tier.context, config.training.sequences, config.seed, run.packed, ranks.rank, ranks.world, course),
             sharing=run.facts.sharing,
         ),
-        validator=Validator(executors.validation, *_held_out(run, store), ranks, beat),
+        validator=Validator(executors.validation, *_held_out(run, store), ranks, beat, executors.sharing),
         meter=meter,
         ranks=ranks,
         checkpoints=run.folder.checkpoints,

@@ -69,7 +69,7 @@ def _swept(run: Run, store: TokenStore) -> tuple[Run, Sweep]:
 
     hooks, _ = loop_hooks(
         *(config, run.decisions, executors.training, optimizer, loaded.trainable, config.lr_range.steps, ranks.device),
-        rehearse=lambda: rehearsal.warm(run, loaded, executors.validation),
+        rehearse=lambda: rehearsal.warm(run, loaded, executors),
     )
     for hook in hooks:
         hook.begin()

@@ -7,16 +7,10 @@ of keys and values are summed in fp32 (fp64 in fp64) on their way home. Only key
 Packed documents need no mask: each rank knows the lengths of all, and attends runs of one document to runs of the same; what no query of
 its own sees is not computed.
 
-Bytes that a rank sends for one layer, with n tokens a rank (the longest, where they differ, for all_gather), B rows, K key/value heads,
-D head dimension, b bytes a value and w of a sum (4; 8 in fp64); X = 2·B·n·K·D:
+What is sent and held: elite/distributed/exchange.py.
 
-    ring          forward (R − 1)·b·X, backward (R − 1)·b·X + R·w·X
-    all_gather    forward (R − 1)·b·X, backward (R − 1)·b·X + (R − 1)·w·X
-
-A ring's device holds two blocks at a time, in the backward besides two of sums; all_gather holds R of each.
-
-Source: Liu et al. 2023, arXiv:2310.01889 (ring attention); Brandon et al. 2023, arXiv:2311.09431 (balance); Dubey et al. 2024,
-arXiv:2407.21783 §3.3.2 (all-gather of keys and values); Dao 2023, arXiv:2307.08691 (merging by log-sum-exp).
+Source: Liu et al. 2023, arXiv:2310.01889 (ring attention); Brandon et al. 2023, arXiv:2311.09431 (balance); Dao 2023, arXiv:2307.08691
+(merging by log-sum-exp).
 """
 
 from collections.abc import Callable, Iterator
@@ -27,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from elite.distributed.exchange import Exchange
 from elite.distributed.ranks import Ranks
 from elite.errors import ModelError
 from elite.executor.streamed.kernels import AttentionShape, Kernel, merge
@@ -34,11 +29,10 @@ from elite.optimizations.ring_attention import Variant
 from elite.zigzag import Run, runs, share, visible
 
 Documents = tuple[tuple[int, ...], ...]
-EXCHANGE = "the exchange of keys and values"
 
 
-class Ring:
-    """This process among the R ≥ 2 that share each row.
+class Ring(Exchange):
+    """Attention between the ranks that share each row.
 
     Args:
         choose: the kernel for a shape of attention.
@@ -52,10 +46,8 @@ class Ring:
         variant: Variant = Variant.ring,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        self.rank, self.ranks, self.variant = peers.rank, peers.world, variant
-        self.sent_bytes = 0
-        """By this rank so far."""
-        self._peers, self._choose, self._group = peers, choose, group
+        super().__init__(peers, variant, group)
+        self._choose = choose
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, documents: Documents, scaling: float | None, dropout: float, window: int | None
@@ -90,69 +82,6 @@ class Ring:
         out: Tensor = _RingAttention.apply(q, k, v, _Call(self, kernel, documents, scale))
         return out.transpose(1, 2)
 
-    def longest(self, length: int) -> int:
-        """Most tokens that any rank holds of a row of so many."""
-        return max(share(length, rank, self.ranks) for rank in range(self.ranks))
-
-    def blocks(self, own: Tensor, length: int) -> Iterator[tuple[int, Tensor]]:
-        """Every rank's keys and values [2, B, n, K, D] and whose they are, this one's first; the next comes while one is at work."""
-        if self.variant is Variant.all_gather:
-            everything = self._gathered(own, self.longest(length))
-            for step in range(self.ranks):
-                owner = (self.rank - step) % self.ranks
-                yield owner, own if step == 0 else everything[owner, :, :, : share(length, owner, self.ranks)]
-            return
-        block = own
-        for step in range(self.ranks):
-            last = step == self.ranks - 1
-            coming = None if last else self.exchange(block, (self.rank - step - 1) % self.ranks, length)
-            yield (self.rank - step) % self.ranks, block
-            if coming is not None:
-                block = self.arrived(coming)
-
-    def exchange(self, outgoing: Tensor, owner: int, length: int) -> "Coming":
-        """Hand a block on to the next rank, and take what belongs to `owner` from the one before."""
-        incoming = outgoing.new_empty(*outgoing.shape[:2], share(length, owner, self.ranks), *outgoing.shape[3:])
-        after, before = (self.rank + 1) % self.ranks, (self.rank - 1) % self.ranks
-        transfers = [dist.P2POp(dist.isend, outgoing, after, self._group), dist.P2POp(dist.irecv, incoming, before, self._group)]
-        self.sent_bytes += outgoing.nbytes
-        with self._peers.meeting(EXCHANGE):
-            return Coming(incoming, outgoing, dist.batch_isend_irecv(transfers))
-
-    def arrived(self, coming: "Coming") -> Tensor:
-        """The block, once it is there and what was sent is gone."""
-        with self._peers.meeting(EXCHANGE):
-            for transfer in coming.transfers:
-                transfer.wait()
-        return coming.incoming
-
-    def _gathered(self, own: Tensor, longest: int) -> Tensor:
-        """Every rank's block [R, 2, B, longest, K, D]; what is beyond a rank's tokens is not to be read."""
-        everything = own.new_empty(self.ranks, *own.shape[:2], longest, *own.shape[3:])
-        mine = _lengthened(own, longest)
-        with self._peers.meeting(EXCHANGE):
-            dist.all_gather_into_tensor(everything.flatten(0, 1), mine, self._group)
-        self.sent_bytes += (self.ranks - 1) * mine.nbytes
-        return everything
-
-    def reduce_scattered(self, everything: Tensor) -> Tensor:
-        """The sum of all ranks' [R, …] for this one."""
-        mine = torch.empty_like(everything[0])
-        with self._peers.meeting(EXCHANGE):
-            dist.reduce_scatter_tensor(mine, everything.flatten(0, 1), group=self._group)
-        self.sent_bytes += (self.ranks - 1) * mine.nbytes
-        return mine
-
-
-@dataclass
-class Coming:
-    """A block on its way."""
-
-    incoming: Tensor
-    outgoing: Tensor
-    """Must stay as it is until it has been sent."""
-    transfers: list[dist.Work]
-
 
 @dataclass(frozen=True)
 class _Call:
@@ -164,9 +93,9 @@ class _Call:
     scale: float
 
     @property
-    def length(self) -> int:
-        """Tokens of a whole row."""
-        return sum(self.documents[0])
+    def sizes(self) -> list[int]:
+        """Tokens of a row that each rank holds."""
+        return [share(sum(self.documents[0]), rank, self.ring.ranks) for rank in range(self.ring.ranks)]
 
     def pairs(self, owner: int) -> Iterator[tuple[int, Run, Run]]:
         """Row, run of this rank's queries and run of the owner's keys that they see."""
@@ -185,7 +114,7 @@ class _RingAttention(torch.autograd.Function):
         wide = torch.promote_types(q.dtype, torch.float32)
         o = torch.empty(q.shape, dtype=wide, device=q.device)
         lse = torch.empty(len(q), q.shape[2], q.shape[1], dtype=wide, device=q.device)
-        for owner, block in call.ring.blocks(own, call.length):
+        for owner, block in call.ring.blocks(own, call.sizes):
             for row, queries, keys in call.pairs(owner):
                 # No two runs overlap, and so the first pair of a run is this one.
                 itself = queries.first == keys.first
@@ -217,44 +146,9 @@ class _RingAttention(torch.autograd.Function):
                 sums[0, row, there] += parts[1]
                 sums[1, row, there] += parts[2]
 
-        ahead = _around if call.ring.variant is Variant.ring else _at_once
-        sums = ahead(call, own, over, lse.dtype).to(own.dtype)
+        sums = call.ring.summed(own, call.sizes, over, lse.dtype).to(own.dtype)
         return dq.to(q.dtype), sums[0], sums[1], None
-
-
-Over = Callable[[int, Tensor, Tensor], None]
-
-
-def _around(call: _Call, own: Tensor, over: Over, wide: torch.dtype) -> Tensor:
-    """Sums travel one step behind their block and come home with the last one."""
-    ring = call.ring
-    arriving: Coming | None = None
-    for owner, block in ring.blocks(own, call.length):
-        sums = torch.zeros_like(block, dtype=wide)
-        over(owner, block, sums)
-        if arriving is not None:
-            sums += ring.arrived(arriving)
-        arriving = ring.exchange(sums, (owner - 1) % ring.ranks, call.length)
-    assert arriving is not None
-    return ring.arrived(arriving)
-
-
-def _at_once(call: _Call, own: Tensor, over: Over, wide: torch.dtype) -> Tensor:
-    ring = call.ring
-    everything = own.new_zeros(ring.ranks, *own.shape[:2], ring.longest(call.length), *own.shape[3:], dtype=wide)
-    for owner, block in ring.blocks(own, call.length):
-        over(owner, block, everything[owner, :, :, : block.shape[2]])
-    return ring.reduce_scattered(everything)[:, :, : own.shape[2]]
 
 
 def _forward(call: _Call, q: Tensor, keys_values: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
     return call.kernel.forward(q, keys_values[0], keys_values[1], causal, None, call.scale)
-
-
-def _lengthened(own: Tensor, longest: int) -> Tensor:
-    """[2, B, n, K, D] with `longest` tokens."""
-    if own.shape[2] == longest:
-        return own
-    longer = own.new_zeros(*own.shape[:2], longest, *own.shape[3:])
-    longer[:, :, : own.shape[2]] = own
-    return longer

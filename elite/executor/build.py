@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from elite.distributed.exchange import Exchange
 from elite.distributed.ranks import Ranks
 from elite.distributed.ring import Ring
 from elite.executor.contract import Executor
@@ -33,6 +34,8 @@ class Executors:
     training: Executor
     validation: Executor
     attached: Attached | None
+    sharing: Exchange | None = None
+    """What brings both the keys and values of batches that ranks share; None where each has its own."""
 
 
 def streams_weights(layout: Streaming | None) -> bool:
@@ -57,7 +60,7 @@ def build(
         device: what is emulated decides which attention kernels may run.
         ranks: this process among all; gradients are exchanged by DDP if there are several.
         cache: folder where kernel choices are remembered.
-        shared: how ranks exchange keys and values of the sequences that they share in training; None: each has its own.
+        shared: how ranks exchange keys and values of the sequences that they share; None: each has its own.
     """
     attached = None
     if layout is not None:
@@ -71,22 +74,25 @@ def build(
     model = DistributedDataParallel(loaded.model, broadcast_buffers=False) if ranks.world > 1 else loaded.model
     # Validation runs on the bare model: DDP would wait for ranks that have fewer targets.
     if layout is not None:
-        return Executors(StreamedExecutor(model, dtype), StreamedExecutor(loaded.model, dtype), attached)
-    ring = None if shared is None else _ring(shared, device, ranks, cache)
-    return Executors(whole(loaded, dtype, model, ring), whole(loaded, dtype), None)
+        exchange = None if shared is None else Exchange(ranks, shared, dist.new_group())
+        return Executors(StreamedExecutor(model, dtype, exchange), StreamedExecutor(loaded.model, dtype, exchange), attached, exchange)
+    # Groups of their own: gradients are exchanged by DDP meanwhile.
+    sharing = None if shared is None else ring(shared, device, ranks, cache, dist.new_group())
+    return Executors(whole(loaded, dtype, model, sharing), whole(loaded, dtype, sharing=sharing), None, sharing)
 
 
-def whole(loaded: LoadedModel, dtype: torch.dtype, wrapped: torch.nn.Module | None = None, ring: Ring | None = None) -> WholeExecutor:
+def whole(loaded: LoadedModel, dtype: torch.dtype, wrapped: torch.nn.Module | None = None, sharing: Ring | None = None) -> WholeExecutor:
     """The whole executor around a loaded model, or around what wraps it."""
-    return WholeExecutor(loaded.model if wrapped is None else wrapped, dtype, FusedLoss.name in loaded.applied, ring)
+    return WholeExecutor(loaded.model if wrapped is None else wrapped, dtype, FusedLoss.name in loaded.applied, sharing)
 
 
-def _ring(variant: Variant, device: Device, ranks: Ranks, cache: Path) -> Ring:
+def ring(variant: Variant, device: Device, ranks: Ranks, cache: Path, group: dist.ProcessGroup | None = None) -> Ring:
+    """Attention between all ranks, with the fastest kernel here; `group` as in `Exchange`."""
+
     def choice(shape: AttentionShape) -> Kernel:
         return fastest(shape, ranks.device, cache, RING_TILE, RING_TILE, kernels_of(device))
 
-    # A group of its own: gradients are exchanged by DDP meanwhile.
-    return Ring(ranks, choice, variant, dist.new_group())
+    return Ring(ranks, choice, variant, group)
 
 
 def kernels_of(device: Device) -> list[str]:

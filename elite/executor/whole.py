@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elite.attention import Sharing
 from elite.data.batches import IGNORE, Batch
+from elite.distributed.ring import Ring
 
 
 class WholeExecutor:
@@ -20,7 +20,7 @@ class WholeExecutor:
         sharing: carries out the attention of batches that ranks share; none comes where it is unset.
     """
 
-    def __init__(self, model: nn.Module, compute_dtype: torch.dtype, fused_loss: bool = False, sharing: Sharing | None = None) -> None:
+    def __init__(self, model: nn.Module, compute_dtype: torch.dtype, fused_loss: bool = False, sharing: Ring | None = None) -> None:
         self.model = model
         self.compute_dtype = compute_dtype
         self.fused_loss = fused_loss

@@ -3,10 +3,12 @@
 What:   each rank carries 1/R of every sequence through the model, and attention sees all of it, exactly, forward and backward.
 How:    rows are dealt zigzag (elite/zigzag.py), labels and positions with them. Keys and values of the other ranks go round while
         attention is at work (`ring`), or come all at once (`all_gather`: fewer, larger messages, for few key/value heads); partial results
-        are merged by their log-sum-exp (elite/distributed/ring.py). The loss is a mean over the label tokens of all ranks. Ranks do not
-        divide the batch among them then. Validation, generation and what is tried before the first step are not shared.
+        are merged by their log-sum-exp (elite/distributed/ring.py; under the streamed executor elite/executor/streamed/rounds.py). The
+        loss is a mean over the label tokens of all ranks. Ranks do not divide the batch among them then. Validation is shared, too;
+        generation and the losses that order a curriculum are not, and before the first step each rank tries its part alone.
 Memory: everything that grows with the context is divided by R. Attention holds besides: forward the output in fp32 and a block of keys
-        and values, backward dQ in fp32, a block and two blocks of gradients in fp32; with all_gather R blocks of each.
+        and values, backward dQ in fp32, a block and two blocks of gradients in fp32; with all_gather R blocks of each. Under the
+        streamed executor: elite/plan/across.py.
 Source: Liu et al. 2023, arXiv:2310.01889; Brandon et al. 2023, arXiv:2311.09431 (balanced dealing).
 """
 
@@ -53,13 +55,13 @@ class RingAttention(Optimization):
             return "one rank has no other to share a sequence with (hardware.gpus)"
         model, window = facts.model, facts.model.sliding_window
         reason = f"a window of {window:,} tokens" if window is not None and window < facts.context else ""
-        reason = reason or model.unstreamable or ("the streamed executor" if facts.executor == "streamed" else "")
+        reason = reason or model.unstreamable or ""
+        if facts.context < 2 * facts.device.count:
+            reason = f"{facts.device.count} ranks take two pieces each of {facts.context} tokens"
         if reason:
             # Sharing decides how many sequences make a step: no run goes on without it as if nothing had been asked.
             problem = f"optimizations.ring_attention: ranks cannot share sequences of {model.name} ({reason})"
-            raise PlanError(
-                problem, "optimizations.ring_attention.enabled=false" if reason != "the streamed executor" else "executor=whole"
-            )
+            raise PlanError(problem, "optimizations.ring_attention.enabled=false")
         return None
 
     def memory(self, step: Step, facts: Facts) -> Step:

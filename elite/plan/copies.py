@@ -5,6 +5,7 @@ Symbols as in `streamed.py`. A row is what waits elsewhere of one token.
     a layer forward         its input comes, its output goes; attention output and log-sum-exp go where they are kept
     a layer backward        its input and the gradient of its output come, the gradient of its input goes; kept outputs come
     keys, values on host    a chunk's forward reads all keys before it, its backward besides reads and writes their gradients
+    ranks share sequences   queries and outputs come for each block of keys that comes round, and go; in the backward with their gradients
     a journal               what a layer writes is on the disk, and hashed, before the next one begins: hidden by nothing, so times err on
                             the long side; and what it adds to the gradients
     weights streamed        a layer's weights come once a sweep
@@ -15,10 +16,13 @@ from dataclasses import dataclass
 
 from elite.facts import Facts, Rates
 from elite.optimizations.shapes import stream_value_bytes
+from elite.plan.across import passes
 from elite.streaming import VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
 
 GRADIENT_BYTES = 4
 """Gradients of keys and values are added up in fp32."""
+SUM_BYTES = 4
+"""So are outputs of attention and gradients of queries, while blocks of keys come from other ranks."""
 LSE_BYTES = 4
 RESULT_BYTES = 4
 """A trained parameter's gradient, in fp32."""
@@ -63,7 +67,13 @@ def streamed(facts: Facts, rates: Rates, layout: Streaming, value: int, sweeps: 
     near = layout.boundaries is Place.device
     into, out = (0.0, 0.0) if near else (tokens * hidden / comes, tokens * (kept + outputs) / goes)
     back_into, back_out = (0.0, 0.0) if near else (tokens * (kept + hidden + outputs) / comes, tokens * hidden / goes)
-    if layout.keys_values is Place.host:
+    if facts.sharing > 1:
+        more = _while_ranks_meet(facts, layout, value)
+        if not near:
+            comes, goes = rates.to_device_bytes_per_s, rates.to_host_bytes_per_s
+            into, out = into + more.forward[0] / comes, out + more.forward[1] / goes
+            back_into, back_out = back_into + more.backward[0] / comes, back_out + more.backward[1] / goes
+    elif layout.keys_values is Place.host:
         # All chunks together read half of chunks × S keys.
         read = facts.micro_batch * facts.context**2 / 2 / layout.chunk * keys
         into += read * value / rates.to_device_bytes_per_s
@@ -78,3 +88,23 @@ def streamed(facts: Facts, rates: Rates, layout: Streaming, value: int, sweeps: 
         written = tokens * (layers * (kept + outputs) + (layers + 2) * hidden) + RESULT_BYTES * facts.trainable_params
         flushed = written / rates.disk_write_bytes_per_s + written / HASH_BYTES_PER_S
     return Copies(sweeps * layers * max(into, out), layers * max(back_into, back_out), flushed)
+
+
+@dataclass(frozen=True)
+class _Meeting:
+    """Bytes that come and go in one layer."""
+
+    forward: tuple[float, float]
+    backward: tuple[float, float]
+
+
+def _while_ranks_meet(facts: Facts, layout: Streaming, value: int) -> _Meeting:
+    """As if every chunk saw every block, which some do not: times err on the long side."""
+    blocks, row = passes(facts, layout), facts.micro_tokens * facts.model.num_attention_heads * facts.model.head_dim
+    # Queries and outputs, once for each block; queries once before it, outputs once after it.
+    forward = row * (blocks * (value + SUM_BYTES) + SUM_BYTES), row * (blocks * SUM_BYTES + value)
+    kept = layout.keep is Keep.attention
+    again = (0.0, 0.0) if kept else forward
+    # Queries, outputs and both gradients; before, queries and outputs' gradients go; after, queries' gradients come.
+    into = row * (blocks * (2 * value + (value if kept else SUM_BYTES) + SUM_BYTES) + SUM_BYTES)
+    return _Meeting(forward, (into + again[0], row * (blocks * SUM_BYTES + 2 * value) + again[1]))

@@ -51,6 +51,10 @@ def choose_executor(config: RunConfig, device: Device, shape: ModelShape, accumu
     wanted = config.executor.name
     if shape.unstreamable and wanted is Executor.streamed:
         raise PlanError(f"{shape.name} cannot be streamed: {shape.unstreamable}", "executor=whole")
+    if config.training.mid_step_checkpoint and sharing(config, device) > 1:
+        # One rank's journal may end a layer before another's, whose rows are gone by then.
+        problem = "training.mid_step_checkpoint=true with optimizations.ring_attention: ranks that share a sequence cannot be cut off alike"
+        raise PlanError(problem, "training.mid_step_checkpoint=false")
     if config.adapter.method is AdapterMethod.full and config.executor.weights is WeightPlace.streamed and wanted is not Executor.whole:
         trained = "executor.weights=streamed with adapter.method=full: weights that are trained stay on the device"
         raise PlanError(trained, "executor.weights=resident")
@@ -58,12 +62,7 @@ def choose_executor(config: RunConfig, device: Device, shape: ModelShape, accumu
         # What the whole executor's parts would refuse each other is no concern of its.
         return _streamed(config, device, shape, accumulation)
     whole = _whole(config, device, shape, accumulation)
-    if (
-        wanted is Executor.whole
-        or shape.unstreamable
-        or sharing(config, device) > 1
-        or (wanted is Executor.auto and whole.fits and device.kind == "cpu")
-    ):
+    if wanted is Executor.whole or shape.unstreamable or (wanted is Executor.auto and whole.fits and device.kind == "cpu"):
         return whole
     small = _streamed(config, device, shape, accumulation)
     if not whole.fits:
@@ -93,7 +92,7 @@ def least_bytes(config: RunConfig, device: Device, shape: ModelShape) -> float:
     wanted, found = config.executor.name, list[float]()
     if wanted is not Executor.streamed:
         found.append(_whole(config, device, shape, 1).estimate.total)
-    if wanted is not Executor.whole and not shape.unstreamable and sharing(config, device) == 1:
+    if wanted is not Executor.whole and not shape.unstreamable:
         found += [made.estimate.total for made in _streamed_in_turn(config, device, shape, 1)]
     return min(found)
 
@@ -131,7 +130,7 @@ def _streamed_in_turn(config: RunConfig, device: Device, shape: ModelShape, accu
     folder = str(Path(config.executor.folder or config.output.cache).expanduser())
     memory = streamed.StreamedMemory(facts, decisions)
     of_switches = host(facts, decisions)
-    for layout in streamed.layouts(config.executor, facts.context, folder, config.training.mid_step_checkpoint):
+    for layout in streamed.layouts(config.executor, facts.context // facts.sharing, folder, config.training.mid_step_checkpoint):
         check_layout(layout)
         if layout.keys_values is Place.host and facts.model.sliding_window:
             continue

@@ -9,6 +9,7 @@ from math import ceil
 
 from elite.facts import FORMULA_GELU, Facts
 from elite.optimizations.contract import Decision, Site
+from elite.plan.across import passes
 from elite.plan.traffic import Cost, active
 from elite.streaming import Streaming
 
@@ -26,7 +27,7 @@ ten times an ordinary operation (fused_steps.json: Phi-2 at 4,096 tokens waits l
 STREAMED = Cost(62, 5)
 """A chunk in a layer under the streamed executor, besides: staging, attention in parts, gradients added up."""
 BLOCK = 6
-"""A further block of keys in the backward of a chunk."""
+"""A further block of keys in the backward of a chunk; where ranks share sequences, any block, forward and backward (assumption)."""
 AROUND = Cost(55, 20)
 """Embedding, head and loss."""
 
@@ -55,7 +56,10 @@ def operations(facts: Facts, decisions: tuple[Decision, ...], layout: Streaming 
     if layout is not None:
         chunks = ceil(facts.micro_tokens / layout.chunk)
         layer += STREAMED
-        # On average a chunk has half the sequence before it.
-        layer += Cost(0, BLOCK * facts.context / 2 / layout.block)
+        if facts.sharing > 1:
+            layer += Cost(BLOCK, BLOCK) * passes(facts, layout)
+        else:
+            # On average a chunk has half the sequence before it.
+            layer += Cost(0, BLOCK * facts.context / 2 / layout.block)
     whole = layer * (facts.model.num_hidden_layers * chunks) + AROUND
     return Operations(whole.forward, whole.backward)

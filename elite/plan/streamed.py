@@ -14,6 +14,8 @@ and the largest of
     the loss            one tile of logits and the gradient of a chunk; a trained head's gradient, three times
     the embedding       where it is trained, its gradient of a chunk beside the sum
     the update          what the optimizer needs meanwhile
+
+Where ranks share each sequence, n and S are a rank's part, and `across.py` says what else there is.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,6 +30,8 @@ from elite.loss_tiles import frozen_tile, tile_tokens
 from elite.optimizations.contract import Decision, Estimate
 from elite.optimizations.flash_attention import fused_attention
 from elite.optimizations.parts import FP32, Part, Sizes
+from elite.optimizations.ring_attention import active_variant
+from elite.plan import across
 from elite.plan.memory import folded, layer_moments, loss_tile
 from elite.revolve import layer_forwards, slots_for
 from elite.streaming import ARGUMENT_BYTES, JOURNALED, VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
@@ -47,6 +51,8 @@ class StreamedMemory:
 
     def __init__(self, facts: Facts, decisions: tuple[Decision, ...]) -> None:
         self._facts = facts
+        self._variant = active_variant(decisions)
+        """How ranks exchange keys and values; None where they share nothing."""
         step = folded(facts, decisions)
         self._step = replace(step, form=replace(step.form, attention=_attention_in_blocks))
         self._whole, self._width = step.standing, step.value
@@ -59,14 +65,15 @@ class StreamedMemory:
         """Device memory at the peak, by component."""
         facts, whole, width = self._facts, self._whole, self._width
         model, tokens = facts.model, facts.micro_tokens
-        chunk, before = longest_chunk(facts.context, facts.micro_batch, layout.chunk)
-        block = min(layout.block, facts.context)
-        keys = model.num_key_value_heads * model.head_dim
+        alone = facts.context, facts.micro_batch
+        chunk, before = longest_chunk(*(alone if self._variant is None else (tokens, 1)), layout.chunk)
         streamed = layout.weights is WeightPlace.streamed
-        at_hand = facts.context if layout.keys_values is Place.device else 4 * block
         arguments = min(ARGUMENT_BYTES, 2 * width * model.head_dim * tokens)
         rows_here = facts.device.kind == "cpu" or layout.boundaries is Place.device
-        work = self._peak(chunk, min(layout.block, before), layout.keys_values is Place.host)
+        if self._variant is None:
+            work = self._peak(chunk, min(layout.block, before), layout.keys_values is Place.host, 0.0)
+        else:
+            work = self._peak(chunk, 0, False, across.meeting(facts, width, layout, chunk, self._variant))
         return replace(
             work,
             linear_weights=2 * whole.linear_weights / model.num_hidden_layers if streamed else whole.linear_weights,
@@ -74,17 +81,30 @@ class StreamedMemory:
             trainable_copy=whole.trainable_copy,
             optimizer_state=whole.optimizer_state,
             layer_workspace=work.layer_workspace + arguments,
-            keys_values=0.0 if facts.context <= chunk else at_hand * 2 * keys * (width + 4),
+            keys_values=self._keys_values(layout, chunk),
             staging=self.host(layout) if rows_here else 2 * chunk * self._moved_row(layout),
             batch=whole.batch,
             runtime=whole.runtime,
         )
 
-    def _highest(self, chunk: int, block: int, keys_leave: bool) -> Estimate:
-        return max(self._moments(chunk, block, keys_leave), key=lambda moment: moment.total)
+    def _keys_values(self, layout: Streaming, chunk: int) -> float:
+        """Keys, values and their gradients of the layer at work."""
+        facts, keys = self._facts, self._facts.model.num_key_value_heads * self._facts.model.head_dim
+        if self._variant is not None:
+            # What goes round is part of a meeting.
+            return facts.micro_tokens * across.keys_row(facts, self._width) if layout.keys_values is Place.device else 0.0
+        at_hand = facts.context if layout.keys_values is Place.device else 4 * min(layout.block, facts.context)
+        return 0.0 if facts.context <= chunk else at_hand * 2 * keys * (self._width + 4)
 
-    def _moments(self, chunk: int, block: int, keys_leave: bool) -> Iterator[Estimate]:
-        """What comes and goes, at every moment that may be the peak: loss, backward of a layer's parts, of the embedding, update."""
+    def _highest(self, chunk: int, block: int, keys_leave: bool, meeting: float) -> Estimate:
+        return max(self._moments(chunk, block, keys_leave, meeting), key=lambda moment: moment.total)
+
+    def _moments(self, chunk: int, block: int, keys_leave: bool, meeting: float) -> Iterator[Estimate]:
+        """What comes and goes, at every moment that may be the peak: loss, backward of a layer's parts, of the embedding, update.
+
+        Args:
+            meeting: what a layer takes while ranks meet; 0 where they share nothing.
+        """
         facts, model, step = self._facts, self._facts.model, self._step
         full, every = facts.adapter == "full", self._whole.gradients
         # Of all weights, in the only pass of a step, gradients exist once the backward has made them.
@@ -102,7 +122,9 @@ class StreamedMemory:
         yield Estimate(loss_workspace=tile + head + self._around_loss(chunk, hidden), gradients=before)
         sums = 0.0 if once else FP32 * (model.layer_params if full else facts.trainable_params / model.num_hidden_layers)
         gradients = every - (embedding if once and not model.tied else 0)
-        blocks = self._blocks(chunk, block, keys_leave)
+        blocks = 0.0 if meeting else self._blocks(chunk, block, keys_leave)
+        if meeting:
+            yield Estimate(gradients=gradients, attention_workspace=meeting, layer_workspace=sums)
         for part, moment in layer_moments(step, facts, chunk):
             yield replace(
                 moment,
@@ -137,10 +159,14 @@ class StreamedMemory:
 
     def host(self, layout: Streaming) -> float:
         """Pinned host memory of one rank; device memory of rows for `boundaries=device`."""
-        keys = self._facts.model.num_key_value_heads * self._facts.model.head_dim
+        facts, keys = self._facts, across.keys_row(self._facts, self._width)
         rows = 0.0 if layout.boundaries is Place.disk else self._rows(layout)
         weights = self._whole.linear_weights if layout.weights is WeightPlace.streamed else 0.0
-        return rows + weights + (2 * keys * (self._width + 4) * self._facts.context if layout.keys_values is Place.host else 0.0)
+        at_hand = 0.0
+        if layout.keys_values is Place.host:
+            at_hand = keys * (1 + 4 / self._width) * facts.context if self._variant is None else keys * facts.micro_tokens
+        waiting = 0.0 if self._variant is None else across.waiting_row(facts, self._width) * facts.micro_tokens
+        return rows + weights + at_hand + waiting
 
     def disk(self, layout: Streaming) -> float:
         """Disk space of one rank."""
@@ -161,7 +187,8 @@ class StreamedMemory:
 
     def _moved_row(self, layout: Streaming) -> float:
         """Bytes a token that a layer's backward brings and takes, or its forward: boundary, gradient, gradient; outputs, in and out."""
-        row = 3 * self._stream_width * self._facts.model.hidden_size
+        row: float = 3 * self._stream_width * self._facts.model.hidden_size
+        row += 0.0 if self._variant is None else across.staged_row(self._facts, self._width, layout)
         return row + (2 * self._output_row() + self._keys_row(layout) if layout.keep is Keep.attention else 0.0)
 
     def _output_row(self) -> float:
@@ -170,9 +197,9 @@ class StreamedMemory:
 
     def _keys_row(self, layout: Streaming) -> float:
         """Kept keys and values, bytes a token; 0 where they are computed again."""
-        model = self._facts.model
-        row = 2 * self._width * model.num_key_value_heads * model.head_dim
-        return row if layout.keeps_keys(row, self._stream_width * model.hidden_size) else 0.0
+        row = across.keys_row(self._facts, self._width)
+        kept = self._variant is None and layout.keeps_keys(row, self._stream_width * self._facts.model.hidden_size)
+        return row if kept else 0.0
 
 
 def _attention_in_blocks(s: Sizes, copied: bool) -> Part:
@@ -191,7 +218,7 @@ def layouts(config: ExecutorConfig, tokens: int, folder: str, journal: bool = Fa
     """Layouts that the options leave open, the fastest first: least recomputation, then long chunks, then weights at hand.
 
     Args:
-        tokens: of one sequence.
+        tokens: of one sequence, on one rank.
         folder: for boundaries on disk.
         journal: whether steps can be cut off and go on.
     """

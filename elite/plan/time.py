@@ -22,7 +22,7 @@ from math import ceil
 from elite.facts import Facts
 from elite.loss_tiles import tile_tokens
 from elite.optimizations.contract import Decision, Site
-from elite.optimizations.shapes import split
+from elite.optimizations.shapes import layer_maps, split
 from elite.plan import launches, traffic
 from elite.plan.copies import Copies, offloaded, streamed
 from elite.plan.memory import PARALLEL_BLOCKS, folded
@@ -88,6 +88,15 @@ def _attention(facts: Facts) -> float:
     return 4.0 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * model.keys_seen(facts.context)
 
 
+def _projected_twice(facts: Facts) -> float:
+    """Operations of one pass forward that are carried out twice, a token: queries, keys and values, before ranks that share a sequence
+    meet and again after it (elite/executor/streamed/rounds.py)."""
+    if facts.executor != "streamed" or facts.sharing == 1:
+        return 0.0
+    projections, *_ = layer_maps(facts)
+    return 2.0 * facts.model.num_hidden_layers * sum(linear.inputs * linear.outputs for linear in projections)
+
+
 def _frozen_backward(facts: Facts) -> float:
     """Backward over forward in the base's linear maps: gradient of the input, and of the weight where it is trained."""
     if facts.adapter == "converted":
@@ -109,7 +118,7 @@ def step_flops(facts: Facts, again: tuple[float, float], accumulation: int) -> f
     """
     base, adapters, attention = _linear(facts) + _head(facts), _adapters(facts), _attention(facts)
     per_token = base * (1 + _frozen_backward(facts)) + 3 * adapters + attention * (1 + ATTENTION_BACKWARD)
-    per_token += again[0] * (_linear(facts) + adapters) + again[1] * attention
+    per_token += again[0] * (_linear(facts) + adapters) + again[1] * attention + (1 + again[0]) * _projected_twice(facts)
     return per_token * facts.micro_tokens * accumulation
 
 
@@ -167,7 +176,7 @@ class _Clock:
     def forward(self) -> dict[str, float]:
         """One pass forward through all layers."""
         return {
-            "linear_maps": self._products(_linear(self._facts)) + self._dequantised(),
+            "linear_maps": self._products(_linear(self._facts) + _projected_twice(self._facts)) + self._dequantised(),
             "adapters": self._moved(self._adapters.forward) + self._products(_adapters(self._facts)),
             "attention": self._attended(backward=False),
             "elementwise": self._moved(self._layer.forward),

@@ -65,7 +65,7 @@ def _ends(subject: Subject, attached: Attached) -> tuple[Trial, float]:
 
     def run() -> None:
         with torch.autocast(subject.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            made.append(Probe(attached.runner, subject.context, subject.vocab).run())
+            made.append(Probe(attached.runner, subject.context, subject.vocab, subject.sharing).run())
 
     trial = attempt(subject, 1, run, gradients=True)
     return trial, made[0].step_s if made else trial.seconds

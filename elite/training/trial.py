@@ -3,7 +3,7 @@
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from elite import checkpoint
 from elite.data.batches import random_batch
+from elite.distributed.exchange import Exchange
 from elite.executor.contract import Executor
 from elite.training.live_bytes import LiveBytes
 from elite.training.shortage import is_out_of_memory
@@ -31,11 +32,14 @@ class Subject:
     vocab: int
     """Ids are drawn below it."""
     context: int
+    """Of whole rows, also where ranks share them: one alone is tried with its part."""
     device: torch.device
     limit_bytes: float
     """More tensors at once than this do not fit."""
     held_bytes: float
     """What a later step holds besides, set aside during the trial: the optimizer's state, DDP's copy of the gradients."""
+    sharing: Exchange | None = None
+    """Ranks that share each sequence: none is waited for. Unset: this one has its own."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ def one_pass(subject: Subject, sequences: int) -> Callable[[], None]:
     # Its own generator: what is drawn from torch's would be missing later.
     generator = torch.Generator().manual_seed(sequences)
     batch = random_batch(sequences, subject.context, subject.vocab, generator, tail=TAIL)
+    if subject.sharing is not None:
+        batch = batch.shared(subject.sharing.rank, subject.sharing.ranks)
 
     def run() -> None:
         (subject.executor.loss_sum(batch.to(subject.device)) / batch.label_tokens).backward()
@@ -99,7 +105,8 @@ def _untouched(subject: Subject) -> Iterator[None]:
     before = checkpoint.random_state()
     gradients = [parameter.grad for parameter in subject.trainable]
     try:
-        yield
+        with nullcontext() if subject.sharing is None else subject.sharing.rehearsing():
+            yield
     finally:
         for parameter, gradient in zip(subject.trainable, gradients, strict=True):
             parameter.grad = gradient

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from elite.data.batches import IGNORE, Batch
+from elite.distributed.exchange import Exchange
 from elite.distributed.ranks import Ranks
 from elite.distributed.watchdog import Beat, no_beat
 from elite.executor.contract import Executor
@@ -19,6 +20,7 @@ class Validator:
         with_context: one row each: repository, then target; labels on the target only.
         alone: the same targets without what stands before them.
         beat: told before each row.
+        sharing: brings the keys and values of rows that ranks share; unset: each has its own rows.
     """
 
     executor: Executor
@@ -26,11 +28,12 @@ class Validator:
     alone: Sequence[Batch]
     ranks: Ranks
     beat: Beat = no_beat
+    sharing: Exchange | None = None
 
     @property
     def longest(self) -> int:
         """Tokens of the longest pass."""
-        return max((batch.input_ids.numel() for batch in (*self.with_context, *self.alone)), default=0)
+        return max((batch.input_ids.numel() for batch in (*self._mine(self.with_context), *self._mine(self.alone))), default=0)
 
     def __call__(self) -> dict[str, float]:
         """`val_loss` and `val_loss_alone`, nats a token; their difference is what the context is worth."""
@@ -43,7 +46,7 @@ class Validator:
         model.eval()
         total, tokens = 0.0, 0
         try:
-            for batch in batches[self.ranks.rank :: self.ranks.world]:
+            for batch in self._mine(batches):
                 self.beat("a validation row")
                 scored = (batch.labels != IGNORE).any(0).nonzero()[:, 0].to(self.ranks.device)
                 total += self.executor.loss_sum(batch.to(self.ranks.device), keep=scored).item()
@@ -52,3 +55,11 @@ class Validator:
             # Memory may run out here and the run go on.
             model.train(training)
         return self.ranks.sum(total) / self.ranks.sum(float(tokens))
+
+    def _mine(self, batches: Sequence[Batch]) -> list[Batch]:
+        """What this rank scores: its part of each row, where ranks share them; every so many-th of the others."""
+        rank, world = self.ranks.rank, self.ranks.world
+        # Each rank holds two pieces of a row.
+        shared = [batch for batch in batches if self.sharing is not None and batch.context >= 2 * world]
+        others = [batch for batch in batches if batch not in shared]
+        return [*(batch.shared(rank, world) for batch in shared), *others[rank::world]]

@@ -14,7 +14,7 @@ from elite.distributed.ring import Documents, Ring
 from elite.errors import ModelError
 from elite.executor.streamed.kernels import KERNELS
 from elite.optimizations.ring_attention import Variant
-from elite.zigzag import held, runs, share, visible
+from elite.zigzag import Dealing, held, runs, seen, share, visible
 from tests.distributed.forked import together
 from tests.executor.streamed.dense import dense, random, relative
 
@@ -142,6 +142,48 @@ def test_the_work_is_balanced_and_what_is_unseen_is_left_out() -> None:
     documents = (8,) * 8
     assert sum(work(documents, 4)) == sum(size * (size + 1) // 2 for size in documents)
     assert sum(work((7, 1, 30, 15), 4)) == sum(size * (size + 1) // 2 for size in (7, 1, 30, 15))
+
+
+def placed(dealing: Dealing, rank: int) -> list[tuple[int, int, int]]:
+    """Row, document and token in the row of each token that a rank holds."""
+    found = []
+    for row, documents in enumerate(dealing.documents):
+        of_token = [index for index, size in enumerate(documents) for _ in range(size)]
+        found += [(row, of_token[token], token) for piece in held(sum(documents), rank, dealing.ranks) for token in piece]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dealing", "chunk"), [(Dealing(((53,),), 4, 3), 5), (Dealing(((7, 1, 30, 15), (20, 33)), 2, 4), 9), (Dealing(((3,) * 11,), 3, 1), 40)]
+)
+def test_each_query_sees_each_key_before_it_once(dealing: Dealing, chunk: int) -> None:
+    for rank in range(dealing.ranks):
+        mine, pairs = placed(dealing, rank), list[tuple[Any, Any]]()
+        assert len(mine) == dealing.tokens(rank)
+        for owner, lap in product(range(dealing.ranks), range(dealing.laps)):
+            block = [token for part in dealing.parts(owner, lap) for token in placed(dealing, owner)[part]]
+            assert len(block) == dealing.sizes(lap)[owner]
+            for start in range(0, len(mine), chunk):
+                queries = mine[start : start + chunk]
+                for part in seen(dealing, rank, start, start + len(queries), owner, lap):
+                    q, k = queries[part.queries], block[part.keys]
+                    before = len(k) - len(q)
+                    assert not part.causal or q == k[before:], "what comes last are the queries themselves"
+                    pairs += [(a, b) for i, a in enumerate(q) for b in (k[: before + i + 1] if part.causal else k)]
+        tokens = [token for other in range(dealing.ranks) for token in placed(dealing, other)]
+        right = [(a, b) for a in mine for b in tokens if a[:2] == b[:2] and b[2] <= a[2]]
+        assert sorted(pairs) == sorted(right), rank
+
+
+def test_each_step_of_each_lap_is_the_same_work_for_all() -> None:
+    dealing = Dealing(((128,),), 4, 4)
+    for lap, step in product(range(dealing.laps), range(dealing.ranks)):
+        work = []
+        for rank in range(dealing.ranks):
+            found = seen(dealing, rank, 0, dealing.tokens(rank), (rank - step) % dealing.ranks, lap)
+            pairs = [(q.queries.stop - q.queries.start, q.keys.stop - q.keys.start, q.causal) for q in found]
+            work.append(sum(n * m - causal * n * (n - 1) // 2 for n, m, causal in pairs))
+        assert len(set(work)) == 1, (lap, step, work)
 
 
 @pytest.mark.parametrize(("dropout", "window", "said"), [(0.1, None, "dropped out"), (0.0, 5, "a window of 5 tokens")])

@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from elite.attention import windowed
-from elite.chunks import cut
 from elite.data.batches import IGNORE
+from elite.distributed.exchange import Exchange
 from elite.errors import ModelError
 from elite.executor.streamed import choose
 from elite.executor.streamed.functions import loss_sum
+from elite.executor.streamed.rounds import cut_rows
 from elite.executor.streamed.runner import KernelChoice, Runner
 from elite.executor.streamed.step import Step
 from elite.streamable import reason_against, sliding_window
@@ -113,6 +114,7 @@ def _loss(
     num_items_in_batch: Tensor | int | None = None,
     documents: Sequence[Sequence[int]] | None = None,
     label_smoothing: float = 0.0,
+    sharing: Exchange | None = None,
     **_unused: Any,  # callers hand on use_cache, return_dict and the like, which change nothing here
 ) -> Tensor:
     """The loss as transformers defines it: the mean over scored tokens, or their sum over `num_items_in_batch`.
@@ -123,15 +125,15 @@ def _loss(
         position_ids: [B, S] or [1, S]; where they do not count on, another document begins, unless documents or a mask say.
         labels: [B, S], not shifted. shift_labels: [B, S], shifted already: the label of a position is the token after it.
         documents: for each row the lengths of its documents, which sum to S.
+        sharing: ranks that hold parts of the same rows: S is this rank's part (elite/zigzag.py), `documents` are those of whole rows, and
+            the loss is this rank's, to be summed over ranks.
     """
     if input_ids is None or input_ids.dim() != 2:
         raise ModelError("a streamed forward pass needs input_ids [batch, tokens]", "pass input_ids, not embeddings")
     rows, length = input_ids.shape
     if documents is None:
         documents = _documents(rows, length, attention_mask, position_ids)
-    for i, row in enumerate(documents):
-        if sum(row) != length:
-            raise ModelError(f"the documents of row {i} have {sum(row)} tokens, the row {length}", "documents= that fill their rows")
+    groups, shared = cut_rows(runner.layout, documents, length, sharing)
     if position_ids is None:
         position_ids = torch.arange(length, device=runner.device)[None]
     if shift_labels is None:
@@ -143,7 +145,8 @@ def _loss(
         ids=input_ids.to(runner.device).reshape(1, -1),
         positions=position_ids.to(runner.device).expand(rows, length).reshape(1, -1),
         labels=shift_labels.to(runner.device).flatten(),
-        groups=cut([n for row in documents for n in row], runner.layout.chunk),
+        groups=groups,
+        shared=shared,
         trains=torch.is_grad_enabled() and trained,
         label_smoothing=label_smoothing,
         # Drawn from torch's own generator, so that the run's seed decides it.

@@ -34,10 +34,22 @@ class Phase(Enum):
     refill = "refill"
     """Only until its keys and values are known."""
     backward = "backward"
+    project = "project"
+    """Only until its queries, keys and values are known, which other ranks attend with."""
+    finish = "finish"
+    """Forward, with the output that all ranks' attention has made."""
+    above = "above"
+    """Backward from its output down to its attention's."""
+    below = "below"
+    """Backward from its queries, keys and values down to its input."""
+
+
+ACROSS = frozenset({Phase.project, Phase.finish, Phase.above, Phase.below})
+"""A layer of a sequence that ranks share (rounds.py)."""
 
 
 class KeysKnown(Exception):
-    """Ends a layer's forward in the phase `refill`."""
+    """Ends a layer's forward in the phases `refill`, `project` and `below`."""
 
 
 @dataclass
@@ -55,6 +67,12 @@ class Work:
     """O and L as computed."""
     keys: tuple[Tensor, Tensor] | None = None
     """The chunk's keys and values as computed."""
+    projected: tuple[Tensor, Tensor, Tensor] | None = None
+    """Across ranks: the chunk's queries, keys and values as computed."""
+    scale: float = 1.0
+    """Across ranks: of the scores."""
+    leaf: Tensor | None = None
+    """In the phase `above`: the attention's output [n, H, D], where the gradient ends."""
 
 
 @dataclass(frozen=True)
@@ -192,17 +210,34 @@ def _attention(
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
     q, k, v = (t[0].transpose(0, 1).to(dtype) for t in (query, key, value))
+    # A window that reaches over whole documents is none, and more kernels serve.
+    window = window_of(module, sliding_window)
+    window = window if window is not None and window < work.chunk.longest else None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if work.phase in ACROSS:
+        return _across(work, q, k, v, window, scale), None
     if work.chunk.shares and work.phase is not Phase.backward:
         work.keys_values.put(work.chunk, k, v)
     work.keys = (k, v)
     if work.phase is Phase.refill:
         raise KeysKnown
-    # A window that reaches over whole documents is none, and more kernels serve.
-    window = window_of(module, sliding_window)
-    window = window if window is not None and window < work.chunk.longest else None
     kernel = work.choose(AttentionShape(q.shape[1], k.shape[1], q.shape[2], dtype, window))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return _ChunkAttention.apply(q, k, v, _Call(work, kernel, window, scale))[None], None
+
+
+def _across(work: Work, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+    """[1, n, H, D], attended already between the ranks that share the sequence."""
+    if window is not None:
+        problem = f"a window of {window:,} tokens within a longer document, which ranks that share a sequence do not attend"
+        raise ModelError(problem, "optimizations.ring_attention.enabled=false")
+    work.projected, work.scale = (q, k, v), scale
+    if work.phase in (Phase.project, Phase.below):
+        raise KeysKnown
+    assert work.kept is not None
+    work.made, o = work.kept, work.kept[0]
+    if work.phase is Phase.above:
+        o = work.leaf = o.detach().requires_grad_()
+    return o[None]
 
 
 # No mask is registered under this name, and so transformers makes none: causality and document borders follow from the chunk. Making one

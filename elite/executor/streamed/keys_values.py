@@ -89,7 +89,7 @@ class KeyValues:
         if self.on_device:
             yield self.view(0, stop)
             return
-        order = [_range(first, min(first + self._block, stop)) for first in range(0, stop, self._block)]
+        order = [token_range(first, min(first + self._block, stop)) for first in range(0, stop, self._block)]
         for part, data in self._transfers.read(order, {kind: self._rows[kind] for kind in ("k", "v")}):
             yield Block(part.start, part.stop, *(self._typed(data[kind], self._dtype) for kind in ("k", "v")))
 
@@ -106,7 +106,7 @@ class KeyValues:
         """Keys `first` … `stop` − 1 block by block, each with where its gradient goes."""
         self._arrive()
         fresh = stop <= self._low
-        order = [_range(a, min(a + self._block, stop)) for a in range(first, stop, self._block)]
+        order = [token_range(a, min(a + self._block, stop)) for a in range(first, stop, self._block)]
         kinds = ("k", "v") if fresh else ("k", "v", "dk", "dv")
         for part, data in self._transfers.read(order, {kind: self._rows[kind] for kind in kinds}):
             k, v = (self._typed(data[kind], self._dtype) for kind in ("k", "v"))
@@ -125,7 +125,7 @@ class KeyValues:
         parts = [
             tuple(self._typed(data[kind], torch.float32).clone() for kind in ("dk", "dv"))
             for _, data in self._transfers.read(
-                [_range(a, min(a + self._block, stop)) for a in range(first, stop, self._block)],
+                [token_range(a, min(a + self._block, stop)) for a in range(first, stop, self._block)],
                 {kind: self._rows[kind] for kind in ("dk", "dv")},
             )
         ]
@@ -156,7 +156,7 @@ class KeyValues:
         for a in range(first, stop, self._block):
             b = min(a + self._block, stop)
             part = data[a - first : b - first].flatten(1).contiguous().view(torch.uint8)
-            self._transfers.write(kind, self._rows[kind], _range(a, b), part)
+            self._transfers.write(kind, self._rows[kind], token_range(a, b), part)
 
 
 class Sink:
@@ -178,5 +178,6 @@ class Sink:
                 owner._write(kind, part.start, part.stop, group_sum(more, heads, base, total))
 
 
-def _range(first: int, stop: int) -> Chunk:
+def token_range(first: int, stop: int) -> Chunk:
+    """Tokens `first` … `stop` − 1, as copies take them."""
     return Chunk(first, first, stop, first, (stop - first,), stop - first, shares=True)

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 
 import torch
 
-from elite.chunks import Chunk, cut
+from elite.chunks import Chunk
+from elite.distributed.exchange import Exchange
 from elite.executor.streamed.attention import Phase
+from elite.executor.streamed.rounds import cut_rows
 from elite.executor.streamed.runner import Runner
-from elite.executor.streamed.step import GradientSum, Step
+from elite.executor.streamed.step import GradientSum, Step, in_parts
 from elite.executor.streamed.sweeps import Sweep, backward_sweeps, forward_sweep
 from elite.revolve import layer_forwards
+from elite.zigzag import share
 
 CHUNKS = 3
 """Chunks that are run at each end."""
@@ -34,7 +37,7 @@ class Estimate:
     forward_s: float
     """The first sweep through all layers, and what is passed forward again between kept boundaries."""
     refill_s: float
-    """Keys and values computed again."""
+    """Keys and values computed again; where ranks share the row, attention with them."""
     head_s: float
     backward_s: float
     """All layers' own recomputation and backward."""
@@ -52,15 +55,18 @@ class Probe:
         runner: of a model that `attach` made streamed.
         tokens: in the row.
         vocab: ids are drawn below it.
+        sharing: ranks that hold parts of the row; this one's is tried.
     """
 
-    def __init__(self, runner: Runner, tokens: int, vocab: int) -> None:
+    def __init__(self, runner: Runner, tokens: int, vocab: int, sharing: Exchange | None = None) -> None:
         self._runner, self._cuda = runner, runner.device.type == "cuda"
-        ids = torch.randint(vocab, (1, tokens), device=runner.device)
-        positions = torch.arange(tokens, device=runner.device)[None]
+        mine = tokens if sharing is None else share(tokens, sharing.rank, sharing.ranks)
+        ids = torch.randint(vocab, (1, mine), device=runner.device)
+        positions = torch.arange(mine, device=runner.device)[None]
+        groups, shared = cut_rows(runner.layout, [[tokens]], mine, sharing)
         runner.find_trained()
         seed = 0 if runner.stem.training else None
-        self._step = Step(ids, positions, ids[0].roll(-1), cut([tokens], runner.layout.chunk), trains=True, seed=seed)
+        self._step = Step(ids, positions, ids[0].roll(-1), groups, trains=True, seed=seed, shared=shared)
         self._tokens = tokens
 
     def run(self) -> Estimate:
@@ -69,14 +75,16 @@ class Probe:
         order = step.order
         embed = self._timed(lambda chunks: runner.embed(step, chunks), order)
         runner.record_arguments(step)
-        forward = self._sweep(forward_sweep(runner.store, 0, step.groups, trains=True))
+        forward = sum(map(self._sweep, in_parts(step, [forward_sweep(runner.store, 0, step.groups, trains=True)])))
         head = self._timed(lambda chunks: runner.head(step, runner.outer_parameters, descend=True, chunks=chunks), order)
         step.upstream = torch.ones((), device=runner.device)
         runner.find_unread(step)
-        last = backward_sweeps(runner.store, len(runner.store.kept) - 1, step.groups)
+        last = in_parts(step, backward_sweeps(runner.store, len(runner.store.kept) - 1, step.groups))
         parts = {sweep.phase: sweep for sweep in last if sweep.layer == last[-1].layer}
-        refill = self._sweep(parts[Phase.refill]) if Phase.refill in parts else 0.0
-        backward = self._sweep(parts[Phase.backward])
+        # Across ranks keys and values, and with them outputs, are computed again where those are not kept.
+        again, descent = (Phase.refill, Phase.project), (Phase.backward, Phase.above, Phase.below)
+        refill = sum(self._sweep(parts[phase]) for phase in again if phase in parts)
+        backward = sum(self._sweep(parts[phase]) for phase in descent if phase in parts)
         return Estimate(
             tokens=self._tokens,
             chunks=len(order),

@@ -5,7 +5,7 @@ The sweeps come from `sweeps.py`, copies from `transfers.py`, rows from `store.p
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,32 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from elite.chunks import Chunk
-from elite.data.batches import IGNORE
 from elite.distributed.watchdog import Beat, no_beat
 from elite.errors import ModelError
-from elite.executor.streamed.attention import KeysKnown, Phase, Work
+from elite.executor.streamed import split
+from elite.executor.streamed.attention import Phase, Work
+from elite.executor.streamed.draws import Draws
 from elite.executor.streamed.journal import Journal
 from elite.executor.streamed.kernels import AttentionShape, Kernel
 from elite.executor.streamed.keys_values import KeyValues
 from elite.executor.streamed.math_kernel import MATH
+from elite.executor.streamed.rounds import Outputs, Rounds
 from elite.executor.streamed.rows import Allocator, Rows
 from elite.executor.streamed.stem import Stem
-from elite.executor.streamed.step import GradientSum, Step
+from elite.executor.streamed.step import GradientSum, Step, in_parts
 from elite.executor.streamed.store import Boundary, Store
 from elite.executor.streamed.sweeps import Sweep, backward_sweeps, forward_sweep
 from elite.executor.streamed.transfers import Fields, Transfers
 from elite.executor.streamed.weights import ResidentWeights, StreamedWeights
-from elite.losses import linear_cross_entropy
 from elite.optimizations.functions.hooks import hooks_aside
 from elite.optimizations.functions.unread import UnreadOutputs
 from elite.streaming import Streaming, WeightPlace
 
 FEW = 16
 """Tokens on which a layer's gradients are tried out."""
+
+MEETING = (Phase.project, Phase.above)
+"""After these, ranks that share a sequence meet."""
 
 KernelChoice = Callable[[AttentionShape], Kernel]
 
@@ -60,7 +64,6 @@ class Runner:
         self._choose = cache(choose)
         self.stem = Stem(core)
         self.layers = self.stem.layers
-        self._head: Any = core.get_output_embeddings()
         self.weights = StreamedWeights(self.layers, device) if layout.weights is WeightPlace.streamed else ResidentWeights()
         self.allocator = Allocator(device, Path(layout.folder) if layout.folder else None)
         self.unread = UnreadOutputs(self.layers)
@@ -76,6 +79,8 @@ class Runner:
         self.outer_parameters: list[nn.Parameter]
         """What is trained before and after the layers."""
         self._keys_values = KeyValues(layout.keys_values, 0, layout.block, self.allocator, device)
+        self._rounds = self._new_rounds()
+        self._draws = Draws(device)
 
     def find_trained(self) -> None:
         """Note which parameters are trained; adapters may come after this was made."""
@@ -99,6 +104,8 @@ class Runner:
         self.store = Store(self.layout, allocator, len(self.layers), step.ids.shape[1], width, dtype)
         if step.trains:
             self.store.prepare()
+        if step.shared is not None:
+            self._rounds.begin(step.shared)
 
     def take_up(self, step: Step, state: dict[str, Any]) -> None:
         """Go on with the rows of a step that was cut off after its embedding."""
@@ -111,7 +118,7 @@ class Runner:
         """Write the first boundary, of all chunks unless told which."""
         with torch.no_grad(), self._as_in(step):
             for chunk in step.order if chunks is None else chunks:
-                self._seed(step, 0, chunk)
+                self._draws.seed(step, 0, chunk)
                 with step.autocast():
                     hidden = self.stem.embed(step.part(chunk))
                 if self.current is not step:
@@ -130,7 +137,7 @@ class Runner:
         with self._as_in(step):
             upstream = self.store.gradient(0)
             for chunk, data in self.transfers.read(step.order, {"g": upstream.rows}):
-                self._seed(step, 0, chunk)
+                self._draws.seed(step, 0, chunk)
                 with torch.enable_grad(), step.autocast():
                     hidden = self.stem.embed(step.part(chunk))[0]
                 total.add(torch.autograd.grad(hidden, parameters, upstream.decode(data["g"]), allow_unused=True))
@@ -138,9 +145,10 @@ class Runner:
 
     def forward(self, step: Step, layers: range) -> None:
         """The first sweep of these layers."""
-        sweeps = [forward_sweep(self.store, layer, step.groups, step.trains) for layer in layers]
+        sweeps = in_parts(step, [forward_sweep(self.store, layer, step.groups, step.trains) for layer in layers])
         following = layers.stop
         after = forward_sweep(self.store, following, step.groups, step.trains) if following < len(self.layers) else None
+        after = None if after is None else in_parts(step, [after])[0]
         with torch.no_grad():
             self.run(step, sweeps, after, {})
 
@@ -148,11 +156,11 @@ class Runner:
         """Gradients of one segment's parameters; the gradient of its input replaces that of its output."""
         if segment == self.store.segments - 1 or step.record is not None:
             self.find_unread(step)
-        sweeps = backward_sweeps(self.store, segment, step.groups)
-        if sweeps[0].phase is Phase.refill and self._keys_values.holds == sweeps[0].document:
-            # The forward pass has just left them there.
+        sweeps = in_parts(step, backward_sweeps(self.store, segment, step.groups))
+        if self._at_hand(sweeps[0]):
+            # The forward pass has just left it there.
             sweeps = sweeps[1:]
-        after = backward_sweeps(self.store, segment - 1, step.groups)[0] if segment else None
+        after = in_parts(step, backward_sweeps(self.store, segment - 1, step.groups))[0] if segment else None
         totals = {sweep.layer: GradientSum(self.layer_parameters[sweep.layer]) for sweep in sweeps}
         with torch.no_grad():
             self.run(step, sweeps, after, totals)
@@ -176,7 +184,7 @@ class Runner:
                     gradient = torch.zeros_like(hidden)
                 else:
                     with torch.set_grad_enabled(step.trains), step.autocast():
-                        part = self._loss(step, chunk, hidden)
+                        part = self.stem.loss(step.part(chunk), hidden, step.labels[chunk.start : chunk.stop], step.label_smoothing)
                     loss += part.detach()
                     if not step.trains:
                         continue
@@ -205,6 +213,7 @@ class Runner:
         self.layout = layout
         self.transfers = Transfers(self.device, layout.chunk, self.allocator.disk)
         self._keys_values = KeyValues(layout.keys_values, 0, layout.block, self.allocator, self.device)
+        self._rounds = self._new_rounds()
         self.stem.forget()
         self.forget()
         self.allocator.release()
@@ -214,14 +223,8 @@ class Runner:
         self.release(self.layout)
         self.weights.undo()
 
-    def _loss(self, step: Step, chunk: Chunk, hidden: Tensor) -> Tensor:
-        normed = self.stem.epilogue(step.part(chunk), hidden[None])[0]
-        labels = step.labels[chunk.start : chunk.stop]
-        return linear_cross_entropy(
-            *(normed, self._head.weight, self._head.bias, labels),
-            ignore_index=IGNORE,
-            label_smoothing=step.label_smoothing,
-        )
+    def _new_rounds(self) -> Rounds:
+        return Rounds(self.layout, self.allocator, self.transfers, self.device, self._choose, lambda words: self.beat(words))
 
     def run(self, step: Step, sweeps: Sequence[Sweep], after: Sweep | None, totals: dict[int, GradientSum]) -> None:
         """Carry sweeps out one after another.
@@ -231,7 +234,8 @@ class Runner:
             totals: where gradients of each layer's parameters go.
         """
         for sweep, following in zip(sweeps, [*sweeps[1:], after], strict=True):
-            then = (following.chunks, self._fields(following)) if following is not None else None
+            # What comes after ranks have met is not there before.
+            then = (following.chunks, self._fields(following)) if following is not None and sweep.phase not in MEETING else None
             with self._as_in(step), self.weights.use(sweep.layer, following.layer if following else None):
                 self._prepare_keys(sweep)
                 for chunk, data in self.transfers.read(sweep.chunks, self._fields(sweep), then):
@@ -241,6 +245,10 @@ class Runner:
                         self._keys_values.bring(chunk, self.store.keys(following.layer), self.transfers)
                 if following is not None and self._takes_over(sweep, following):
                     self._keys_values.holds = following.document
+                if sweep.phase is Phase.project:
+                    self._rounds.attend(sweep.layer, sweep.chunks)
+                elif sweep.phase is Phase.above:
+                    self._rounds.descend(sweep.layer, sweep.chunks, self._outputs(sweep))
 
     def _prepare_keys(self, sweep: Sweep) -> None:
         """Have a document's keys and values at hand for its backward."""
@@ -259,24 +267,45 @@ class Runner:
         """Whether the next layer's keys and values may take the place of this one's, chunk by chunk: later chunks need them no more."""
         return self.store.keeps_keys and sweep.phase is Phase.backward and sweep.chunks[0].shares and following.chunks == sweep.chunks
 
+    def _at_hand(self, sweep: Sweep) -> bool:
+        """Whether the last pass has left what a sweep would compute again."""
+        if sweep.phase is Phase.refill:
+            return self._keys_values.holds == sweep.document
+        return sweep.phase is Phase.project and self._rounds.holds == sweep.layer
+
     def _fields(self, sweep: Sweep) -> Fields:
         fields: dict[str, Rows] = {"h": sweep.source.rows}
         if sweep.phase is Phase.backward:
             fields["g"] = self.store.gradient(sweep.layer + 1).rows
             if sweep.keeps:
                 fields |= self.store.outputs(sweep.layer)
+        elif sweep.phase is Phase.finish:
+            fields |= self._rounds.outputs.rows
+        elif sweep.phase is Phase.above:
+            fields |= {"g": self.store.gradient(sweep.layer + 1).rows} | self._outputs(sweep).rows
+        elif sweep.phase is Phase.below:
+            fields |= {"g": self.store.gradient(sweep.layer).rows} | self._rounds.gradients
         return fields
+
+    def _outputs(self, sweep: Sweep) -> Outputs:
+        """Of attention across ranks."""
+        return Outputs(self.store.outputs(sweep.layer), self.store.output_of) if sweep.keeps else self._rounds.outputs
 
     def _chunk(self, step: Step, sweep: Sweep, chunk: Chunk, data: dict[str, Tensor], totals: dict[int, GradientSum]) -> None:
         work = Work(sweep.phase, chunk, self._keys_values, self._choose)
         hidden = sweep.source.decode(data["h"])
-        if sweep.phase is Phase.refill:
-            try:
-                self._layer(step, sweep.layer, chunk, hidden, work)
-            except KeysKnown:
-                return
-            raise _without_attention(sweep.layer)
-        if sweep.phase is Phase.forward:
+        if sweep.phase in (Phase.refill, Phase.project):
+            if not split.project(self._called(step, sweep.layer, chunk), hidden, work):
+                raise _without_attention(sweep.layer)
+            if sweep.phase is Phase.project:
+                self._rounds.put(chunk, work)
+            return
+        if sweep.phase in (Phase.above, Phase.below):
+            self._descend_part(step, sweep, hidden, work, data, totals[sweep.layer])
+            return
+        if sweep.phase is Phase.finish:
+            work.kept = self._rounds.outputs.decode(data)
+        if sweep.phase in (Phase.forward, Phase.finish):
             out = self._layer(step, sweep.layer, chunk, hidden, work)
             if work.made is None:
                 raise _without_attention(sweep.layer)
@@ -286,11 +315,7 @@ class Runner:
             return
         if sweep.keeps:
             work.kept = self.store.output_of(data)
-        upstream = self.store.gradient(sweep.layer + 1).decode(data["g"])
-        if sweep.layer == len(self.layers) - 1:
-            # The head's gradients are those of a loss whose own gradient is 1.
-            assert step.upstream is not None
-            upstream = upstream * step.upstream
+        upstream = self._upstream(step, sweep.layer, data)
         parameters = self.layer_parameters[sweep.layer]
         hidden = hidden.detach().requires_grad_()
         with torch.enable_grad(), self.unread.left_out(sweep.layer):
@@ -300,12 +325,40 @@ class Runner:
         totals[sweep.layer].add(rest)
         self.store.gradient(sweep.layer).write(self.transfers, chunk, gradient)
 
+    def _descend_part(self, step: Step, sweep: Sweep, hidden: Tensor, work: Work, data: dict[str, Tensor], total: GradientSum) -> None:
+        """Half of the backward of a layer of a sequence that ranks share, on one chunk."""
+        layer, parameters = self._called(step, sweep.layer, work.chunk), self.layer_parameters[sweep.layer]
+        target = self.store.gradient(sweep.layer)
+        if sweep.phase is Phase.above:
+            work.kept = self._outputs(sweep).decode(data)
+            with self.unread.left_out(sweep.layer):
+                gradient, do, rest = split.above(layer, hidden, work, self._upstream(step, sweep.layer, data), parameters)
+            self._rounds.put(work.chunk, work)
+            self._rounds.put_gradient(work.chunk, do)
+        else:
+            gradient, rest = split.below(layer, hidden, work, self._rounds.gradients_of(data), parameters)
+            gradient = target.decode(data["g"]) + gradient
+        total.add(rest)
+        target.write(self.transfers, work.chunk, gradient)
+
+    def _called(self, step: Step, layer: int, chunk: Chunk) -> split.Layer:
+        return lambda hidden, work: self._layer(step, layer, chunk, hidden, work)
+
+    def _upstream(self, step: Step, layer: int, data: dict[str, Tensor]) -> Tensor:
+        """The gradient [n, d] of a layer's output."""
+        upstream = self.store.gradient(layer + 1).decode(data["g"])
+        if layer < len(self.layers) - 1:
+            return upstream
+        # The head's gradients are those of a loss whose own gradient is 1.
+        assert step.upstream is not None
+        return upstream * step.upstream
+
     def _layer(self, step: Step, layer: int, chunk: Chunk, hidden: Tensor, work: Work) -> Tensor:
         """One layer on one chunk: [n, d] → [n, d]."""
         with step.autocast():
             # Before the seed: what records the arguments may draw random numbers itself.
             arguments = self.stem.calls(step.part(chunk))[layer]
-            self._seed(step, layer + 1, chunk)
+            self._draws.seed(step, layer + 1, chunk)
             out: Tensor = self.layers[layer](hidden[None], **arguments, work=work)[0]
         if out.dtype is not hidden.dtype:
             raise ModelError(f"layer {layer} turns {hidden.dtype} into {out.dtype}: boundaries need one dtype", "executor=whole")
@@ -333,20 +386,6 @@ class Runner:
         cuda = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(cuda, enabled=step.seed is not None), self.stem.streaming():
             yield
-
-    def _seed(self, step: Step, stage: int, chunk: Chunk) -> None:
-        if step.seed is not None:
-            # torch.manual_seed would queue a call, with a formatted stack, for every kind of device that is not here.
-            for generator in self._generators:
-                generator.manual_seed(step.seed + stage * len(step.order) + chunk.index)
-
-    @cached_property
-    def _generators(self) -> list[torch.Generator]:
-        """The default generators that a layer may draw from."""
-        if self.device.type != "cuda":
-            return [torch.default_generator]
-        index = self.device.index if self.device.index is not None else torch.cuda.current_device()
-        return [torch.default_generator, torch.cuda.default_generators[index]]
 
 
 def _without_attention(layer: int) -> ModelError:

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from elite.data.batches import IGNORE
 from elite.errors import ModelError
 from elite.executor.streamed.attention import STREAMED
-from elite.streaming import ARGUMENT_BYTES
+from elite.losses import linear_cross_entropy
+from elite.streaming import ARGUMENT_BYTES, logit_bytes
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Stem:
             raise ModelError(f"{type(core).__name__} keeps its decoder layers elsewhere than in get_decoder().layers", "executor=whole")
         self.layers = layers
         self.embedding: Any = core.get_input_embeddings()
+        self._head: Any = core.get_output_embeddings()
         self._calls: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
         self._calls_bytes = 0
 
@@ -110,6 +113,15 @@ class Stem:
         with self._replaced(lambda _, **_arguments: hidden):
             out: Tensor = self._decoder(input_ids=chunk.ids, position_ids=chunk.positions, use_cache=False).last_hidden_state
         return out
+
+    def loss(self, chunk: Positions, hidden: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+        """Sum of the token losses, fp32 scalar, of the last layer's output `hidden` [n, d] and labels [n]; `IGNORE` scores none."""
+        normed = self.epilogue(chunk, hidden[None])[0]
+        return linear_cross_entropy(
+            *(normed, self._head.weight, self._head.bias, labels),
+            ignore_index=IGNORE,
+            label_smoothing=label_smoothing,
+        )
 
     @contextmanager
     def streaming(self) -> Iterator[None]:

@@ -12,8 +12,9 @@ from elite.chunks import Chunk, Group
 from elite.data.batches import IGNORE
 from elite.executor.streamed.files import raw
 from elite.executor.streamed.journal import Pass
+from elite.executor.streamed.rounds import Shared
 from elite.executor.streamed.stem import Positions
-from elite.executor.streamed.sweeps import in_order
+from elite.executor.streamed.sweeps import Sweep, across_ranks, in_order
 
 
 @dataclass
@@ -33,6 +34,8 @@ class Step:
     """Random state is set from it before each layer and chunk, so that a recomputation draws the same masks; None draws nothing."""
     upstream: Tensor | None = None
     """Gradient of the loss, once the backward has begun."""
+    shared: Shared | None = None
+    """How its rows are shared, if other ranks hold parts of them; the tensors are this rank's."""
     record: Pass | None = None
     """Where its progress is kept, if it can be cut off and go on."""
     _autocast: tuple[bool, torch.dtype] = field(init=False)
@@ -68,6 +71,11 @@ class Step:
     def part(self, chunk: Chunk) -> Positions:
         """A chunk's tokens and positions."""
         return Positions(chunk.index, self.ids[:, chunk.start : chunk.stop], self.positions[:, chunk.start : chunk.stop])
+
+
+def in_parts(step: Step, sweeps: list[Sweep]) -> list[Sweep]:
+    """A step's sweeps as they are carried out: in parts where ranks share its rows."""
+    return sweeps if step.shared is None else list(across_ranks(sweeps))
 
 
 class GradientSum:

@@ -132,12 +132,12 @@ class Store:
 
     def keep_attention(self, transfers: Transfers, layer: int, chunk: Chunk, work: Work) -> None:
         """Keep what a layer's attention has made of a chunk."""
-        assert work.made is not None and work.keys is not None
+        assert work.made is not None
         o, lse = work.made
         self._output_dtype, self._lse_dtype = o.dtype, lse.dtype
         data = {"o": o.flatten(1), "lse": lse.t()}
-        row_bytes = sum(t[0].numel() * t.element_size() for t in work.keys)
-        if self._layout.keeps_keys(row_bytes, self.live.rows.row_bytes):
+        # None across ranks, which compute queries again, and keys and values with them.
+        if work.keys is not None and self._layout.keeps_keys(_row_bytes(work.keys), self.live.rows.row_bytes):
             data |= {"k": work.keys[0].flatten(1), "v": work.keys[1].flatten(1)}
             self.keeps_keys = True
         for kind, values in data.items():
@@ -166,6 +166,11 @@ class Store:
         how = ENCODINGS[encoding]
         rows = self._allocator.rows(name, self._layout.boundaries, self._tokens, how.row_bytes(self._width, self._dtype))
         return Boundary(rows, how, self._width, self._dtype)
+
+
+def _row_bytes(tensors: tuple[Tensor, Tensor]) -> int:
+    """A token's bytes in both."""
+    return sum(t[0].numel() * t.element_size() for t in tensors)
 
 
 def _gradient_rows(layer: int, layers: int) -> str:

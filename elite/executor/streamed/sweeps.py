@@ -1,6 +1,6 @@
 """The order of a step: which layer passes over which chunks, what it reads and what it writes. Plain values, nothing is computed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -20,9 +20,9 @@ class Sweep:
     source: Boundary
     """Its input."""
     sinks: tuple[Boundary, ...] = ()
-    """Where its output goes, in the phase `forward`."""
+    """Where its output goes, in the phases `forward` and `finish`."""
     keeps: bool = False
-    """Whether attention outputs are written (`forward`) or read (`backward`)."""
+    """Whether attention outputs are written (`forward`, `finish`) or read (`backward`, `above`)."""
 
     def over(self, chunks: tuple[Chunk, ...]) -> "Sweep":
         """The same over other chunks."""
@@ -43,6 +43,20 @@ def forward_sweep(store: Store, layer: int, groups: Sequence[Group], trains: boo
     """The first sweep of one layer."""
     sinks = store.sinks(layer + 1, trains)
     return Sweep(Phase.forward, layer, in_order(groups), store.source(layer, trains), sinks, trains and store.keeps_outputs)
+
+
+def across_ranks(sweeps: Iterable[Sweep]) -> Iterator[Sweep]:
+    """The same layers of a sequence that ranks share: they meet after each `project`, and after each `above`."""
+    for sweep in sweeps:
+        if sweep.phase is Phase.forward:
+            yield replace(sweep, phase=Phase.project, sinks=(), keeps=False)
+            yield replace(sweep, phase=Phase.finish)
+        else:
+            # What the forward pass has not kept is attended again.
+            if not sweep.keeps:
+                yield replace(sweep, phase=Phase.project)
+            yield replace(sweep, phase=Phase.above)
+            yield replace(sweep, phase=Phase.below, keeps=False)
 
 
 def backward_sweeps(store: Store, segment: int, groups: Sequence[Group]) -> list[Sweep]:
