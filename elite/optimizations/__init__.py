@@ -10,7 +10,7 @@ from elite.optimizations.adamw_8bit import AdamW8bit
 from elite.optimizations.adaptive_gradient_clipping import AdaptiveGradientClipping
 from elite.optimizations.backend_flags import BackendFlags
 from elite.optimizations.checkpoint_offload import CheckpointOffload
-from elite.optimizations.contract import STREAMED_SITES, Decision, Optimization, OptimizationConfig, Site
+from elite.optimizations.contract import STREAMED_SITES, UNDIVIDED_SITES, Decision, Optimization, OptimizationConfig, Site
 from elite.optimizations.defragmentation import Defragmentation
 from elite.optimizations.early_stopping import EarlyStopping
 from elite.optimizations.ema import EMA
@@ -38,6 +38,7 @@ from elite.optimizations.ring_attention import RingAttention
 from elite.optimizations.sequence_packing import SequencePacking
 from elite.optimizations.sliding_window import SlidingWindow
 from elite.optimizations.swa import SWA
+from elite.optimizations.tensor_parallel import TensorParallel
 from elite.optimizations.tiled_mlp import TiledMLP
 from elite.optimizations.torch_compile import TorchCompile
 
@@ -49,6 +50,7 @@ ALL: tuple[type[Optimization], ...] = (
     MixedPrecision,  # decides the dtype in which weights are loaded
     GQAConversion,  # makes another model of the one that was loaded, so before anything stands in for its modules
     SlidingWindow,  # likewise: what the layers' attention sees
+    TensorParallel,  # divides linear maps as they were loaded
     QLoRA,  # replaces linear maps, so before adapters attach to them
     FlashAttention,  # chooses a function by name; any time after loading
     RingAttention,  # the same function for rows that are not shared, so its memory stands above that one's
@@ -91,6 +93,7 @@ class OptimizationsConfig:
     mixed_precision: OptimizationConfig = field(default_factory=MixedPrecision.Config)
     gqa_conversion: OptimizationConfig = field(default_factory=GQAConversion.Config)
     sliding_window: OptimizationConfig = field(default_factory=SlidingWindow.Config)
+    tensor_parallel: OptimizationConfig = field(default_factory=TensorParallel.Config)
     qlora: OptimizationConfig = field(default_factory=QLoRA.Config)
     flash_attention: OptimizationConfig = field(default_factory=FlashAttention.Config)
     ring_attention: OptimizationConfig = field(default_factory=RingAttention.Config)
@@ -166,4 +169,7 @@ def _inactive(optimization: Optimization, facts: Facts) -> str | None:
     taken = optimization.claims & STREAMED_SITES if facts.executor == "streamed" else None
     if taken:
         return f"the streamed executor does this itself ({', '.join(sorted(site.value for site in taken))})"
+    apart = optimization.claims & UNDIVIDED_SITES if facts.dividing > 1 else None
+    if apart:
+        return f"ranks divide each layer (optimizations.{TensorParallel.name}), and this acts on whole tensors"
     return optimization.check(facts)
