@@ -50,10 +50,10 @@ ALL: tuple[type[Optimization], ...] = (
     MixedPrecision,  # decides the dtype in which weights are loaded
     GQAConversion,  # makes another model of the one that was loaded, so before anything stands in for its modules
     SlidingWindow,  # likewise: what the layers' attention sees
-    TensorParallel,  # divides linear maps as they were loaded
     QLoRA,  # replaces linear maps, so before adapters attach to them
     FlashAttention,  # chooses a function by name; any time after loading
     RingAttention,  # the same function for rows that are not shared, so its memory stands above that one's
+    TensorParallel,  # divides linear maps as they were loaded, before what is put in their modules' place is tried out
     FusedKernels,  # replaces norms and MLPs as they were loaded, before anything wraps them
     LigerKernels,  # the same places; patches them by its own rules
     FusedLoRA,  # acts on adapters, inside what checkpointing wraps
@@ -93,10 +93,10 @@ class OptimizationsConfig:
     mixed_precision: OptimizationConfig = field(default_factory=MixedPrecision.Config)
     gqa_conversion: OptimizationConfig = field(default_factory=GQAConversion.Config)
     sliding_window: OptimizationConfig = field(default_factory=SlidingWindow.Config)
-    tensor_parallel: OptimizationConfig = field(default_factory=TensorParallel.Config)
     qlora: OptimizationConfig = field(default_factory=QLoRA.Config)
     flash_attention: OptimizationConfig = field(default_factory=FlashAttention.Config)
     ring_attention: OptimizationConfig = field(default_factory=RingAttention.Config)
+    tensor_parallel: OptimizationConfig = field(default_factory=TensorParallel.Config)
     fused_kernels: OptimizationConfig = field(default_factory=FusedKernels.Config)
     liger_kernels: OptimizationConfig = field(default_factory=LigerKernels.Config)
     fused_lora: OptimizationConfig = field(default_factory=FusedLoRA.Config)

@@ -7,11 +7,13 @@ from elite.errors import PlanError
 from elite.facts import Device, Facts, ModelShape
 from elite.optimizations import reshaped
 from elite.optimizations.gqa_conversion import GQAConversion
+from elite.optimizations.ring_attention import RingAttention
 from elite.optimizations.tensor_parallel import divided, refusal
 
 CONTEXT_MULTIPLE = 8
 """Tensor cores and 8-byte aligned rows want it."""
 MIN_CONTEXT = 64
+SHARED_WORD = f"optimizations.{RingAttention.name}.enabled=true"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,13 @@ def facts_of(config: RunConfig, device: Device, shape: ModelShape, executor: str
 def sharing(config: RunConfig, device: Device) -> int:
     """Ranks that share each sequence; 1: none is shared."""
     return device.count if config.optimizations.ring_attention.enabled else 1
+
+
+def with_shared_sequences(config: RunConfig, device: Device) -> RunConfig | None:
+    """The run with ranks that share each sequence; None where there is one rank, or ranks carry the same sequences already."""
+    if device.count == 1 or max(sharing(config, device), dividing(config, device)) > 1:
+        return None
+    return replace(config, optimizations=config.optimizations.switched({RingAttention.name: True}))
 
 
 def dividing(config: RunConfig, device: Device) -> int:
