@@ -49,7 +49,8 @@ def adapted(model: Any) -> Any:
     made = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     for module in made.modules():
         if isinstance(module, LoraLayer):
-            torch.nn.init.normal_(module.lora_B["default"].weight, std=0.1)
+            matrix: Any = module.lora_B["default"]
+            torch.nn.init.normal_(matrix.weight, std=0.1)
             divide_adapter(module)
     return made
 
@@ -212,8 +213,10 @@ def test_adapters_of_a_saved_model(tmp_path: Path, repository: Path, cache: Path
     tiny("qwen2", vocab_size=512, hidden_size=64).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     where = (f"output.cache={cache}", f"data.repo={repository}", f"output.root={tmp_path}")
-    usual = (f"model.path={folder}", "model.weights=pretrained", "optimizations=standard", "optimizations.mixed_precision.enabled=false")
-    usual = (*usual, "training.learning_rate=0.01")
+    usual = (
+        *(f"model.path={folder}", "model.weights=pretrained", "training.learning_rate=0.01"),
+        *("optimizations=standard", "optimizations.mixed_precision.enabled=false"),
+    )
     alone, pair = begun(where, *usual), begun(where, *usual, *DIVIDED)
     worker.train(alone, ALONE)
     assert near(results(alone), carried_out(pair, tmp_path / "pair"))
@@ -259,7 +262,7 @@ def plan_reason(name: str, *overrides: str) -> str:
         (("hardware.gpus=4",), "its 2 key/value heads are no multiple of 4"),
         (
             ("optimizations.qlora.enabled=true", "hardware=h100"),
-            "qlora and optimizations.tensor_parallel both decide the storage of frozen",
+            "tensor_parallel and optimizations.qlora both decide the storage of frozen",
         ),
         (("optimizations.ring_attention.enabled=true",), "both decide the which ranks hold a sequence"),
     ],

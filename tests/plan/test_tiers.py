@@ -1,12 +1,13 @@
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from elite.config import RunConfig
 from elite.errors import PlanError
 from elite.facts import GIB
-from elite.plan import choose_tier, make_plan, tiers
+from elite.plan import Plan, choose_tier, make_plan, tiers
 from tests.plan.helpers import CORPUS, STANDARD, device, phi2, run_config
 
 TIERS = [(f"tier{n}", 4096 * 2 ** (n - 1)) for n in range(11, 0, -1)]
@@ -90,8 +91,13 @@ def test_all_gpus_together_reach_a_higher_tier() -> None:
 
 
 def test_on_one_gpu_a_tier_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    planned = []
-    monkeypatch.setattr(tiers, "make_plan", lambda config, *rest: planned.append(config.tier.name) or make_plan(config, *rest))
+    planned = list[str]()
+
+    def noted(config: RunConfig, *rest: Any) -> Plan:
+        planned.append(config.tier.name)
+        return make_plan(config, *rest)
+
+    monkeypatch.setattr(tiers, "make_plan", noted)
     choose_tier(candidates(), device("rtx3090"), phi2(), PLENTY)
     assert planned == [name for name, _ in TIERS][: len(planned)]
     planned.clear()

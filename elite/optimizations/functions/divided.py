@@ -13,12 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from elite.optimizations.tensor_parallel import BY_INPUTS, BY_OUTPUTS, SUMMED
 
-STYLES = {BY_OUTPUTS: ColwiseParallel, BY_INPUTS: RowwiseParallel}
 LAYER_NUMBER = re.compile(r"\.\d+\.")
 """In a module's name, where a plan has a star."""
 
@@ -34,16 +33,29 @@ def divide(model: Any, plan: Mapping[str, str]) -> int:
     """
     decoder, device = model.get_decoder(), "cuda" if dist.get_backend() == "nccl" else "cpu"
     mesh = init_device_mesh(device, (dist.get_world_size(),))
-    wanted = {name: STYLES[style]() for name, style in plan.items() if style in STYLES}
+    wanted = {name: _style(style) for name, style in plan.items() if style in (BY_OUTPUTS, BY_INPUTS)}
     parallelize_module(decoder, mesh, wanted, src_data_rank=None)
     # Parts are on the device now, and what is to be tried out needs the rest there too.
     nn.Module.to(model, device)
     for name, module in decoder.named_modules():
-        if plan.get(LAYER_NUMBER.sub(".*.", name)) == SUMMED:
+        style = plan.get(LAYER_NUMBER.sub(".*.", name))
+        if style == BY_INPUTS:
+            module.register_forward_hook(_added_up)
+        elif style == SUMMED:
             for parameter in module.parameters(recurse=False):
                 # It is whole, and each rank's gradient of it is that of the rank's heads alone.
                 parameter.register_hook(_summed)
     return sum(isinstance(module.weight, DTensor) for module in decoder.modules() if isinstance(module, nn.Linear))
+
+
+def _style(name: str) -> ParallelStyle:
+    # What torch adds up itself may still be under way when a kernel of ours reads it.
+    return ColwiseParallel() if name == BY_OUTPUTS else RowwiseParallel(output_layouts=Partial(), use_local_output=False)
+
+
+def _added_up(_module: nn.Module, _inputs: Any, partial: DTensor) -> Tensor:
+    """The sum of all ranks' results."""
+    return partial.redistribute(placements=[Replicate()]).to_local()
 
 
 def _summed(gradient: Tensor) -> Tensor:
@@ -58,9 +70,10 @@ def divide_adapter(layer: Any) -> None:
     if not isinstance(weight, DTensor):
         return
     by_outputs = weight.placements[0] == Shard(0)
-    style, matrices = (ColwiseParallel(), layer.lora_B) if by_outputs else (RowwiseParallel(), layer.lora_A)
-    for matrix in matrices.values():
-        parallelize_module(matrix, weight.device_mesh, style, src_data_rank=None)
+    for matrix in (layer.lora_B if by_outputs else layer.lora_A).values():
+        parallelize_module(matrix, weight.device_mesh, _style(BY_OUTPUTS if by_outputs else BY_INPUTS), src_data_rank=None)
+        if not by_outputs:
+            matrix.register_forward_hook(_added_up)
 
 
 def whole(tree: Any) -> Any:
