@@ -41,6 +41,8 @@ class TensorParallel(Optimization):
         if facts.device.count == 1:
             return "one rank has no other to divide layers with (hardware.gpus)"
         reason = "" if facts.dividing > 1 else refusal(facts.model, facts.device.count)
+        if facts.device.kind == "cuda" and not facts.device.supports_bf16:
+            reason = f"{facts.device.name} has no bf16, and fp16's loss scaling judges each rank's gradients apart"
         if facts.executor == "streamed":
             reason = "the streamed executor brings a whole layer to each rank"
         if reason:

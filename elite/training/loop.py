@@ -328,7 +328,8 @@ class Trainer:
             loss = progress.last_val.get("val_loss") if progress.val_step == progress.step else None
             self.saver.save(progress.step, loss, self.loaded, state, asked)
         elif self.loaded.divided:
-            take_part(self.loaded)
+            with self.ranks.meeting("what a checkpoint gathers"):
+                take_part(self.loaded)
         if last:
             self._settle()
 
