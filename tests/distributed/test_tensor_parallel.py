@@ -212,6 +212,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
+@pytest.mark.slow
 def test_a_run_whose_ranks_divide_each_layer_is_the_run_of_one(tmp_path: Path, repository: Path, cache: Path) -> None:
     where = (f"output.cache={cache}", f"data.repo={repository}", f"output.root={tmp_path}", "adapter.method=full")
     alone, pair = begun(where), begun(where, *DIVIDED)
@@ -222,14 +223,6 @@ def test_a_run_whose_ranks_divide_each_layer_is_the_run_of_one(tmp_path: Path, r
     assert completions[0] == completions[1] and "after" in completions[0]
     whole, saved = tensors(alone.final), tensors(pair.final)
     assert whole.keys() == saved.keys() and all(torch.allclose(saved[name], whole[name], rtol=1e-4, atol=1e-6) for name in whole)
-
-
-@pytest.mark.slow
-def test_it_continues_to_the_last_bit(tmp_path: Path, repository: Path, cache: Path) -> None:
-    where = (f"output.cache={cache}", f"data.repo={repository}", f"output.root={tmp_path}", "adapter.method=full")
-    pair = begun(where, *DIVIDED)
-    found = carried_out(pair, tmp_path / "pair")
-    saved = tensors(pair.final)
     # As it was when its first step was saved.
     again = RunFolder(Path(shutil.copytree(pair.path, tmp_path / "again")))
     again.summary.unlink()
