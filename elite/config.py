@@ -145,6 +145,8 @@ class HardwareConfig:
     """Device memory bandwidth."""
     pcie_gb_s: float = 0.0
     """Host to device rate, one direction, as reached in practice."""
+    link_gb_s: float = 0.0
+    """Between two GPUs, one direction, by NVLink; 0 where PCIe is all they have."""
     host_ram_gib: float = 0.0
     """Host memory a machine with such a card commonly has."""
     cap: Cap = Cap.none

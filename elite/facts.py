@@ -58,6 +58,8 @@ class ModelShape:
     """Why the streamed executor cannot carry this model; empty if it can."""
     loaded: "ModelShape | None" = None
     """The shape in which the weights are loaded, where an optimization makes another of it."""
+    tensor_plan: tuple[tuple[str, str], ...] = ()
+    """How transformers would divide a layer among ranks (`base_model_tp_plan`): modules, named as in the layer, and their styles."""
 
     @property
     def as_loaded(self) -> "ModelShape":
@@ -153,6 +155,8 @@ class Device:
     """The process is held to `memory_usable_bytes` on a larger card."""
     disk_free_bytes: int = 0
     """Free on the disk of the cache folder; 0 where unknown."""
+    link_bytes_per_s: float = 0.0
+    """Between two GPUs, one direction, as the data sheet has it; 0 where they have no link but the host's."""
     measured: Rates | None = None
     """What the stress test found here; None without one, or for a card that is not here."""
 
@@ -198,6 +202,8 @@ class Facts:
     """Text is generated: a completion to look at, or an evaluation."""
     sharing: int = 1
     """Ranks that share each sequence; 1: none is shared."""
+    dividing: int = 1
+    """Ranks that divide each layer and carry the same sequences; `model` is then what one of them has. 1: each has all of it."""
 
     @property
     def micro_tokens(self) -> int:

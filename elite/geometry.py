@@ -24,6 +24,8 @@ SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+IN_EVERY_LAYER = "layers.*."
+"""Before a module's name within a layer, in transformers' plans."""
 SUPPORTED = "llama, qwen2, qwen3, mistral, phi …"
 """Examples of architectures whose decoder layers can be worked on."""
 
@@ -145,7 +147,14 @@ def _shape(name: str, config_json: str, code: Path | None = None) -> ModelShape:
         windowed_layers=windowed_layers(config),
         rotary_dim=int(head_dim * rope.get("partial_rotary_factor", 1.0)) if rope else 0,
         unstreamable=reason_against(model) or "",
+        tensor_plan=_tensor_plan(config),
     )
+
+
+def _tensor_plan(config: Any) -> tuple[tuple[str, str], ...]:
+    """What of the architecture's plan for tensor parallelism is about its layers."""
+    plan: dict[str, str] = config.base_model_tp_plan or {}
+    return tuple((name.removeprefix(IN_EVERY_LAYER), style) for name, style in plan.items() if name.startswith(IN_EVERY_LAYER))
 
 
 def _check_geometry(model: ModelConfig) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from elite import geometry, pretrained
@@ -17,7 +18,9 @@ from elite.config import AdapterMethod, RunConfig, Weights
 from elite.errors import ModelError, PlanError
 from elite.model_folder import ANEW, readable
 from elite.optimizations.contract import Applied, Decision, Stage
+from elite.optimizations.functions.divided import divide_adapter, parts_of, whole
 from elite.optimizations.gqa_conversion import GQAConversion, converted_maps
+from elite.optimizations.tensor_parallel import TensorParallel
 
 log = logging.getLogger("elite.model")
 
@@ -42,6 +45,11 @@ class LoadedModel:
     def adapted(self) -> bool:
         """Whether adapters are trained beside the model."""
         return self.model is not self.core
+
+    @cached_property
+    def divided(self) -> bool:
+        """Whether each rank has a part of the layers' maps (optimizations.tensor_parallel)."""
+        return TensorParallel.name in self.applied
 
     @property
     def trains_everything(self) -> bool:
@@ -128,7 +136,9 @@ def load(
     """
     full, lora = (config.adapter.method is method for method in (AdapterMethod.full, AdapterMethod.lora))
     # Fine-tuning all weights keeps fp32 masters; autocast makes the products run in the compute dtype.
-    core = _base(config, torch.float32 if full else dtype, device)
+    divides = any(decision.active and decision.name == TensorParallel.name for decision in decisions)
+    # A device has room for its part of a divided model alone.
+    core = _base(config, torch.float32 if full else dtype, torch.device("cpu") if divides else device)
     core.config.use_cache = False
     applied = apply_stage(Stage.geometry, decisions, core)
     if GQAConversion.name in applied and lora and base is not None:
@@ -183,6 +193,7 @@ def _with_adapters(core: PreTrainedModel, config: RunConfig) -> Any:
         if isinstance(module, LoraLayer):
             # Autocast converts the adapters' weights; casting the input up first would keep a second copy of every activation.
             module.cast_input_dtype_enabled = False
+            divide_adapter(module)
     return model
 
 
@@ -196,11 +207,16 @@ class TrainedCopy:
 
 
 def copy_trained(loaded: LoadedModel) -> TrainedCopy:
-    """Copy what is trained; where tensors are one, such as tied embeddings, so are their copies."""
+    """Copy what is trained; where tensors are one, such as tied embeddings, so are their copies.
+
+    Where each rank has a part, the others call `take_part` meanwhile.
+    """
     everything = loaded.trains_everything
-    named = loaded.core.state_dict() if everything else {n: p for n, p in loaded.model.named_parameters() if p.requires_grad}
     state, copies = dict[str, torch.Tensor](), dict[tuple[Any, ...], torch.Tensor]()
-    for name, tensor in named.items():
+    for name, tensor in _trained(loaded).items():
+        if isinstance(tensor, DTensor):
+            state[name] = whole(tensor)
+            continue
         # What `state_dict` returns twice for one storage are two objects.
         place = tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
         if place not in copies:
@@ -220,9 +236,24 @@ def copy_trained(loaded: LoadedModel) -> TrainedCopy:
     return TrainedCopy(save, sum(copy.nbytes for copy in copies.values()))
 
 
+def take_part(loaded: LoadedModel) -> None:
+    """What the other ranks do while one copies what is trained, or exports it."""
+    for tensor in _trained(loaded).values():
+        whole(tensor)
+
+
+def _trained(loaded: LoadedModel) -> dict[str, torch.Tensor]:
+    """What is trained, by name in the model."""
+    if loaded.trains_everything:
+        return loaded.core.state_dict()
+    return {name: parameter for name, parameter in loaded.model.named_parameters() if parameter.requires_grad}
+
+
 def export(loaded: LoadedModel, folder: Path) -> None:
     """Write the run's result in the library's own format: an adapter (peft) or a whole model (transformers)."""
-    if loaded.adapted:
+    if loaded.divided:
+        copy_trained(loaded).save(folder)
+    elif loaded.adapted:
         # `save_embedding_layers="auto"` would ask the hub about the base model's vocabulary.
         loaded.model.save_pretrained(folder, save_embedding_layers=False)
     else:
@@ -235,15 +266,16 @@ def load_trained(loaded: LoadedModel, folder: Path) -> None:
     Raises:
         ModelError: the files belong to another model or rank.
     """
-    from peft import set_peft_model_state_dict
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     tensors = {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
     if not loaded.adapted:
-        result: Any = loaded.core.load_state_dict(tensors, strict=False)
+        result: Any = loaded.core.load_state_dict(parts_of(tensors, loaded.core.state_dict()), strict=False)
         trained = {name for name, p in loaded.core.named_parameters() if p.requires_grad}
         missing = set(result.missing_keys) & trained - set(loaded.core.all_tied_weights_keys)
     else:
-        result = set_peft_model_state_dict(loaded.model, tensors)
+        own = get_peft_model_state_dict(loaded.model, save_embedding_layers=False) if loaded.divided else {}
+        result = set_peft_model_state_dict(loaded.model, parts_of(tensors, own))
         missing = {name for name in result.missing_keys if "lora_" in name}
     if missing or result.unexpected_keys:
         raise ModelError(

@@ -23,7 +23,18 @@ from elite.distributed.ranks import by_slurm, joined, launched, ranks_here
 from elite.errors import CheckpointError, ConfigError, ModelError, PlanError
 from elite.facts import NO_CORPUS, Corpus, Device, ModelShape
 from elite.jsonfile import read_object
-from elite.plan import Plan, choose_tier, longest_contexts, make_plan, render, render_longest, render_survey, render_tiers, survey
+from elite.plan import (
+    Plan,
+    choose_tier,
+    longest_contexts,
+    make_plan,
+    planned_on_all,
+    render,
+    render_longest,
+    render_survey,
+    render_tiers,
+    survey,
+)
 from elite.plan.ablated import require_variation
 from elite.plan.executors import least_bytes
 from elite.plan.values import check_values
@@ -58,7 +69,7 @@ def tiers(composed: Composed) -> None:
     for name in TIER_OPTIONS[1:]:
         config = composed.again(f"tier={name}").config
         least = least_bytes(config, device, shape) / (1 - config.plan.headroom_fraction)
-        made.append((make_plan(config, device, shape, NO_CORPUS), least))
+        made.append((planned_on_all(config, device, shape, NO_CORPUS)[1], least))
     console.print(render_tiers(made, device))
 
 

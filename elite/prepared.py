@@ -50,6 +50,11 @@ class Run:
     ranks: Ranks
 
     @property
+    def carriers(self) -> Ranks:
+        """This process among those that carry other sequences: it is alone where ranks divide each layer, who carry the same."""
+        return replace(self.ranks, rank=0, world=1) if self.facts.dividing > 1 else self.ranks
+
+    @property
     def layout(self) -> Streaming | None:
         """Of the streamed executor; None under the whole one."""
         plain = self.plan["layout"]
@@ -65,7 +70,8 @@ def prepared(folder: RunFolder, ranks: Ranks) -> Run:
     # Found once: a run that continues deals its batches as before.
     searches = config.training.micro_batch == AUTO and plan.get("layout") is None and not folder.micro_batch.is_file()
     config = with_micro_batch(config, plan["micro_batch"])
-    device = hardware.device(config.hardware)
+    # One process evaluates what several have trained.
+    device = replace(hardware.device(config.hardware), count=ranks.world)
     if device.kind == "cuda":
         # As it was before this process took its own part of the device.
         device = replace(device, memory_usable_bytes=plan["usable_bytes"])
@@ -77,6 +83,8 @@ def prepared(folder: RunFolder, ranks: Ranks) -> Run:
     applied = apply_stage(Stage.data, decisions, batches)
     dtype, of_dtype = compute_dtype(decisions, device)
     applied |= of_dtype
+    # Where ranks divide layers, one that fails alone leaves the others waiting: the plan's answer stands.
+    searches = searches and facts.dividing == 1
     return Run(config, plan, searches, device, facts, decisions, dtype, batches.packed, batches.mapped, applied, folder, ranks)
 
 

@@ -12,6 +12,7 @@ from elite.config import Executor, RunConfig
 from elite.errors import CheckpointError
 from elite.facts import Corpus, Device, ModelShape
 from elite.optimizations.ring_attention import RingAttention
+from elite.optimizations.tensor_parallel import TensorParallel
 from elite.plan import make_plan
 from elite.plan.batch import accumulation_for
 
@@ -19,7 +20,7 @@ OF_THE_RANKS = (
     *("ranks", "micro_batch", "accumulation", "device", "device_kind", "device_present", "device_capped"),
     *("memory", "total_bytes", "reserved_bytes", "device_bytes", "usable_bytes", "headroom_bytes", "checkpoint_bytes"),
     *("host_bytes", "host_usable_bytes", "corpus_bytes", "disk_bytes"),
-    *("step_flops", "step_s", "time", "rates", "tokens_per_s", "mfu", "epoch_s", "run_s", "stages"),
+    *("step_flops", "step_s", "time", "exchanged", "rates", "tokens_per_s", "mfu", "epoch_s", "run_s", "stages"),
 )
 """What of a plan is said of each rank, or of what they do together; all else is the run's own and stays."""
 
@@ -43,8 +44,8 @@ def redealt(begun: RunConfig, plan: dict[str, Any], device: Device, shape: Model
     before, count = plan["ranks"], device.count
     stays = f"hardware.gpus={before}, or resume=never"
     where = f"the run was begun on {before} ranks, here are {count}"
-    # Ranks that share each sequence carry all of them together.
-    shared = any(one["name"] == RingAttention.name and one["active"] for one in plan["decisions"])
+    # Ranks that share each sequence, or divide each layer, carry all of them together.
+    shared = any(one["name"] in (RingAttention.name, TensorParallel.name) and one["active"] for one in plan["decisions"])
     sequences = plan["accumulation"] * plan["micro_batch"] * (1 if shared else before)
     if not shared and sequences % count:
         raise CheckpointError(f"{where}: a step's {sequences} sequences cannot be dealt equally to {count} ranks", stays)

@@ -31,7 +31,7 @@ from elite.executor.build import build, streams_weights
 from elite.executor.streamed.attach import Attached
 from elite.executor.streamed.mid_step import MidStep
 from elite.jsonfile import read_object
-from elite.model import LoadedModel, export, load
+from elite.model import LoadedModel, export, load, take_part
 from elite.optimizations.contract import Applied
 from elite.optimizations.ring_attention import active_variant
 from elite.plan import model_flops_per_token
@@ -75,7 +75,7 @@ def _loaded(run: Run) -> LoadedModel:
     loaded = load(run.config, run.decisions, run.dtype, run.ranks.device, streams_weights(run.layout), base)
     if base is not None and base.is_dir():
         uptraining.with_tokenizer(run, base)
-    torch.manual_seed(run.config.seed + run.ranks.rank)
+    torch.manual_seed(run.config.seed + run.carriers.rank)
     return loaded
 
 
@@ -107,7 +107,7 @@ def _carried_out(parts: _Parts, beat: Beat) -> None:
     device, facts, ranks, folder = parts.run.device, parts.run.facts, parts.run.ranks, parts.run.folder
     meter = Meter(
         ranks,
-        lambda context: model_flops_per_token(replace(facts, context=context)),
+        lambda context: model_flops_per_token(replace(facts, context=context)) * facts.dividing,
         device.matmul_flops_per_s if device.kind == "cuda" else 0.0,
     )
     store = corpus_of(folder, parts.run.mapped)
@@ -135,6 +135,8 @@ def _carried_out(parts: _Parts, beat: Beat) -> None:
             completion.write("after")
             if ranks.is_main:
                 checkpoint.write_folder(folder.final, lambda place: export(loaded, place))
+            elif loaded.divided:
+                take_part(loaded)
         measured = meter.measured_peak_bytes()
         if ranks.is_main:
             if before is not None:
@@ -158,13 +160,13 @@ def _carried_out(parts: _Parts, beat: Beat) -> None:
 
 def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter, beat: Beat) -> tuple[Trainer, Attached | None]:
     """The trainer, and the streamed model if it is one."""
-    config, tier, ranks, steps = run.config, run.config.tier, run.ranks, run.plan["steps"]
+    config, tier, ranks, steps, carriers = run.config, run.config.tier, run.ranks, run.plan["steps"], run.carriers
     shared = active_variant(run.decisions)
-    executors = build(loaded, run.layout, run.dtype, run.device, ranks, Path(config.output.cache).expanduser(), shared)
+    executors = build(loaded, run.layout, run.dtype, run.device, carriers, Path(config.output.cache).expanduser(), shared)
     attached = executors.attached
     if attached is not None:
         attached.runner.beat = beat
-    course = course_of(config, run.plan, store, executors.validation, ranks, run.folder.difficulty, beat)
+    course = course_of(config, run.plan, store, executors.validation, ranks, run.folder.difficulty, beat, carriers)
     optimizer, applied = build_optimizer(loaded.trainable, run.plan["learning_rate"], config.training, run.decisions, loaded.model)
     scheduler = schedule(optimizer, config.schedule, steps)
     hooks, of_loop = loop_hooks(
@@ -182,12 +184,13 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter, be
         scheduler=scheduler,
         scaler=make_scaler(ranks.device, run.dtype),
         stream=TrainStream(
-            *(store, config.data, tier.context, config.training.sequences, config.seed, run.packed, ranks.rank, ranks.world, course),
+            *(store, config.data, tier.context, config.training.sequences, config.seed, run.packed, carriers.rank, carriers.world, course),
             sharing=run.facts.sharing,
         ),
-        validator=Validator(executors.validation, *_held_out(run, store), ranks, beat, executors.sharing),
+        validator=Validator(executors.validation, *_held_out(run, store), carriers, beat, executors.sharing),
         meter=meter,
         ranks=ranks,
+        carriers=carriers,
         checkpoints=run.folder.checkpoints,
         applied=applied | of_loop,
         hooks=hooks,
@@ -229,7 +232,9 @@ class _Completion:
         """What the optimizations of generation touched."""
         self._file = run.folder.path / "completion.json"
         self._example: Completion | None = None
-        if run.ranks.is_main and tokens > 0:
+        self._writes = run.ranks.is_main
+        # Ranks that divide layers complete together.
+        if (run.ranks.is_main or loaded.divided) and tokens > 0:
             tokenizer: Any = pretrained.tokenizer(config.model, Path(config.output.cache).expanduser(), download=False)
             self._tokenizer = tokenizer
             # Generation keeps keys and values of all layers, which training need not have room for.
@@ -248,6 +253,8 @@ class _Completion:
                 raise
             # A sample of text is no reason to lose a run.
             console.print(f"no completion {when} training: out of memory")
+            return
+        if not self._writes:
             return
         text = decode(found, skip_special_tokens=True)
         known = read_object(self._file, CheckpointError, ANOTHER) if self._file.exists() else {}

@@ -58,7 +58,7 @@ def build(
         layout: of the streamed executor; None is the whole one.
         dtype: of matrix products.
         device: what is emulated decides which attention kernels may run.
-        ranks: this process among all; gradients are exchanged by DDP if there are several.
+        ranks: this process among those that carry other sequences; gradients are exchanged by DDP if there are several.
         cache: folder where kernel choices are remembered.
         shared: how ranks exchange keys and values of the sequences that they share; None: each has its own.
     """

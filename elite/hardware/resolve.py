@@ -183,4 +183,5 @@ def _cuda(
         host_ram_bytes=host_memory()[0] if here else int(figures.host_ram_gib * GIB),
         cores=cores(),
         capped=capped,
+        link_bytes_per_s=figures.link_gb_s * 1e9,
     )

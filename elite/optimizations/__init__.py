@@ -10,7 +10,7 @@ from elite.optimizations.adamw_8bit import AdamW8bit
 from elite.optimizations.adaptive_gradient_clipping import AdaptiveGradientClipping
 from elite.optimizations.backend_flags import BackendFlags
 from elite.optimizations.checkpoint_offload import CheckpointOffload
-from elite.optimizations.contract import STREAMED_SITES, Decision, Optimization, OptimizationConfig, Site
+from elite.optimizations.contract import STREAMED_SITES, UNDIVIDED_SITES, Decision, Optimization, OptimizationConfig, Site
 from elite.optimizations.defragmentation import Defragmentation
 from elite.optimizations.early_stopping import EarlyStopping
 from elite.optimizations.ema import EMA
@@ -38,6 +38,7 @@ from elite.optimizations.ring_attention import RingAttention
 from elite.optimizations.sequence_packing import SequencePacking
 from elite.optimizations.sliding_window import SlidingWindow
 from elite.optimizations.swa import SWA
+from elite.optimizations.tensor_parallel import TensorParallel
 from elite.optimizations.tiled_mlp import TiledMLP
 from elite.optimizations.torch_compile import TorchCompile
 
@@ -52,6 +53,7 @@ ALL: tuple[type[Optimization], ...] = (
     QLoRA,  # replaces linear maps, so before adapters attach to them
     FlashAttention,  # chooses a function by name; any time after loading
     RingAttention,  # the same function for rows that are not shared, so its memory stands above that one's
+    TensorParallel,  # divides linear maps as they were loaded, before what is put in their modules' place is tried out
     FusedKernels,  # replaces norms and MLPs as they were loaded, before anything wraps them
     LigerKernels,  # the same places; patches them by its own rules
     FusedLoRA,  # acts on adapters, inside what checkpointing wraps
@@ -94,6 +96,7 @@ class OptimizationsConfig:
     qlora: OptimizationConfig = field(default_factory=QLoRA.Config)
     flash_attention: OptimizationConfig = field(default_factory=FlashAttention.Config)
     ring_attention: OptimizationConfig = field(default_factory=RingAttention.Config)
+    tensor_parallel: OptimizationConfig = field(default_factory=TensorParallel.Config)
     fused_kernels: OptimizationConfig = field(default_factory=FusedKernels.Config)
     liger_kernels: OptimizationConfig = field(default_factory=LigerKernels.Config)
     fused_lora: OptimizationConfig = field(default_factory=FusedLoRA.Config)
@@ -166,4 +169,7 @@ def _inactive(optimization: Optimization, facts: Facts) -> str | None:
     taken = optimization.claims & STREAMED_SITES if facts.executor == "streamed" else None
     if taken:
         return f"the streamed executor does this itself ({', '.join(sorted(site.value for site in taken))})"
+    apart = optimization.claims & UNDIVIDED_SITES if facts.dividing > 1 else None
+    if apart:
+        return f"ranks divide each layer (optimizations.{TensorParallel.name}), and this acts on whole tensors"
     return optimization.check(facts)

@@ -67,6 +67,7 @@ class Site(Enum):
     BACKEND_FLAGS = "precision and algorithms of backends"
     ALLOCATOR = "how device memory is taken"
     SEQUENCE = "which ranks hold a sequence"
+    LAYER_SHARES = "which ranks hold a layer"
     KV_HEADS = "number of key/value heads"
     BASE_WEIGHTS = "storage of frozen weights"
     ATTENTION_REACH = "how far back attention sees"
@@ -96,6 +97,14 @@ class Site(Enum):
 
 STREAMED_SITES = frozenset({Site.ATTENTION, Site.MLP_FORWARD, Site.LAYER_ACTIVATIONS, Site.LOSS})
 """Places that the streamed executor occupies itself."""
+
+UNDIVIDED_SITES = frozenset(
+    {
+        *(Site.LORA_FORWARD, Site.COMPILATION, Site.SAVED_TENSORS, Site.OPTIMIZER_STATE, Site.GRADIENT_EXCHANGE, Site.GENERATION_CACHE),
+        *(Site.GRADIENT_MEAN, Site.UNIT_GRADIENT_NORM, Site.GRADIENT_NOISE, Site.SLOW_WEIGHTS, Site.EVALUATED_WEIGHTS),
+    }
+)
+"""Places whose parts work on whole tensors, of which a rank that divides layers with others has a part."""
 
 
 @dataclass(frozen=True)
@@ -184,6 +193,43 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """The passes of one optimizer step, as far as exchanges between ranks go."""
+
+    count: int
+    """Micro-batches."""
+    forwards: float
+    """Forward passes through the layers' attention in each, repeated ones included."""
+    value: int
+    """Bytes of a value of the compute dtype."""
+
+
+class Behind(Enum):
+    """What of a step's work goes on while an exchange is under way."""
+
+    nothing = "nothing"
+    attention = "attention"
+    last_backward = "last_backward"
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What one rank exchanges with the others in an optimizer step."""
+
+    what: str
+    handed_bytes: float
+    """Handed over to the library, as `exchanged_bytes` in metrics.jsonl counts."""
+    link_bytes: float
+    """That leave this rank."""
+    behind: Behind
+
+
+def summed(what: str, handed_bytes: float, ranks: int, behind: Behind) -> Exchange:
+    """A sum over ranks for all of them: each sends 2(R − 1)/R of it (Patarasuk & Yuan 2009, the ring algorithm)."""
+    return Exchange(what, handed_bytes, 2 * (ranks - 1) / ranks * handed_bytes, behind)
+
+
+@dataclass(frozen=True)
 class Applied:
     """Proof that an optimization acted."""
 
@@ -242,6 +288,14 @@ class Optimization(ABC):
     def host_memory(self, step: Step, facts: Facts) -> float:
         """Pinned host memory that this takes under the whole executor, in bytes; `step` has everything active. Pure."""
         return 0.0
+
+    def checkpoint_bytes(self, facts: Facts) -> float:
+        """What a checkpoint holds for this besides weights and optimizer state, of all ranks together. Pure."""
+        return 0.0
+
+    def exchange(self, passes: Passes, facts: Facts) -> "Exchange | None":
+        """What one rank exchanges with others in an optimizer step for this; None: nothing of its own. Pure."""
+        return None
 
     @abstractmethod
     def apply(self, target: Any) -> Applied:

@@ -11,11 +11,24 @@ Memory: with error feedback, what was left out and a copy of the gradients while
 Source: Vogels et al. 2019, arXiv:1905.13727; torch.distributed's ddp_comm_hooks.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from elite.facts import Facts
-from elite.optimizations.contract import Applied, Exactness, Optimization, OptimizationConfig, Site, Stage, Step
+from elite.optimizations.contract import (
+    Applied,
+    Behind,
+    Exactness,
+    Exchange,
+    Optimization,
+    OptimizationConfig,
+    Passes,
+    Site,
+    Stage,
+    Step,
+    summed,
+)
 from elite.optimizations.options import require
 from elite.optimizations.parts import FP32
 from elite.optimizations.shapes import adapter_rank
@@ -69,6 +82,16 @@ class PowerSGD(Optimization):
         kept = self._factor_values(facts) + (2 * facts.trainable_params if self.config.error_feedback else 0)
         return replace(step, standing=replace(step.standing, trainable_copy=step.standing.trainable_copy + FP32 * kept))
 
+    def checkpoint_bytes(self, facts: Facts) -> float:
+        # Q alone, of P and Q.
+        factors = self._factor_values(facts, left=False) if self.config.warm_start else 0
+        return FP32 * (factors + (facts.device.count * facts.trainable_params if self.config.error_feedback else 0))
+
+    def exchange(self, passes: Passes, facts: Facts) -> Exchange:
+        whole = sum(count * rows * columns for count, rows, columns, _ in self._compressed(facts))
+        handed = FP32 * (facts.trainable_params - whole + self._factor_values(facts))
+        return summed("gradients as factors", handed, facts.device.count, Behind.last_backward)
+
     def apply(self, target: LoopBuild) -> Applied:
         from torch.nn.parallel import DistributedDataParallel
 
@@ -89,14 +112,16 @@ class PowerSGD(Optimization):
         words = f"matrices are exchanged as factors of rank {options.rank} after {options.start_iteration} exchanges"
         return Applied(hook.compressed, words, undo, hook.words)
 
-    def _factor_values(self, facts: Facts) -> int:
-        """Values in the factors of all matrices that are compressed."""
-        found = 0
+    def _factor_values(self, facts: Facts, left: bool = True) -> int:
+        """Values in the factors of all matrices that are compressed; `left`: of P, too."""
+        return sum(count * rank * (columns + (rows if left else 0)) for count, rows, columns, rank in self._compressed(facts))
+
+    def _compressed(self, facts: Facts) -> Iterator[tuple[int, int, int, int]]:
+        """Matrices that are sent as factors: how many, their shape, and the rank."""
         for count, rows, columns in _matrices(facts):
             rank = min(self.config.rank, rows, columns)
             if LEAST_COMPRESSION * rank * (rows + columns) < rows * columns:
-                found += count * rank * (rows + columns)
-        return found
+                yield count, rows, columns, rank
 
 
 def _matrices(facts: Facts) -> list[tuple[int, int, int]]:

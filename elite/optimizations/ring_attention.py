@@ -19,7 +19,19 @@ from typing import Any, ClassVar
 
 from elite.errors import PlanError
 from elite.facts import Facts
-from elite.optimizations.contract import Applied, Decision, Exactness, Optimization, OptimizationConfig, Site, Stage, Step
+from elite.optimizations.contract import (
+    Applied,
+    Behind,
+    Decision,
+    Exactness,
+    Exchange,
+    Optimization,
+    OptimizationConfig,
+    Passes,
+    Site,
+    Stage,
+    Step,
+)
 from elite.optimizations.flash_attention import log_sum_exp_bytes
 from elite.optimizations.parts import FP32, Part, Sizes
 
@@ -71,6 +83,14 @@ class RingAttention(Optimization):
             return shared_attention(s, copied, blocks)
 
         return replace(step, form=replace(step.form, attention=attention))
+
+    def exchange(self, passes: Passes, facts: Facts) -> Exchange:
+        """As elite/distributed/ring.py has it: keys and values in every pass, and their fp32 gradients in the backward."""
+        model, ranks, around = facts.model, facts.sharing, self.config.variant is Variant.ring
+        values = 2 * model.num_key_value_heads * model.head_dim * facts.micro_tokens
+        blocks, sums = (passes.forwards + 1) * (ranks - 1) * passes.value, (ranks if around else ranks - 1) * FP32
+        sent = passes.count * model.num_hidden_layers * values * (blocks + sums)
+        return Exchange("keys and values", sent, sent, Behind.attention if around else Behind.nothing)
 
     def apply(self, target: Any) -> Applied:
         from elite.attention import DOCUMENT_SDPA

@@ -4,6 +4,9 @@ from collections.abc import Iterable
 
 from elite.facts import Facts, LinearShape
 
+PARALLEL_BLOCKS = frozenset({"phi", "cohere", "cohere2"})
+"""Architectures whose attention and MLP read the same norm."""
+
 
 def split(linears: Iterable[LinearShape]) -> tuple[list[LinearShape], list[LinearShape]]:
     """The attention's and the MLP's linear maps, each with its output map last."""

@@ -6,7 +6,7 @@ from elite.plan.plan import Plan, make_plan
 from elite.plan.survey import longest_contexts, render_longest, render_tiers
 from elite.plan.switches import render_survey, survey
 from elite.plan.table import render
-from elite.plan.tiers import choose_tier
+from elite.plan.tiers import choose_tier, planned_on_all
 from elite.plan.time import model_flops_per_token, step_time
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "facts_of",
     "longest_contexts",
     "make_plan",
+    "planned_on_all",
     "model_flops_per_token",
     "predict",
     "render",

@@ -7,10 +7,13 @@ from elite.errors import PlanError
 from elite.facts import Device, Facts, ModelShape
 from elite.optimizations import reshaped
 from elite.optimizations.gqa_conversion import GQAConversion
+from elite.optimizations.ring_attention import RingAttention
+from elite.optimizations.tensor_parallel import divided, refusal
 
 CONTEXT_MULTIPLE = 8
 """Tensor cores and 8-byte aligned rows want it."""
 MIN_CONTEXT = 64
+SHARED_WORD = f"optimizations.{RingAttention.name}.enabled=true"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,11 @@ def facts_of(config: RunConfig, device: Device, shape: ModelShape, executor: str
     shape = reshaped(config.optimizations, shape)
     if config.adapter.method is AdapterMethod.converted:
         shape = _marked(config, shape)
+    ranks = dividing(config, device)
+    if ranks > 1 and refusal(shape, ranks):
+        # Which the part itself says.
+        ranks = 1
+    shape = divided(shape, ranks) if ranks > 1 else shape
     return Facts(
         model=shape,
         device=device,
@@ -45,6 +53,7 @@ def facts_of(config: RunConfig, device: Device, shape: ModelShape, executor: str
         accumulation=max(1, sequences_of_a_rank(config, device) // config.training.sequences),
         generates=config.training.completion_tokens > 0,
         sharing=sharing(config, device),
+        dividing=ranks,
     )
 
 
@@ -53,9 +62,21 @@ def sharing(config: RunConfig, device: Device) -> int:
     return device.count if config.optimizations.ring_attention.enabled else 1
 
 
+def with_shared_sequences(config: RunConfig, device: Device) -> RunConfig | None:
+    """The run with ranks that share each sequence; None where there is one rank, or ranks carry the same sequences already."""
+    if device.count == 1 or max(sharing(config, device), dividing(config, device)) > 1:
+        return None
+    return replace(config, optimizations=config.optimizations.switched({RingAttention.name: True}))
+
+
+def dividing(config: RunConfig, device: Device) -> int:
+    """Ranks that divide each layer and carry the same sequences; 1: each has all of it."""
+    return device.count if config.optimizations.tensor_parallel.enabled else 1
+
+
 def _replicas(config: RunConfig, device: Device) -> int:
     """Ranks, or groups of ranks, that carry different sequences."""
-    return device.count // sharing(config, device)
+    return device.count // max(sharing(config, device), dividing(config, device))
 
 
 def _trainable(config: RunConfig, shape: ModelShape) -> int:

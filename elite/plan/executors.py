@@ -8,9 +8,10 @@ from elite.config import AdapterMethod, Executor, RunConfig
 from elite.errors import PlanError
 from elite.facts import Device, Facts, ModelShape
 from elite.optimizations import decide
-from elite.optimizations.contract import Decision, Estimate
+from elite.optimizations.contract import Decision, Estimate, Exchange
 from elite.plan import streamed
-from elite.plan.batch import facts_of, sharing
+from elite.plan.batch import dividing, facts_of, sharing
+from elite.plan.exchange import exchanges
 from elite.plan.memory import host, predict
 from elite.plan.time import StepTime, recomputed, step_flops, step_time
 from elite.streaming import Place, Streaming, WeightPlace, check_layout
@@ -35,6 +36,8 @@ class Prediction:
     fits: bool
     step_flops: float
     time: StepTime
+    exchanges: tuple[Exchange, ...] = ()
+    """Of one rank with the others, in an optimizer step."""
 
     @property
     def step_s(self) -> float:
@@ -62,7 +65,12 @@ def choose_executor(config: RunConfig, device: Device, shape: ModelShape, accumu
         # What the whole executor's parts would refuse each other is no concern of its.
         return _streamed(config, device, shape, accumulation)
     whole = _whole(config, device, shape, accumulation)
-    if wanted is Executor.whole or shape.unstreamable or (wanted is Executor.auto and whole.fits and device.kind == "cpu"):
+    if (
+        wanted is Executor.whole
+        or shape.unstreamable
+        or dividing(config, device) > 1
+        or (wanted is Executor.auto and whole.fits and device.kind == "cpu")
+    ):
         return whole
     small = _streamed(config, device, shape, accumulation)
     if not whole.fits:
@@ -92,7 +100,7 @@ def least_bytes(config: RunConfig, device: Device, shape: ModelShape) -> float:
     wanted, found = config.executor.name, list[float]()
     if wanted is not Executor.streamed:
         found.append(_whole(config, device, shape, 1).estimate.total)
-    if wanted is not Executor.whole and not shape.unstreamable:
+    if wanted is not Executor.whole and not shape.unstreamable and dividing(config, device) == 1:
         found += [made.estimate.total for made in _streamed_in_turn(config, device, shape, 1)]
     return min(found)
 
@@ -102,9 +110,11 @@ def _whole(config: RunConfig, device: Device, shape: ModelShape, accumulation: i
     decisions = decide(config.optimizations, facts)
     estimate = predict(facts, decisions)
     again = recomputed(decisions)
-    flops, time = step_flops(facts, again, accumulation), step_time(facts, decisions, again, accumulation)
+    found = exchanges(facts, decisions, 1 + again[1], accumulation)
+    flops, time = step_flops(facts, again, accumulation), step_time(facts, decisions, again, accumulation, exchanges=found)
     on_host = host(facts, decisions)
-    return Prediction(Executor.whole, None, facts, decisions, estimate, on_host, 0, _fits(config, device, estimate, on_host), flops, time)
+    fits = _fits(config, device, estimate, on_host)
+    return Prediction(Executor.whole, None, facts, decisions, estimate, on_host, 0, fits, flops, time, found)
 
 
 def _streamed(config: RunConfig, device: Device, shape: ModelShape, accumulation: int) -> Prediction:
@@ -138,6 +148,7 @@ def _streamed_in_turn(config: RunConfig, device: Device, shape: ModelShape, accu
             continue
         estimate, on_host = memory.device(layout), memory.host(layout) + of_switches
         again = streamed.recomputed(facts, layout)
+        found = exchanges(facts, decisions, 1 + again[1], accumulation)
         fits = _fits(config, device, estimate, on_host)
         yield Prediction(
             Executor.streamed,
@@ -149,7 +160,8 @@ def _streamed_in_turn(config: RunConfig, device: Device, shape: ModelShape, accu
             memory.disk(layout),
             fits,
             step_flops(facts, again, accumulation),
-            step_time(facts, decisions, again, accumulation, layout),
+            step_time(facts, decisions, again, accumulation, layout, found),
+            found,
         )
 
 

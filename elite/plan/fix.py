@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from elite.config import Executor, RunConfig
+from elite.errors import PlanError
 from elite.facts import GIB, Device, Facts, ModelShape
 from elite.optimizations import ALL
 from elite.optimizations.contract import Exactness, Optimization, Stage
@@ -76,10 +77,26 @@ def _best(config: RunConfig, device: Device, shape: ModelShape) -> type[Optimiza
     facts: Facts = before.facts
     # What acts around steps saves nothing of a step's peak, and another model is no small change.
     apt = [kind for kind in ALL if kind not in on and kind.stage not in (Stage.loop, Stage.geometry)]
-    idle = [kind for kind in apt if not kind.claims & claimed and kind(getattr(options, kind.name)).check(facts) is None]
-    made = {kind: choose_executor(_switched(config, kind, True), device, shape, 1) for kind in idle}
-    saving = [kind for kind in idle if made[kind].estimate.total < before.estimate.total]
+    idle = [kind for kind in apt if not kind.claims & claimed and _may_act(kind(getattr(options, kind.name)), facts)]
+    made = {kind: found for kind in idle if (found := _with(config, kind, device, shape)) is not None}
+    saving = [kind for kind in made if made[kind].estimate.total < before.estimate.total]
     enough = [kind for kind in saving if made[kind].fits]
     if enough:
         return min(enough, key=lambda kind: list(Exactness).index(kind.exactness))
     return min(saving, key=lambda kind: made[kind].estimate.total, default=None)
+
+
+def _may_act(optimization: Optimization, facts: Facts) -> bool:
+    try:
+        return optimization.check(facts) is None
+    except PlanError:
+        # Perhaps under the other executor, which planning with it tries.
+        return True
+
+
+def _with(config: RunConfig, kind: type[Optimization], device: Device, shape: ModelShape) -> Prediction | None:
+    """The run with one more optimization; None where it cannot act."""
+    try:
+        return choose_executor(_switched(config, kind, True), device, shape, 1)
+    except PlanError:
+        return None

@@ -19,7 +19,7 @@ from elite.facts import Facts
 from elite.optimizations.activation_quantization import TILE_VALUES
 from elite.optimizations.contract import Decision, Estimate, Site, Step
 from elite.optimizations.parts import FP32, Part, Sizes
-from elite.optimizations.shapes import adapter_rank, is_gated, layer_maps, mlp_width
+from elite.optimizations.shapes import PARALLEL_BLOCKS, adapter_rank, is_gated, layer_maps, mlp_width
 
 ADAM_STATE_BYTES = 8
 """Two fp32 moments a trained parameter."""
@@ -29,9 +29,6 @@ BATCH_BYTES = 24
 """Token ids, positions and labels, int64 each."""
 CUDA_WORKSPACE_BYTES = 64 * 1024**2
 """cuBLAS and cuBLASLt workspaces, taken from the same allocator (assumption: 8 MiB before Hopper, 32 MiB and more since)."""
-
-PARALLEL_BLOCKS = frozenset({"phi", "cohere", "cohere2"})
-"""Architectures whose attention and MLP read the same norm."""
 
 NOT_MODELLED = (
     "reserved memory in the verdict: it is judged by what is allocated; what is reserved beyond has the headroom, the context the reserve",
@@ -46,7 +43,7 @@ def unoptimized(facts: Facts) -> Step:
     """Everything off: fp32 weights, scores formed, every activation kept."""
     model = facts.model
     # DDP keeps a second copy of the gradients in its buckets.
-    gradients = FP32 * facts.trainable_params * (2 if facts.device.count > 1 else 1)
+    gradients = FP32 * facts.trainable_params * (2 if facts.device.count > facts.dividing else 1)
     standing = Estimate(
         linear_weights=FP32 * model.linear_params,
         other_weights=FP32 * (model.total_params - model.linear_params),

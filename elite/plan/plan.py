@@ -105,6 +105,8 @@ class Plan:
     step_s: float
     time: dict[str, float]
     """Seconds by what takes them; they sum to `step_s`."""
+    exchanged: dict[str, float]
+    """Bytes that one rank hands over to the others in a step, by what they are."""
     rates: str
     """Where the rates behind these times come from."""
     tokens_per_s: float
@@ -161,6 +163,7 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
     made = choose_executor(config, room, shape, batch.accumulation)
     steps = _steps(config, corpus, batch)
     stages = predict_stages(config, room, shape, made, batch.accumulation, steps)
+    model = facts_of(config, replace(device, count=1), shape)
     facts, estimate = made.facts, max((one.estimate for _, one in reversed(stages)), key=lambda found: found.total)
     fits = all(one.fits for _, one in stages) and (device.kind == "cpu" or in_memory <= host_usable(device))
     factor, positions = _positions(config, shape)
@@ -169,8 +172,8 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
     return Plan(
         model=shape.name,
         model_type=shape.model_type,
-        total_params=facts.model.total_params,
-        trainable_params=facts.trainable_params,
+        total_params=model.model.total_params,
+        trainable_params=model.trainable_params,
         adapter=f"lora, rank {config.adapter.rank}" if facts.adapter == "lora" else facts.adapter,
         device=device.name,
         device_kind=device.kind,
@@ -207,8 +210,8 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
         **_times(made, corpus, batch, stages),
         rope_factor=factor,
         positions=positions,
-        checkpoint_bytes=_checkpoint_bytes(facts, estimate, made.decisions),
-        warnings=_warnings(config, made, corpus, batch, factor),
+        checkpoint_bytes=_checkpoint_bytes(model.trainable_params, facts, estimate, made.decisions),
+        warnings=_warnings(config, made, corpus, batch, factor, model.trainable_params),
         not_modelled=NOT_MODELLED,
     )
 
@@ -257,6 +260,7 @@ def _times(made: Prediction, corpus: Corpus, batch: BatchGeometry, stages: list[
         "step_flops": made.step_flops,
         "step_s": made.step_s,
         "time": made.time.by_part(),
+        "exchanged": {one.what: one.handed_bytes for one in made.exchanges},
         "rates": rates_of(made.facts.device).origin,
         "tokens_per_s": batch.step_tokens / made.step_s,
         "mfu": _mfu(made.facts, made.step_s, batch),
@@ -268,13 +272,18 @@ def _times(made: Prediction, corpus: Corpus, batch: BatchGeometry, stages: list[
 def _mfu(facts: Facts, step_s: float, batch: BatchGeometry) -> float:
     if facts.device.kind == "cpu":
         return 0.0
-    done = model_flops_per_token(facts) * batch.step_tokens / facts.device.count
+    done = model_flops_per_token(facts) * facts.dividing * batch.step_tokens / facts.device.count
     return done / step_s / facts.device.matmul_flops_per_s
 
 
-def _checkpoint_bytes(facts: Facts, estimate: Estimate, decisions: tuple[Decision, ...]) -> float:
-    """The trained weights, the optimizer's state, and averages of the weights."""
-    return 4 * facts.trainable_params * (1 + averages(decisions)) + estimate.optimizer_state
+def _checkpoint_bytes(trained: int, facts: Facts, estimate: Estimate, decisions: tuple[Decision, ...]) -> float:
+    """The trained weights, the optimizer's state, averages of the weights, and what else parts keep.
+
+    Args:
+        trained: parameters, of which a rank may have a part.
+    """
+    kept = sum(decision.optimization.checkpoint_bytes(facts) for decision in decisions if decision.active)
+    return 4 * trained * (1 + averages(decisions)) + estimate.optimizer_state * trained / facts.trainable_params + kept
 
 
 def _positions(config: RunConfig, shape: ModelShape) -> tuple[float, str]:
@@ -293,11 +302,9 @@ def _own_scaling(config: RunConfig) -> bool:
     return "rope_type" in rope and rope["rope_type"] != "default"
 
 
-def _warnings(config: RunConfig, made: Prediction, corpus: Corpus, batch: BatchGeometry, factor: float) -> tuple[str, ...]:
+def _warnings(config: RunConfig, made: Prediction, corpus: Corpus, batch: BatchGeometry, factor: float, trained: int) -> tuple[str, ...]:
     facts = made.facts
     found = [batch.note] if batch.note else []
-    if facts.sharing > 1:
-        found.append(f"{facts.sharing} ranks share each sequence: times leave the exchange of keys and values out")
     if corpus.train_tokens < facts.context:
         found.append(f"the corpus has {corpus.train_tokens:,} tokens, less than one sequence of {facts.context:,}")
     if factor > 1 and _own_scaling(config):
@@ -310,7 +317,7 @@ def _warnings(config: RunConfig, made: Prediction, corpus: Corpus, batch: BatchG
         )
     if made.fits and may_be_held_up(made.estimate.total, made.decisions, facts.device):
         found.append("freed memory may lie in blocks too small to use, and the run end short of it: optimizations.memory_pool.enabled=true")
-    copied, usable = _checkpoint_bytes(facts, made.estimate, made.decisions), host_usable(facts.device)
+    copied, usable = _checkpoint_bytes(trained, facts, made.estimate, made.decisions), host_usable(facts.device)
     if facts.device.kind == "cuda" and made.host_bytes + copied > usable:
         beside = f", beside {gib(made.host_bytes)} pinned" if made.host_bytes else ""
         found.append(f"a checkpoint is {gib(copied)} of host memory while it is written{beside}: {gib(usable)} can be used")

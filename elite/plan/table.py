@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from elite.plan.plan import Plan, Switch
-from elite.plan.words import count, duration, gib, operations
+from elite.plan.words import amount, count, duration, gib, operations
 from elite.printable import one_line
 
 HOUR = 3600
@@ -150,6 +150,7 @@ def _time(plan: Plan) -> Table:
         *_stages(plan),
         ("a step", step),
         ("of which", _parts(plan)),
+        *_exchanged(plan),
         ("throughput", f"{plan.tokens_per_s:,.0f} tokens/s{mfu}"),
         ("an epoch", duration(plan.epoch_s) if plan.corpus.train_tokens else "no corpus"),
         ("all steps", f"{duration(plan.run_s)}, validation and checkpoints not counted"),
@@ -172,6 +173,14 @@ def _stages(plan: Plan) -> list[tuple[str, str]]:
         rows = f"{stage.steps:,} steps of {stage.context:,} tokens × {stage.micro_batch} micro-batch"
         lines.append(("of these", f"{rows}: {gib(stage.total_bytes)}, {duration(stage.step_s)} each, {stage.tokens_per_s:,.0f} tokens/s"))
     return lines
+
+
+def _exchanged(plan: Plan) -> list[tuple[str, str]]:
+    """What ranks hand over to each other, where there are several."""
+    if not plan.exchanged:
+        return []
+    what = ", ".join(f"{name} {amount(size)}" for name, size in plan.exchanged.items())
+    return [("exchanged", f"a rank and step: {what}; {duration(plan.time['exchange'])} that nothing hides")]
 
 
 def _parts(plan: Plan) -> str:

@@ -5,14 +5,35 @@ from collections.abc import Iterable
 from elite.config import RunConfig
 from elite.errors import PlanError
 from elite.facts import GIB, Corpus, Device, ModelShape
+from elite.plan.batch import SHARED_WORD, with_shared_sequences
 from elite.plan.plan import Plan, make_plan
 from elite.plan.words import duration
+
+
+def planned_on_all(config: RunConfig, device: Device, shape: ModelShape, corpus: Corpus) -> tuple[RunConfig, Plan]:
+    """The run as asked for, with its plan; if that does not fit and there are several GPUs, the one whose ranks share each sequence, if
+    that does.
+
+    Raises:
+        PlanError: the run as asked for cannot be planned.
+    """
+    made = make_plan(config, device, shape, corpus)
+    shared = None if made.fits else with_shared_sequences(config, device)
+    if shared is not None:
+        try:
+            other = make_plan(shared, device, shape, corpus)
+        except PlanError:
+            # This model or executor is none whose sequences ranks can share.
+            return config, made
+        if other.fits:
+            return shared, other
+    return config, made
 
 
 def choose_tier(
     candidates: Iterable[tuple[str, RunConfig]], device: Device, shape: ModelShape, corpus: Corpus
 ) -> tuple[RunConfig, Plan, str]:
-    """The highest tier that fits and makes sense; else the lowest that fits.
+    """The highest tier that fits, on all GPUs together if not on each alone, and makes sense; else the lowest that fits.
 
     Args:
         candidates: tiers from highest to lowest, with the run as composed with each; composed only as far as they are looked at.
@@ -26,13 +47,14 @@ def choose_tier(
     reason = "It is the highest tier."
     lowest: tuple[RunConfig, Plan, str] | None = None
     last: Plan | None = None
-    for name, config in candidates:
-        last = make_plan(config, device, shape, corpus)
+    for name, asked in candidates:
+        config, last = planned_on_all(asked, device, shape, corpus)
         objection = _objection(last, config)
+        shared = "" if config is asked else f" It fits as {device.count} ranks share each sequence: {SHARED_WORD}."
         if not objection:
-            return config, last, reason
+            return config, last, reason + shared
         if last.fits:
-            lowest = config, last, f"{reason} No tier satisfies every rule; this is the lowest that fits, though {objection}."
+            lowest = config, last, f"{reason} No tier satisfies every rule; this is the lowest that fits, though {objection}.{shared}"
         reason = f"{name} is refused: {objection}."
     if lowest is not None:
         return lowest

@@ -12,6 +12,7 @@ operations and copies go to and from host memory, all at once: the longest of th
     adapters, elementwise   bytes moved (`traffic.py`) over the device's bandwidth
     host                    operations handed over (`launches.py`) times the host's time for one
     copies                  bytes between host and device over the link's rate
+    exchange                bytes between ranks over the rate of the link between GPUs, less what hides them (`exchange.py`)
 
 The constants, and where each was measured, stand in `rates.py`, `traffic.py` and `launches.py`.
 """
@@ -21,11 +22,12 @@ from math import ceil
 
 from elite.facts import Facts
 from elite.loss_tiles import tile_tokens
-from elite.optimizations.contract import Decision, Site
-from elite.optimizations.shapes import layer_maps, split
+from elite.optimizations.contract import Behind, Decision, Exchange, Site
+from elite.optimizations.shapes import PARALLEL_BLOCKS, layer_maps, split
 from elite.plan import launches, traffic
 from elite.plan.copies import Copies, offloaded, streamed
-from elite.plan.memory import PARALLEL_BLOCKS, folded
+from elite.plan.exchange import exposed_s
+from elite.plan.memory import folded
 from elite.plan.rates import attention_of, rates_of
 from elite.streaming import Streaming
 
@@ -58,6 +60,8 @@ class StepTime:
     """Copies between host and device, as far as nothing hides them."""
     waiting_for_host: float = 0.0
     """The host hands over operations more slowly than the device carries them out."""
+    exchange: float = 0.0
+    """Between ranks, as far as nothing hides it."""
 
     @property
     def total(self) -> float:
@@ -123,13 +127,19 @@ def step_flops(facts: Facts, again: tuple[float, float], accumulation: int) -> f
 
 
 def step_time(
-    facts: Facts, decisions: tuple[Decision, ...], again: tuple[float, float], accumulation: int, layout: Streaming | None = None
+    facts: Facts,
+    decisions: tuple[Decision, ...],
+    again: tuple[float, float],
+    accumulation: int,
+    layout: Streaming | None = None,
+    exchanges: tuple[Exchange, ...] = (),
 ) -> StepTime:
     """Predicted duration of one optimizer step.
 
     Args:
         again: as in `step_flops`.
         layout: of the streamed executor.
+        exchanges: with other ranks.
     """
     clock = _Clock(facts, decisions, layout)
     # Sweeps forward between kept boundaries come before a layer's own backward, which computes the layer once more.
@@ -148,8 +158,10 @@ def step_time(
     parts = {name: forward[name] + backward[name] for name in forward}
     parts |= {"head_and_loss": head, "computed_again": swept + repeated}
     parts |= {"exposed_copies": ahead[0] + behind[0] + copies.flushed, "waiting_for_host": ahead[1] + behind[1]}
+    attended = accumulation * ((1 + again[1]) * forward["attention"] + backward["attention"])
+    between = exposed_s(exchanges, facts.device, {Behind.attention: attended, Behind.last_backward: sum(backward.values()) + repeated})
     update = traffic.optimizer(decisions) * facts.trainable_params / clock.rates.memory_bytes_per_s
-    return StepTime(**{name: accumulation * seconds for name, seconds in parts.items()}, optimizer=update)
+    return StepTime(**{name: accumulation * seconds for name, seconds in parts.items()}, optimizer=update, exchange=between)
 
 
 def _wait(device_s: float, host_s: float, copies_s: float) -> tuple[float, float]:

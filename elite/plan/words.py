@@ -8,6 +8,11 @@ def gib(value: float) -> str:
     return f"{value / GIB:,.2f} GiB"
 
 
+def amount(value: float) -> str:
+    """Bytes as GiB, or as MiB where they are few."""
+    return gib(value) if value >= GIB / 10 else f"{value / 2**20:,.2f} MiB"
+
+
 def count(value: float) -> str:
     """A count with three digits: 2.78 B."""
     for scale, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):

@@ -25,7 +25,14 @@ from elite.plan.words import duration
 
 
 def course_of(
-    config: RunConfig, plan: dict[str, Any], store: TokenStore, executor: Executor, ranks: Ranks, scores: Path, beat: Beat = no_beat
+    config: RunConfig,
+    plan: dict[str, Any],
+    store: TokenStore,
+    executor: Executor,
+    ranks: Ranks,
+    scores: Path,
+    beat: Beat = no_beat,
+    carriers: Ranks | None = None,
 ) -> Course:
     """Where the curriculum leads.
 
@@ -34,6 +41,7 @@ def course_of(
         executor: around the bare model, untrained as yet.
         scores: the losses of the untrained model, by training file; read if they are there, else found and written.
         beat: told before each file that is scored.
+        carriers: those that share the work of scoring; unset: all.
 
     Raises:
         DataError: there is no order from easy to hard.
@@ -45,13 +53,13 @@ def course_of(
     if config.curriculum.measure is Measure.length:
         values = document_lengths(store, config.data.unit)
     else:
-        values = _scores(store, config.tier.context, executor, ranks, scores, beat)
+        values = _scores(store, config.tier.context, executor, ranks, scores, beat, carriers or ranks)
     chosen = config.curriculum
     ramp = Ramp(by_files(store, values), chosen.start_fraction, chosen.pacing, chosen.full_at * steps)
     return Course(course.step_sequences, course.stages, ramp)
 
 
-def _scores(store: TokenStore, context: int, executor: Executor, ranks: Ranks, file: Path, beat: Beat) -> list[float]:
+def _scores(store: TokenStore, context: int, executor: Executor, ranks: Ranks, file: Path, beat: Beat, carriers: Ranks) -> list[float]:
     anew = f"delete it: {file.name} is measured anew"
     known: list[float] | None = read_json(file, CheckpointError, anew) if ranks.is_main and file.is_file() else None
     known = ranks.broadcast(known)
@@ -60,7 +68,7 @@ def _scores(store: TokenStore, context: int, executor: Executor, ranks: Ranks, f
             raise CheckpointError(f"{file} is damaged, or of another corpus", anew)
         return known
     began = time.perf_counter()
-    found = file_losses(store, store.select("train"), context, executor, ranks, beat)
+    found = file_losses(store, store.select("train"), context, executor, carriers, beat)
     if ranks.is_main:
         written = file.with_suffix(".partial")
         written.write_text(json.dumps(found))

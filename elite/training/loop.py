@@ -20,8 +20,9 @@ from elite.distributed.watchdog import Beat, no_beat
 from elite.errors import CheckpointError
 from elite.executor.contract import Executor, StepCut, StepJournal
 from elite.executor.streamed.runner import Runner
-from elite.model import LoadedModel, load_trained
+from elite.model import LoadedModel, load_trained, take_part
 from elite.optimizations.contract import Applied
+from elite.optimizations.functions.divided import state_parts, whole
 from elite.optimizations.hooks import Hook
 from elite.retention import CheckpointConfig
 from elite.stability import NonFinite, StabilityConfig, Verdict
@@ -114,6 +115,8 @@ class Trainer:
     """Of the streamed executor, if that is what trains."""
     beat: Beat = no_beat
     """Told what begins: the watchdog."""
+    carriers: Ranks | None = None
+    """Those that carry other sequences, whose losses and gradients are added up; unset: all ranks."""
     saver: Saver = field(init=False)
     recovery: Recovery = field(init=False)
     """What is done where memory runs out."""
@@ -249,7 +252,7 @@ class Trainer:
                 self.journal.begin(number, window, self.scaler.get_scale(), lambda: self._request.number > 0)
 
         result = optimizer_step(
-            *(self.executor, self.optimizer, self.scaler, window, parameters, self.config.max_grad_norm, self.ranks),
+            *(self.executor, self.optimizer, self.scaler, window, parameters, self.config.max_grad_norm, self.carriers or self.ranks),
             before_clipping=of_hooks,
             judge=judge,
             gradients=partial(self.recovery.accumulate, before=attempt),
@@ -309,11 +312,12 @@ class Trainer:
         randoms = self.ranks.gather(checkpoint.random_state())
         with self.ranks.meeting("what a checkpoint gathers"):
             of_hooks = {hook.name: hook.state() for hook in self.hooks}
+            optimizer = whole(self.optimizer.state_dict())
         progress = self.progress
         if self.ranks.is_main:
             state = {
                 "progress": vars(progress),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": optimizer,
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "stream": self.stream.state(),
@@ -323,6 +327,9 @@ class Trainer:
             }
             loss = progress.last_val.get("val_loss") if progress.val_step == progress.step else None
             self.saver.save(progress.step, loss, self.loaded, state, asked)
+        elif self.loaded.divided:
+            with self.ranks.meeting("what a checkpoint gathers"):
+                take_part(self.loaded)
         if last:
             self._settle()
 
@@ -345,7 +352,7 @@ class Trainer:
         """Continue from a checkpoint folder, exactly where it was written."""
         state = checkpoint.load_state(folder)
         load_trained(self.loaded, folder / "model")
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(state_parts(state["optimizer"], self.optimizer))
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.stream.load_state(state["stream"])

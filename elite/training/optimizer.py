@@ -9,6 +9,7 @@ from torch import nn
 from elite.config import TrainingConfig
 from elite.model import apply_stage
 from elite.optimizations.contract import Applied, Decision, Stage
+from elite.optimizations.functions.divided import by_kind
 from elite.optimizations.targets import OptimizerBuild
 
 
@@ -35,4 +36,5 @@ def build_optimizer(
     build = OptimizerBuild(groups, {"lr": learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}, model=model)
     applied = apply_stage(Stage.optimizer, decisions, build)
     factory = build.factory or torch.optim.AdamW
-    return factory(build.groups, **build.arguments), applied
+    groups = [{**group, "params": kind} for group in build.groups for kind in by_kind(group["params"])]
+    return factory(groups, **build.arguments), applied

@@ -86,8 +86,8 @@ class Recovery:
                 if ranks.world == 1:
                     return finish(pending, executor, scaler, ranks)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or window[0].ranks > 1:
-                    # Ranks that share a row wait within its layers, where none can ask.
+                if not is_out_of_memory(error) or window[0].ranks > 1 or ranks.world < self.ranks.world:
+                    # Ranks that share a row, or divide layers, wait within these, where none can ask.
                     raise
                 refused = True
                 self._at_floor = self._smaller(window[0]) is None

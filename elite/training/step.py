@@ -15,6 +15,7 @@ from elite.distributed.ranks import Ranks
 from elite.distributed.watchdog import Beat, no_beat
 from elite.errors import EliteError
 from elite.executor.contract import Executor
+from elite.optimizations.functions.divided import clip_grad_norm_
 from elite.stability import Verdict
 
 
@@ -122,7 +123,7 @@ def optimizer_step(
     scaler.unscale_(optimizer)
     if before_clipping is not None:
         before_clipping()
-    norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+    norm = float(clip_grad_norm_(parameters, max_grad_norm))
     verdict = (judge or _finite_or_stop)(loss, norm, math.isfinite(loss) and (math.isfinite(norm) or _overflowed(scaler)))
     if verdict is Verdict.take:
         scaler.step(optimizer)

@@ -12,15 +12,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from elite import checkpoint
+from elite import checkpoint, geometry
 from elite.distributed.ranks import Ranks
+from elite.facts import Facts
 from elite.optimizations import ALL, OptimizationsConfig, decide
 from elite.optimizations.contract import Decision, Estimate, Step
 from elite.optimizations.functions.exchange import LowRankExchange
 from elite.optimizations.power_sgd import PowerSGD
+from elite.plan.exchange import exchanges
 from elite.retention import CheckpointConfig
 from elite.training.saving import Saver
 from tests.distributed.forked import together
+from tests.models import tiny
 from tests.optimizations.test_all import FACTS, SHAPE
 from tests.training.rig import fitted, rig, weights
 
@@ -163,6 +166,8 @@ def test_a_run_that_continues_ends_bit_for_bit_as_one_that_was_not_interrupted(o
     assert [tensor.numel() for tensor in kept["errors"]] == ([trainable] * 2 if feedback else [])
     assert bool(kept["factors"]) == options.get("warm_start", True)
     assert not feedback or not torch.equal(*kept["errors"]), "each rank leaves out its own"
+    planned = PowerSGD(PowerSGD.Config(**({"rank": 2} | options))).checkpoint_bytes(rig_facts())
+    assert planned == sum(tensor.nbytes for tensor in (*kept["errors"], *kept["factors"].values()))
 
 
 def test_the_loss_goes_down_a_little_less(tmp_path: Path) -> None:
@@ -175,6 +180,17 @@ def test_the_loss_goes_down_a_little_less(tmp_path: Path) -> None:
     assert found["losses"][:2] == pytest.approx(plain["losses"][:2], rel=1e-5), "plain exchanges come first"
     assert found["lines"][-1]["exchange_compression"] > 2 > 1 == found["lines"][0]["exchange_compression"]
     assert plain["losses"][-1] < found["losses"][-1] < found["losses"][0] - 0.1
+    # The lines of metrics.jsonl against what a plan says.
+    facts = rig_facts()
+    (gradients,), (factors,) = (exchanges(facts, decisions, 1.0, 2) for decisions in ((), chosen(rank=2)))
+    assert [line["exchanged_bytes"] for line in found["lines"]] == [gradients.handed_bytes] * 2 + [factors.handed_bytes] * 8
+    assert (gradients.what, factors.what) == ("gradients", "gradients as factors")
+
+
+def rig_facts() -> Facts:
+    """Of the runs in this file."""
+    shape = geometry._shape("tiny", tiny("llama", hidden_size=64).config.to_json_string(use_diff=False))
+    return replace(PAIR, model=shape, trainable_params=shape.lora_params(16))
 
 
 def test_gradients_that_are_not_finite_are_forgotten(tmp_path: Path) -> None:

@@ -164,10 +164,11 @@ def test_the_plan_of_shared_sequences() -> None:
     assert (shared.accumulation, shared.step_tokens) == (alone.accumulation, alone.step_tokens)
     assert shared.step_flops == pytest.approx(alone.step_flops / 2, rel=1e-6)
     assert shared.memory["saved_activations"] <= 0.6 * alone.memory["saved_activations"]
-    assert any("2 ranks share each sequence" in words for words in shared.warnings)
+    assert shared.exchanged["keys and values"] > 0 == len(alone.exchanged)
     printed = Console(width=200, record=True, file=io.StringIO())
     printed.print(render(shared))
-    assert "× 4 accumulated, shared by 2 ranks" in printed.export_text()
+    text = printed.export_text()
+    assert "× 4 accumulated, shared by 2 ranks" in text and "a rank and step: keys and values" in text
     (switch,) = (switch for switch in shared.decisions if switch.name == "ring_attention")
     assert switch.active
     (switch,) = (switch for switch in plan_of(tokens, SHARED[1]).decisions if switch.name == "ring_attention")

@@ -1,12 +1,13 @@
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from elite.config import RunConfig
 from elite.errors import PlanError
 from elite.facts import GIB
-from elite.plan import choose_tier
+from elite.plan import Plan, choose_tier, make_plan, tiers
 from tests.plan.helpers import CORPUS, STANDARD, device, phi2, run_config
 
 TIERS = [(f"tier{n}", 4096 * 2 ** (n - 1)) for n in range(11, 0, -1)]
@@ -75,3 +76,30 @@ def test_nothing_fits() -> None:
 def test_no_candidates() -> None:
     with pytest.raises(PlanError, match="no tier to choose from"):
         choose_tier([], LARGE, phi2(), CORPUS)
+
+
+def test_all_gpus_together_reach_a_higher_tier() -> None:
+    """The sequence is shared where it does not fit on each alone, and only there."""
+    config, alone, _ = choose_tier(candidates(), device("rtx3090"), phi2(), PLENTY)
+    assert config.tier.name == "tier3"
+    config, made, reason = choose_tier(candidates(), replace(device("rtx3090"), count=4), phi2(), PLENTY)
+    assert config.tier.name == "tier5" and made.fits and made.step_tokens == made.context
+    assert [switch.active for switch in made.decisions if switch.name == "ring_attention"] == [True]
+    assert reason.endswith("It fits as 4 ranks share each sequence: optimizations.ring_attention.enabled=true.")
+    few, made, _ = choose_tier(candidates(), replace(device("h200"), count=4), phi2(), replace(CORPUS, train_tokens=20 * 4096))
+    assert (few.tier.name, made.fits) == ("tier1", True) and not few.optimizations.ring_attention.enabled
+
+
+def test_on_one_gpu_a_tier_is_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = list[str]()
+
+    def noted(config: RunConfig, *rest: Any) -> Plan:
+        planned.append(config.tier.name)
+        return make_plan(config, *rest)
+
+    monkeypatch.setattr(tiers, "make_plan", noted)
+    choose_tier(candidates(), device("rtx3090"), phi2(), PLENTY)
+    assert planned == [name for name, _ in TIERS][: len(planned)]
+    planned.clear()
+    choose_tier(candidates(), replace(device("rtx3090"), count=2), phi2(), PLENTY)
+    assert planned.count("tier11") == 2

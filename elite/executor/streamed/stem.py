@@ -18,7 +18,7 @@ from elite.data.batches import IGNORE
 from elite.errors import ModelError
 from elite.executor.streamed.attention import STREAMED
 from elite.losses import linear_cross_entropy
-from elite.streaming import ARGUMENT_BYTES, logit_bytes
+from elite.streaming import ARGUMENT_BYTES
 
 
 @dataclass(frozen=True)
