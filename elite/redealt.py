@@ -18,7 +18,7 @@ from elite.plan.batch import accumulation_for
 
 OF_THE_RANKS = (
     *("ranks", "micro_batch", "accumulation", "device", "device_kind", "device_present", "device_capped"),
-    *("memory", "total_bytes", "reserved_bytes", "device_bytes", "usable_bytes", "headroom_bytes", "checkpoint_bytes"),
+    *("memory", "total_bytes", "ahead_bytes", "reserved_bytes", "device_bytes", "usable_bytes", "headroom_bytes", "checkpoint_bytes"),
     *("host_bytes", "host_usable_bytes", "corpus_bytes", "disk_bytes"),
     *("step_flops", "step_s", "time", "exchanged", "rates", "tokens_per_s", "mfu", "epoch_s", "run_s", "stages"),
 )

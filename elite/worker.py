@@ -41,6 +41,7 @@ from elite.printable import lines, one_line
 from elite.report import endings
 from elite.report.run_report import RunReport, convergence
 from elite.runfolder import ANOTHER, RunFolder
+from elite.training.ahead import Taking
 from elite.training.around import loop_hooks
 from elite.training.curriculum import course_of
 from elite.training.generation import generator
@@ -171,6 +172,7 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter, be
     scheduler = schedule(optimizer, config.schedule, steps)
     hooks, of_loop = loop_hooks(
         *(config, run.decisions, executors.training, optimizer, loaded.trainable, steps, ranks.device),
+        taking=Taking.of(run.plan["ahead_bytes"], run.plan["memory"]),
         # Under DDP a rank that fails would leave the others waiting.
         rehearse=lambda: rehearsal.warm(run, loaded, executors),
     )

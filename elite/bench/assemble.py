@@ -28,6 +28,7 @@ from elite.plan.batch import with_micro_batch
 from elite.plan.words import gib
 from elite.prepared import compute_dtype, prepare_process
 from elite.streaming import Streaming
+from elite.training.ahead import Taking
 from elite.training.around import hooked_step, loop_hooks
 from elite.training.heap import settled
 from elite.training.optimizer import build_optimizer
@@ -101,10 +102,14 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
             undone.callback(executors.attached.undo)
         optimizer, _ = build_optimizer(loaded.trainable, plan.learning_rate, config.training, decisions, loaded.model)
         parts = (config, decisions, executors.training, optimizer, loaded.trainable, STEPS, ranks.device)
+        taking = Taking.of(plan.ahead_bytes, plan.memory)
         vocab = int(loaded.core.config.get_text_config().vocab_size)
         subject = Subject(executors.training, dtype, loaded.trainable, vocab, plan.context, ranks.device, plan.usable_bytes, 0.0)
-        hooks, of_loop = loop_hooks(*parts, rehearse=lambda: rehearse(subject, plan.micro_batch))
+        hooks, of_loop = loop_hooks(*parts, taking, rehearse=lambda: rehearse(subject, plan.micro_batch))
         _undo_after(undone, of_loop)
+        if ranks.device.type == "cuda":
+            # Random weights are made on the device whole; a checkpoint's would have come packed, or not at all.
+            torch.cuda.empty_cache()
         for hook in hooks:
             hook.begin()
         made = Assembled(config, plan, dtype, loaded, executors, optimizer, ranks, hooks)

@@ -21,6 +21,7 @@ from elite.model import load
 from elite.prepared import Run, prepared
 from elite.report.lr_range_plot import drawn
 from elite.runfolder import RunFolder, environment
+from elite.training.ahead import Taking
 from elite.training.around import hooked_step, loop_hooks
 from elite.training.heap import settled
 from elite.training.lr_range import Sweep, sweep
@@ -69,6 +70,7 @@ def _swept(run: Run, store: TokenStore) -> tuple[Run, Sweep]:
 
     hooks, _ = loop_hooks(
         *(config, run.decisions, executors.training, optimizer, loaded.trainable, config.lr_range.steps, ranks.device),
+        taking=Taking.of(run.plan["ahead_bytes"], run.plan["memory"]),
         rehearse=lambda: rehearsal.warm(run, loaded, executors),
     )
     for hook in hooks:

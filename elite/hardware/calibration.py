@@ -23,6 +23,15 @@ class Slack:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """What is taken ahead beyond what is allocated: shares of it that most steps stay below, by executor."""
+
+    whole: float
+    streamed: float
+    source: str
+
+
+@dataclass(frozen=True)
 class Context:
     """What the driver counts beside torch's allocator."""
 
@@ -36,6 +45,7 @@ class Calibration:
 
     blocks: Slack
     pages: Slack
+    ahead: Ahead
     context: Context
 
 
@@ -48,7 +58,7 @@ def calibration() -> Calibration:
 def read(file: Path) -> Calibration:
     """What `write` wrote."""
     plain = json.loads(file.read_text())
-    return Calibration(Slack(**plain["blocks"]), Slack(**plain["pages"]), Context(**plain["context"]))
+    return Calibration(Slack(**plain["blocks"]), Slack(**plain["pages"]), Ahead(**plain["ahead"]), Context(**plain["context"]))
 
 
 def write(made: Calibration, file: Path = FILE) -> None:

@@ -5,7 +5,7 @@ An optimization is one file: its docstring (What, How, Memory, Source), a frozen
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -147,11 +147,11 @@ class Estimate:
     @property
     def total(self) -> float:
         """Sum of all components, in bytes."""
-        return sum(self.by_component().values())
+        return sum(vars(self).values())
 
     def by_component(self) -> dict[str, float]:
         """Bytes by component name, in declaration order."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,9 @@ class Part:
     """Gradients of weights that its backward makes, where weights themselves are trained."""
     wide: bool = False
     """It belongs to the MLP."""
+    late: float = 0.0
+    """Of `work`, gradients that are converted to narrower ones while what is saved is still there. What is recomputed, or packed, is
+    handed out once and gone by then."""
 
     @property
     def backward(self) -> float:
@@ -271,9 +274,11 @@ def plain_activation(s: Sizes) -> Part:
         return _activation(s.value * unit, s.value * unit, leaves=s.value * unit, hands=s.value)
     # CUDA's autocast takes the power to fp32, and three of the four factors with it.
     widened = FP32 if s.half and s.on_cuda else s.value
-    wide = 3 * widened * unit if widened > s.value else 0.0
+    wide, late = (3 * widened * unit, s.value * unit) if widened > s.value else (0.0, 0.0)
     kept = (3 * widened + s.value) * unit
-    return _activation(kept, widened * unit, leaves=widened * unit, work=widened * unit, hands=widened, wide_values=wide)
+    # The gradients of both factors of the product; that of half the input is made in fp32 and then converted.
+    work = widened * unit + late
+    return _activation(kept, widened * unit, leaves=widened * unit, work=work, hands=widened, wide_values=wide, late=late)
 
 
 def _activation(saved: float, out: float, **more: float) -> Part:

@@ -101,7 +101,7 @@ def least_bytes(config: RunConfig, device: Device, shape: ModelShape) -> float:
     if wanted is not Executor.streamed:
         found.append(_whole(config, device, shape, 1).estimate.total)
     if wanted is not Executor.whole and not shape.unstreamable and dividing(config, device) == 1:
-        found += [made.estimate.total for made in _streamed_in_turn(config, device, shape, 1)]
+        found += [made.estimate.total for made in _Layouts(config, device, shape)]
     return min(found)
 
 
@@ -117,52 +117,65 @@ def _whole(config: RunConfig, device: Device, shape: ModelShape, accumulation: i
     return Prediction(Executor.whole, None, facts, decisions, estimate, on_host, 0, fits, flops, time, found)
 
 
+@dataclass(frozen=True)
+class _Candidate:
+    """What a layout takes. Its time is worked out for the one that is chosen, of hundreds."""
+
+    layout: Streaming
+    estimate: Estimate
+    host_bytes: float
+    fits: bool
+
+
+class _Layouts:
+    """The streamed executor's layouts for one run, in turn: the fastest first.
+
+    Raises:
+        PlanError: two optimizations exclude each other.
+    """
+
+    def __init__(self, config: RunConfig, device: Device, shape: ModelShape) -> None:
+        self._config, self._device = config, device
+        self.facts = facts_of(config, device, shape, Executor.streamed.value)
+        self.decisions = decide(config.optimizations, self.facts)
+        self.memory = streamed.StreamedMemory(self.facts, self.decisions)
+
+    def __iter__(self) -> Iterator[_Candidate]:
+        config, facts = self._config, self.facts
+        folder = str(Path(config.executor.folder or config.output.cache).expanduser())
+        of_switches = host(facts, self.decisions)
+        for layout in streamed.layouts(config.executor, facts.context // facts.sharing, folder, config.training.mid_step_checkpoint):
+            check_layout(layout)
+            if layout.keys_values is Place.host and facts.model.sliding_window:
+                continue
+            if facts.adapter == "full" and layout.weights is WeightPlace.streamed:
+                continue
+            estimate, on_host = self.memory.device(layout), self.memory.host(layout) + of_switches
+            yield _Candidate(layout, estimate, on_host, _fits(config, self._device, estimate, on_host))
+
+
 def _streamed(config: RunConfig, device: Device, shape: ModelShape, accumulation: int) -> Prediction:
     """The first layout that fits device and host; if none does, the one that exceeds them least."""
-    made = list[Prediction]()
-    for prediction in _streamed_in_turn(config, device, shape, accumulation):
-        if prediction.fits:
-            return prediction
-        made.append(prediction)
+    layouts, made = _Layouts(config, device, shape), list[_Candidate]()
+    for candidate in layouts:
+        made.append(candidate)
+        if candidate.fits:
+            break
     if not made:
         raise PlanError("executor.keys_values=host does not go with a sliding window", "executor.keys_values=device")
 
-    def excess(prediction: Prediction) -> float:
-        on_host = 0.0 if device.kind == "cpu" else prediction.host_bytes / max(1.0, streamed.host_usable(device))
-        return max(prediction.estimate.total / device.memory_usable_bytes, on_host)
+    def excess(candidate: _Candidate) -> float:
+        on_host = 0.0 if device.kind == "cpu" else candidate.host_bytes / max(1.0, streamed.host_usable(device))
+        return max(candidate.estimate.total / device.memory_usable_bytes, on_host)
 
-    return min(made, key=excess)
-
-
-def _streamed_in_turn(config: RunConfig, device: Device, shape: ModelShape, accumulation: int) -> Iterator[Prediction]:
-    facts = facts_of(config, device, shape, Executor.streamed.value)
-    decisions = decide(config.optimizations, facts)
-    folder = str(Path(config.executor.folder or config.output.cache).expanduser())
-    memory = streamed.StreamedMemory(facts, decisions)
-    of_switches = host(facts, decisions)
-    for layout in streamed.layouts(config.executor, facts.context // facts.sharing, folder, config.training.mid_step_checkpoint):
-        check_layout(layout)
-        if layout.keys_values is Place.host and facts.model.sliding_window:
-            continue
-        if facts.adapter == "full" and layout.weights is WeightPlace.streamed:
-            continue
-        estimate, on_host = memory.device(layout), memory.host(layout) + of_switches
-        again = streamed.recomputed(facts, layout)
-        found = exchanges(facts, decisions, 1 + again[1], accumulation)
-        fits = _fits(config, device, estimate, on_host)
-        yield Prediction(
-            Executor.streamed,
-            layout,
-            facts,
-            decisions,
-            estimate,
-            on_host,
-            memory.disk(layout),
-            fits,
-            step_flops(facts, again, accumulation),
-            step_time(facts, decisions, again, accumulation, layout, found),
-            found,
-        )
+    best = made[-1] if made[-1].fits else min(made, key=excess)
+    facts, decisions, layout = layouts.facts, layouts.decisions, best.layout
+    again = streamed.recomputed(facts, layout)
+    found = exchanges(facts, decisions, 1 + again[1], accumulation)
+    flops = step_flops(facts, again, accumulation)
+    time = step_time(facts, decisions, again, accumulation, layout, found)
+    taken = best.estimate, best.host_bytes, layouts.memory.disk(layout), best.fits
+    return Prediction(Executor.streamed, layout, facts, decisions, *taken, flops, time, found)
 
 
 def _fits(config: RunConfig, device: Device, estimate: Estimate, on_host: float) -> bool:

@@ -349,9 +349,11 @@ def _mlp(step: Step, facts: Facts, tokens: int, read: float, kept: bool) -> list
     assert out is not None
     if tile is None or tile >= tokens:
         activation = form.activation(s)
+        if step.recomputed or step.packed_bits is not None:
+            activation = replace(activation, work=activation.work - activation.late)
         row = [form.maps(s, into, read, kept), activation, form.maps(s, [out], activation.hands, False)]
         return [replace(part, wide=True) for part in row]
-    inner = _mlp(replace(step, form=replace(form, mlp_tile=None)), facts, tile, read, True)
+    inner = _mlp(replace(step, form=replace(form, mlp_tile=None), recomputed=True), facts, tile, read, True)
     normed, made = read * s.d * tokens, s.value * out.outputs * tokens
     # The first forward of a tile leaves nothing.
     ahead = max(_highest([part], forward=True) for part in inner)

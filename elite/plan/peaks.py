@@ -1,23 +1,35 @@
 """What the allocator reserves for what a step allocates, and what the driver then shows in use. Bytes.
 
-    reserved     allocated · (1 + slack) + rounding, at most what the device grants: torch gives cached memory back before it gives up
+    reserved     taken ahead, in one piece that the step's tensors are cut from (`memory_pool`):
+                     allocated · (1 + share) + left behind
+                 else what torch's allocator comes to by itself:
+                     allocated · (1 + slack) + left behind + rounding, at most what the device grants: torch gives cached memory back
+                     before it gives up
     device use   reserved + context
 
-Slack and rounding are the allocator's, in blocks of fixed sizes or, with `memory_pool`, in pages. The context is CUDA's, with kernels and
-what libraries take themselves. The constants stand in `elite/hardware/calibration.json`.
+Left behind are logits in half precision: once they are there in fp32 they are freed, and what follows is too large for their place.
+Slack and rounding are the allocator's, in blocks of fixed sizes or, with `memory_pool`, in pages; the share is what most steps stayed
+below in one piece. The context is CUDA's, with kernels and what libraries take themselves. The constants stand in
+`elite/hardware/calibration.json`.
 """
 
 from dataclasses import dataclass
 
-from elite.facts import Device
+from elite.config import Executor
+from elite.facts import Device, Facts
 from elite.hardware.calibration import calibration
 from elite.optimizations.contract import Decision, Site
+from elite.optimizations.memory_pool import MemoryPool
+from elite.optimizations.parts import FP32
+from elite.plan.memory import folded
 
 
 @dataclass(frozen=True)
 class Peaks:
     """Of one device, beside what is allocated."""
 
+    ahead_bytes: float
+    """Taken before the first step; 0 where nothing is."""
     reserved_bytes: float
     device_bytes: float
 
@@ -34,12 +46,29 @@ def _paged(decisions: tuple[Decision, ...]) -> bool:
     return any(decision.active and Site.ALLOCATOR in decision.optimization.claims for decision in decisions)
 
 
-def peaks(allocated_bytes: float, decisions: tuple[Decision, ...], device: Device) -> Peaks | None:
+def peaks(
+    allocated_bytes: float, facts: Facts, decisions: tuple[Decision, ...], executor: Executor, headroom_fraction: float
+) -> Peaks | None:
     """Both peaks for what is allocated at the step's peak; None on a CPU, which has neither allocator nor context."""
+    device, known = facts.device, calibration()
     if device.kind != "cuda":
         return None
-    known = calibration()
+    usable, left = device.memory_usable_bytes, left_behind(facts, decisions, executor)
     slack = known.pages if _paged(decisions) else known.blocks
-    reserved = allocated_bytes * (1 + slack.share) + slack.rounding_bytes
-    reserved = min(reserved, max(allocated_bytes, device.memory_usable_bytes))
-    return Peaks(reserved, reserved + known.context.bytes)
+    reserved = allocated_bytes * (1 + slack.share) + left + slack.rounding_bytes
+    reserved, ahead = min(reserved, max(allocated_bytes, usable)), 0.0
+    if any(decision.active and decision.name == MemoryPool.name and decision.optimization.config.ahead for decision in decisions):
+        share = known.ahead.whole if executor is Executor.whole else known.ahead.streamed
+        enough = allocated_bytes * (1 + share) + left
+        # The headroom is for what is not modelled.
+        ahead = min(enough, usable * (1 - headroom_fraction))
+        reserved = enough if ahead == enough else max(ahead, reserved)
+    return Peaks(ahead, reserved, reserved + known.context.bytes)
+
+
+def left_behind(facts: Facts, decisions: tuple[Decision, ...], executor: Executor) -> float:
+    """Logits in half precision that nobody needs once they are there in fp32."""
+    step = folded(facts, decisions)
+    if executor is not Executor.whole or step.loss_tile is not None or step.value == FP32:
+        return 0.0
+    return float(step.value * facts.micro_tokens * facts.model.vocab_size)

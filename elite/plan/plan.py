@@ -75,6 +75,8 @@ class Plan:
     """Bytes by component at the step's peak; they sum to `total_bytes`."""
     total_bytes: float
     """What is allocated at the peak."""
+    ahead_bytes: float
+    """What is reserved from before the first step on; 0 where memory is taken as it is needed."""
     reserved_bytes: float | None
     """What torch's allocator reserves for it; None on a CPU."""
     device_bytes: float | None
@@ -168,7 +170,7 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
     fits = all(one.fits for _, one in stages) and (device.kind == "cpu" or in_memory <= host_usable(device))
     factor, positions = _positions(config, shape)
     usable = device.memory_usable_bytes * (1 - config.plan.headroom_fraction)
-    beyond = peaks(estimate.total, made.decisions, device)
+    beyond = peaks(estimate.total, facts, made.decisions, made.executor, config.plan.headroom_fraction)
     return Plan(
         model=shape.name,
         model_type=shape.model_type,
@@ -193,6 +195,7 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
         decisions=tuple(_switch(decision) for decision in made.decisions),
         memory=estimate.by_component(),
         total_bytes=estimate.total,
+        ahead_bytes=beyond.ahead_bytes if beyond else 0.0,
         reserved_bytes=beyond.reserved_bytes if beyond else None,
         device_bytes=beyond.device_bytes if beyond else None,
         usable_bytes=device.memory_usable_bytes,

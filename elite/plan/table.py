@@ -119,7 +119,9 @@ def _memory(plan: Plan) -> Table:
             table.add_row(name.replace("_", " "), gib(value), f"{value / plan.total_bytes:.1%}")
     table.add_row(Text("predicted", style="bold"), Text(gib(plan.total_bytes), style="bold"), "")
     if plan.reserved_bytes is not None and plan.device_bytes is not None:
-        table.add_row("reserved for it", gib(plan.reserved_bytes), "by torch's allocator")
+        table.add_row(
+            "reserved for it", gib(plan.reserved_bytes), "by torch's allocator" + (", before the first step" if plan.ahead_bytes else "")
+        )
         table.add_row("the driver shows", gib(plan.device_bytes), "with CUDA's context")
     table.add_row("usable", gib(plan.usable_bytes), "")
     table.add_row("of it kept free", gib(plan.headroom_bytes), "")

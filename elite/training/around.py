@@ -13,6 +13,7 @@ from elite.model import apply_stage
 from elite.optimizations.contract import Applied, Decision, Stage
 from elite.optimizations.hooks import Hook
 from elite.optimizations.targets import LoopBuild
+from elite.training.ahead import Ahead, Taking
 from elite.training.step import StepResult, optimizer_step
 
 
@@ -24,11 +25,13 @@ def loop_hooks(
     parameters: list[nn.Parameter],
     steps: int,
     device: torch.device,
+    taking: Taking,
     rehearse: Callable[[], float],
 ) -> tuple[list[Hook], dict[str, Applied]]:
     """What the active parts add to a loop of so many steps.
 
     Args:
+        taking: what memory to take before the first step.
         rehearse: as in `LoopBuild`.
     """
     every = config.training.val_every
@@ -43,7 +46,9 @@ def loop_hooks(
         rehearse=rehearse,
     )
     applied = apply_stage(Stage.loop, decisions, build)
-    return build.hooks, applied
+    # First: what others begin with is cut from it.
+    ahead = [Ahead(taking, optimizer, parameters, device)] if taking.reserved_bytes else []
+    return [*ahead, *build.hooks], applied
 
 
 def hooked_step(

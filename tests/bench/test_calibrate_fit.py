@@ -10,10 +10,11 @@ import pytest
 from elite.bench.calibrate.fit import fitted, points
 from elite.errors import DataError
 from elite.facts import GIB
-from elite.hardware.calibration import Calibration, Context, Slack
+from elite.hardware.calibration import Ahead, Calibration, Context, Slack
 from elite.report.measurement import MEASUREMENTS
 
-KNOWN = Calibration(Slack(0.5, 1.0, "assumption: x"), Slack(0.5, 2.0, "assumption: x"), Context(5.0, "assumption: x"))
+ASSUMED = "assumption: x"
+KNOWN = Calibration(Slack(0.5, 1.0, ASSUMED), Slack(0.5, 2.0, ASSUMED), Ahead(0.25, 0.125, ASSUMED), Context(5.0, ASSUMED))
 
 
 def run(gib: float, share: float, rounding: float, paged: bool = False, context: float | None = None, **changes: Any) -> dict[str, Any]:
@@ -21,8 +22,8 @@ def run(gib: float, share: float, rounding: float, paged: bool = False, context:
     reserved = allocated * (1 + share) + rounding
     steps = [{"allocated_peak_bytes": value * allocated, "reserved_peak_bytes": value * reserved} for value in (0.5, 1.0, 0.9)]
     measured = {} if context is None else {"device_bytes": reserved + context}
-    made = {"active": ["memory_pool"] if paged else [], "steps": steps, "measured": measured, "usable_bytes": 64 * GIB, "outcome": "ran"}
-    return made | changes
+    made = {"active": ["memory_pool"] if paged else [], "executor": "streamed", "steps": steps, "measured": measured}
+    return made | {"usable_bytes": 64 * GIB, "outcome": "ran"} | changes
 
 
 def write(path: Path, *runs: dict[str, Any]) -> Path:
@@ -50,6 +51,8 @@ def test_nothing_becomes_negative(tmp_path: Path) -> None:
 def test_what_says_nothing_is_left_out(tmp_path: Path) -> None:
     kept = [run(gib, 0.25, 0) for gib in (1, 2, 4)]
     useless = [run(8, 3, 0, outcome="oom"), run(8, 3, 0, usable_bytes=32 * GIB), run(8, 3, 0, steps=[])]
+    # What was taken ahead is the plan's word, not the allocator's.
+    useless.append(run(8, 3, 0, predicted={"ahead_bytes": 32 * GIB}))
     file = write(tmp_path / "a.json", *kept, *useless)
     assert len(points([file])) == 3
     made = fitted(KNOWN, [file])
@@ -58,6 +61,24 @@ def test_what_says_nothing_is_left_out(tmp_path: Path) -> None:
     assert (made.pages, made.context) == (KNOWN.pages, KNOWN.context)
     with pytest.raises(DataError, match="fewer than"):
         fitted(KNOWN, [write(tmp_path / "b.json", *kept[:2])])
+
+
+def test_what_is_taken_ahead_is_what_nearly_all_stay_below(tmp_path: Path) -> None:
+    """Of 0, 1, … 100 thousandths 95 in a hundred stay below 95; with each executor by itself."""
+    shares = [share / 1000 for share in range(101)]
+    runs = [run(4, share * times, 0, True, executor=name) for share in shares for name, times in (("whole", 2), ("streamed", 1))]
+    made = fitted(KNOWN, [write(tmp_path / "a.json", *runs)])
+    assert (made.ahead.whole, made.ahead.streamed) == pytest.approx((0.19, 0.095), abs=1e-6)
+    few = fitted(KNOWN, [write(tmp_path / "b.json", *[run(4, share, 0, True) for share in shares])])
+    assert few.ahead == KNOWN.ahead and few.pages != KNOWN.pages
+
+
+def test_logits_left_behind_are_no_slack() -> None:
+    """Drawn configurations say enough of themselves: 9,984 · 3 tokens and 151,936 words, 2 bytes each."""
+    file = MEASUREMENTS / "calibration.json"
+    left = [point.left for point in points([file])]
+    assert max(left) == 2 * 3 * 9984 * 151936 and left.count(0.0) > len(left) / 2
+    assert all(point.left == 0 for point in points([file]) if not point.whole)
 
 
 def test_probes_tell_too() -> None:

@@ -97,6 +97,16 @@ def test_the_predicted_peak_is_the_measured_one(case: Case) -> None:
     check_peak(case)
 
 
+@pytest.mark.parametrize("more", [("fused_lora",), ()], ids="+".join)
+def test_gradients_are_converted_while_what_was_saved_is_still_there(more: tuple[str, ...]) -> None:
+    """Where nothing is recomputed: 2 bytes a value of Phi's MLP, its activation written out."""
+    case = Case("phi", (*HALF, "fused_loss", *more), cuda=True)
+    facts = facts_of(case)
+    decisions = decisions_of(case, facts)
+    estimate = passing(case, facts, decisions)
+    assert estimate.total == pytest.approx(measured_peak(case, built(case, decisions)), rel=0.005)
+
+
 def check_fused_peaks(_device: str) -> None:
     """In a process of its own, where Triton interprets."""
     for case in FUSED:

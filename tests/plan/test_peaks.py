@@ -5,33 +5,77 @@ from pathlib import Path
 
 import pytest
 
-from elite.facts import GIB, Facts
-from elite.hardware.calibration import Calibration, Context, Slack, calibration, read, write
+from elite.config import Executor
+from elite.facts import GIB, Device, Facts
+from elite.hardware.calibration import Ahead, Calibration, Context, Slack, calibration, read, write
 from elite.optimizations import decide
-from elite.plan import facts_of, make_plan, peaks
+from elite.optimizations.memory_pool import MemoryPool
+from elite.plan import make_plan, peaks
 from tests.plan.helpers import CORPUS, STANDARD, device, phi2, run_config, switches
 from tests.plan.test_table import text
 
 KNOWN = calibration()
 
 
-@pytest.mark.parametrize(("on", "slack"), [((), KNOWN.blocks), (("memory_pool",), KNOWN.pages)], ids=["blocks", "pages"])
-def test_by_hand(on: tuple[str, ...], slack: Slack) -> None:
-    config = run_config(on=on)
-    decisions = decide(switches(*on), facts_of(config, device("h100"), phi2()))
-    found = peaks.peaks(10 * GIB, decisions, device("h100"))
-    assert found is not None
-    assert found.reserved_bytes == pytest.approx(10 * GIB * (1 + slack.share) + slack.rounding_bytes)
-    assert found.device_bytes - found.reserved_bytes == pytest.approx(KNOWN.context.bytes)
+HEADROOM = 0.08
+AS_NEEDED = MemoryPool.Config(enabled=True, ahead=False)
+POOL = MemoryPool.Config(enabled=True)
+
+
+def found(
+    allocated: float,
+    machine: Device,
+    *on: str,
+    pool: MemoryPool.Config | None = None,
+    executor: Executor = Executor.streamed,
+    facts: Facts | None = None,
+) -> peaks.Peaks:
+    facts = facts or Facts(phi2(), machine, 4096, 1, 2**20, "lora")
+    options = switches(*on) if pool is None else replace(switches(*on), memory_pool=pool)
+    made = peaks.peaks(allocated, facts, decide(options, facts), executor, HEADROOM)
+    assert made is not None
+    return made
+
+
+@pytest.mark.parametrize(("pool", "slack"), [(None, KNOWN.blocks), (AS_NEEDED, KNOWN.pages)], ids=["blocks", "pages"])
+def test_by_hand(pool: MemoryPool.Config | None, slack: Slack) -> None:
+    made = found(10 * GIB, device("h100"), pool=pool)
+    assert made.ahead_bytes == 0
+    assert made.reserved_bytes == pytest.approx(10 * GIB * (1 + slack.share) + slack.rounding_bytes)
+    assert made.device_bytes - made.reserved_bytes == pytest.approx(KNOWN.context.bytes)
+
+
+@pytest.mark.parametrize(("executor", "share"), [(Executor.whole, KNOWN.ahead.whole), (Executor.streamed, KNOWN.ahead.streamed)])
+def test_what_is_taken_ahead_is_what_is_reserved(executor: Executor, share: float) -> None:
+    made = found(10 * GIB, device("h100"), "fused_loss", "mixed_precision", pool=POOL, executor=executor)
+    assert made.ahead_bytes == made.reserved_bytes == pytest.approx(10 * GIB * (1 + share))
+
+
+def test_nothing_is_taken_ahead_of_the_headroom() -> None:
+    """There the allocator comes to what it comes to, in pages."""
+    machine = device("rtx3090")
+    usable = machine.memory_usable_bytes
+    made = found(0.91 * usable, machine, pool=POOL)
+    assert made.ahead_bytes == pytest.approx((1 - HEADROOM) * usable)
+    assert made.reserved_bytes == found(0.91 * usable, machine, pool=AS_NEEDED).reserved_bytes > made.ahead_bytes
+
+
+def test_half_precision_logits_are_left_behind() -> None:
+    """Under the whole executor, without a fused loss: 2 bytes for each of 4096 tokens and each word."""
+    logits, machine = 2 * 4096 * phi2().vocab_size, device("h100")
+    for pool in (None, AS_NEEDED, POOL):
+        kinds = (("mixed_precision",), ("mixed_precision", "fused_loss"), ())
+        half, fused, single = (found(GIB, machine, *on, pool=pool, executor=Executor.whole).reserved_bytes for on in kinds)
+        assert half - fused == pytest.approx(logits) and single == fused
+    facts = Facts(phi2(), machine, 4096, 1, 2**20, "lora")
+    assert peaks.left_behind(facts, decide(switches("mixed_precision"), facts), Executor.streamed) == 0
 
 
 def test_no_more_is_reserved_than_the_device_grants() -> None:
     machine = device("rtx3090")
     usable = machine.memory_usable_bytes
-    near = peaks.peaks(0.99 * usable, (), machine)
-    over = peaks.peaks(2.0 * usable, (), machine)
-    assert near is not None and near.reserved_bytes == usable
-    assert over is not None and over.reserved_bytes == 2.0 * usable
+    assert found(0.99 * usable, machine).reserved_bytes == usable
+    assert found(2.0 * usable, machine).reserved_bytes == 2.0 * usable
 
 
 def test_a_plan_has_three_peaks_in_order() -> None:
@@ -51,9 +95,15 @@ def test_a_plan_has_three_peaks_in_order() -> None:
 
 
 def test_pages_reserve_less_than_blocks() -> None:
-    plain, paged = (make_plan(run_config(on=on), device("rtx3090"), phi2(), CORPUS) for on in (STANDARD, (*STANDARD, "memory_pool")))
-    assert plain.total_bytes == paged.total_bytes
-    assert plain.reserved_bytes is not None and paged.reserved_bytes is not None and paged.reserved_bytes < plain.reserved_bytes
+    blocks, pages = (found(8 * GIB, device("rtx3090"), pool=pool) for pool in (None, AS_NEEDED))
+    assert pages.reserved_bytes < blocks.reserved_bytes
+
+
+def test_the_plan_says_what_is_taken_before_the_first_step() -> None:
+    plain, pooled = (make_plan(run_config(on=on), device("rtx3090"), phi2(), CORPUS) for on in (STANDARD, (*STANDARD, "memory_pool")))
+    assert plain.total_bytes == pooled.total_bytes and plain.ahead_bytes == 0
+    assert pooled.total_bytes < pooled.ahead_bytes == pooled.reserved_bytes
+    assert ["before the first step" in text(made) for made in (plain, pooled)] == [False, True]
 
 
 def test_a_cpu_has_neither() -> None:
@@ -63,12 +113,14 @@ def test_a_cpu_has_neither() -> None:
 
 
 def test_every_constant_names_its_source() -> None:
-    for part in (KNOWN.blocks, KNOWN.pages, KNOWN.context):
+    for part in (KNOWN.blocks, KNOWN.pages, KNOWN.ahead, KNOWN.context):
         assert part.source.startswith(("measured: ", "assumption: "))
 
 
 def test_constants_survive_writing(tmp_path: Path) -> None:
-    made = Calibration(Slack(0.25, 7.0, "measured: a"), replace(KNOWN.pages, share=0.5), Context(3.0, "assumption: b"))
+    made = Calibration(
+        Slack(0.25, 7.0, "measured: a"), replace(KNOWN.pages, share=0.5), Ahead(0.5, 0.25, "assumption: c"), Context(3.0, "assumption: b")
+    )
     write(made, tmp_path / "calibration.json")
     assert read(tmp_path / "calibration.json") == made
     assert calibration() == KNOWN

@@ -173,8 +173,6 @@ def ready(config: RunConfig, machine: Machine, row: dict[str, Any]) -> Iterator[
         row |= described(made) | {"predicted": predicted(made)}
         watch = Watch(machine.device, live)
         if machine.driver is not None:
-            # Random weights are made on the device whole; a checkpoint's would have come packed, or not at all.
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_host_memory_stats()
         training = _Watched(made.executors.training, watch)
         yield replace(made, executors=replace(made.executors, training=training)), watch
@@ -198,6 +196,7 @@ def predicted(made: Assembled) -> dict[str, Any]:
     return {
         "allocated_bytes": plan.total_bytes,
         "reserved_bytes": plan.reserved_bytes,
+        "ahead_bytes": plan.ahead_bytes,
         "device_bytes": plan.device_bytes,
         "host_pinned_bytes": plan.host_bytes,
         "step_s": plan.step_s,

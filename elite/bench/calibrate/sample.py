@@ -86,9 +86,11 @@ GPU = Space(
     # Without flash attention no more than a few thousand tokens would fit; rows of random tokens have no documents to pack.
     switches={"flash_attention": True, "sequence_packing": False},
 )
-PAGED = replace(
-    GPU, name="paged", hardware=(ANY_CARD,), contexts=(2048, 65_536), longest_step_s=2.0, switches=GPU.switches | {"memory_pool": True}
-)
+POOLED = replace(GPU, name="pooled", switches=GPU.switches | {"memory_pool": True})
+"""With the allocator as the `standard` preset has it: what is reserved is taken ahead."""
+# What is taken ahead no cap takes back.
+AS_NEEDED = (*ANY_CARD, "optimizations.memory_pool.ahead=false")
+PAGED = replace(POOLED, name="paged", hardware=(AS_NEEDED,), contexts=(2048, 65_536), longest_step_s=2.0)
 """Without caps of cards, in pages: for caps of its own."""
 CPU = Space(
     name="cpu",
@@ -112,7 +114,7 @@ CPU = Space(
     switches=GPU.switches | {"mixed_precision": False, "adamw_8bit": False},
 )
 """Tiny models, for machines without a GPU."""
-SPACES = {space.name: space for space in (GPU, PAGED, CPU)}
+SPACES = {space.name: space for space in (GPU, POOLED, PAGED, CPU)}
 
 
 @dataclass(frozen=True)

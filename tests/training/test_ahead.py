@@ -1,0 +1,93 @@
+"""Memory taken before the first step: as much as the plan says, in one piece, and none of it as tensors."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from elite.config import RunConfig
+from elite.facts import Facts
+from elite.optimizations import decide
+from elite.optimizations.memory_pool import MemoryPool
+from elite.training.ahead import Ahead, Taking, small_to_come
+from elite.training.around import loop_hooks
+from tests.plan.helpers import device, phi2, switches
+from tests.training.rig import adapted
+
+CPU = torch.device("cpu")
+MIB = 2**20
+PAGE = 20 * MIB
+"""What an expandable segment grows by (kLargeBuffer, c10/cuda)."""
+
+
+def parameters(*sizes: int) -> list[nn.Parameter]:
+    """Parameters of so many bytes."""
+    return [nn.Parameter(torch.empty(size // 4)) for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "state_share", "expected"),
+    [
+        # Gradient, as much again, two states: four times the parameter.
+        ((4096, MIB), 2, 4 * (MIB + 4096)),
+        # In 8 bits a state has a quarter of its parameter's bytes: that of the larger one is small, its gradient is not.
+        ((MIB, 4 * MIB), 0.5, 2 * MIB + 2 * MIB // 4 + 2 * MIB),
+        ((4 * MIB + 1024,), 2, 0),
+        ((MIB,), 0, 2 * MIB),
+    ],
+)
+def test_small_tensors_come_besides(sizes: tuple[int, ...], state_share: float, expected: float) -> None:
+    assert small_to_come(parameters(*sizes), state_share * sum(sizes)) == expected
+
+
+@pytest.mark.parametrize("ahead", [0.0, 7.0])
+def test_it_comes_before_all_else_where_the_plan_says_so(ahead: float) -> None:
+    loaded = adapted("llama")
+    taking = Taking.of(ahead, {"optimizer_state": 3.0})
+    config = RunConfig(optimizations=switches("ema"))
+    facts = Facts(phi2(), device("cpu"), 4096, 1, 2**20, "lora")
+    parts = (config, decide(config.optimizations, facts), None, torch.optim.AdamW(loaded.trainable), loaded.trainable, 5, CPU)
+    hooks, _ = loop_hooks(*parts, taking, rehearse=lambda: 0.0)
+    assert [hook.name for hook in hooks] == (["memory_pool"] if ahead else []) + ["ema"]
+    assert not ahead or (isinstance(hooks[0], Ahead) and hooks[0].counts() == {"ahead_bytes": 0.0})
+
+
+@pytest.fixture
+def growing() -> Iterator[None]:
+    """Segments that grow page by page."""
+    torch.cuda.empty_cache()
+    applied = MemoryPool(MemoryPool.Config(enabled=True)).apply(None)
+    yield
+    assert applied.undo is not None
+    torch.cuda.empty_cache()
+    applied.undo()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("growing")
+def test_the_step_is_cut_from_what_was_taken() -> None:
+    cuda = torch.device("cuda")
+    weights = [nn.Parameter(torch.zeros(64 * MIB, device=cuda))]
+    target = torch.cuda.memory_reserved() + 512 * MIB
+    hook = Ahead(Taking(target, 0.0), torch.optim.AdamW(weights), weights, cuda)
+    hook.begin()
+    assert abs(torch.cuda.memory_reserved() - target) <= PAGE
+    assert abs(hook.counts()["ahead_bytes"] - 512 * MIB) <= PAGE
+    assert torch.cuda.max_memory_allocated() < target - 256 * MIB
+    reserved = torch.cuda.memory_reserved()
+    held = [torch.empty(size * MIB, dtype=torch.uint8, device=cuda) for size in (200, 3, 150, 40)]
+    del held[1], held[1]
+    held.append(torch.empty(140 * MIB, dtype=torch.uint8, device=cuda))
+    assert torch.cuda.memory_reserved() == reserved
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("growing")
+def test_what_the_device_does_not_have_is_not_taken() -> None:
+    cuda = torch.device("cuda")
+    weights = [nn.Parameter(torch.zeros(MIB, device=cuda))]
+    before = torch.cuda.memory_reserved()
+    hook = Ahead(Taking(2.0**50, 0.0), torch.optim.AdamW(weights), weights, cuda)
+    hook.begin()
+    assert hook.counts()["ahead_bytes"] == 0 and torch.cuda.memory_reserved() <= before
