@@ -82,10 +82,10 @@ def test_presets_hold_what_they_say() -> None:
         made = compose.from_overrides(f"optimizations={preset}").config.optimizations
         return {kind.name for kind in ALL if getattr(made, kind.name).enabled}
 
-    # Some take the place of another, one of them needs a package of its own, one several ranks; the others change the model, how it
+    # Some take the place of another, one of them needs a package of its own, two several ranks; the others change the model, how it
     # learns, or flags.
     beside = {"checkpoint_offload", "activation_quantization", "liger_kernels", "torch_compile", "backend_flags", "lora_plus"}
-    beside |= {"ring_attention"}
+    beside |= {"ring_attention", "tensor_parallel"}
     beside |= {kind.name for kind in ALL if kind.stage in (Stage.loop, Stage.geometry)}
     assert active("none") == set() < active("standard") < active("extreme") == {kind.name for kind in ALL} - beside
 
