@@ -48,8 +48,8 @@ def test_it_comes_before_all_else_where_the_plan_says_so(ahead: float) -> None:
     taking = Taking.of(ahead, {"optimizer_state": 3.0})
     config = RunConfig(optimizations=switches("ema"))
     facts = Facts(phi2(), device("cpu"), 4096, 1, 2**20, "lora")
-    executor = WholeExecutor(loaded.model, torch.float32)
-    parts = (config, decide(config.optimizations, facts), executor, torch.optim.AdamW(loaded.trainable), loaded.trainable, 5, CPU)
+    executor, optimizer = WholeExecutor(loaded.model, torch.float32), torch.optim.AdamW(loaded.trainable)
+    parts = (config, decide(config.optimizations, facts), executor, optimizer, loaded.trainable, 5, CPU)
     hooks, _ = loop_hooks(*parts, taking, rehearse=lambda: 0.0)
     assert [hook.name for hook in hooks] == (["memory_pool"] if ahead else []) + ["ema"]
     assert not ahead or (isinstance(hooks[0], Ahead) and hooks[0].counts() == {"ahead_bytes": 0.0})
