@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -195,17 +196,30 @@ class TrainedCopy:
     nbytes: int
 
 
-def copy_trained(loaded: LoadedModel) -> TrainedCopy:
-    """Copy what is trained; where tensors are one, such as tied embeddings, so are their copies."""
+Whole = Callable[[torch.Tensor], AbstractContextManager[Any]]
+"""Within what it returns, the parameter is whole: ranks may hold parts of it (elite/distributed/zero.py)."""
+
+
+def as_it_is(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Parameters are whole."""
+    return nullcontext()
+
+
+def copy_trained(loaded: LoadedModel, whole: Whole = as_it_is, keep: bool = True) -> TrainedCopy:
+    """Copy what is trained; where tensors are one, such as tied embeddings, so are their copies.
+
+    Args:
+        whole: makes parameters whole, one at a time.
+        keep: false on a rank that only has a part in that.
+    """
     everything = loaded.trains_everything
-    named = loaded.core.state_dict() if everything else {n: p for n, p in loaded.model.named_parameters() if p.requires_grad}
-    state, copies = dict[str, torch.Tensor](), dict[tuple[Any, ...], torch.Tensor]()
+    named = loaded.core.state_dict(keep_vars=True) if everything else {n: p for n, p in loaded.model.named_parameters() if p.requires_grad}
+    state, copies = dict[str, torch.Tensor](), dict[int, torch.Tensor]()
     for name, tensor in named.items():
-        # What `state_dict` returns twice for one storage are two objects.
-        place = tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-        if place not in copies:
-            copies[place] = tensor.detach().to("cpu", copy=True).contiguous()
-        state[name] = copies[place]
+        if id(tensor) not in copies:
+            with whole(tensor):
+                copies[id(tensor)] = tensor.detach().to("cpu", copy=True).contiguous() if keep else torch.empty(0)
+        state[name] = copies[id(tensor)]
 
     def save(folder: Path) -> None:
         if loaded.adapted:
@@ -229,8 +243,11 @@ def export(loaded: LoadedModel, folder: Path) -> None:
         loaded.core.save_pretrained(folder)
 
 
-def load_trained(loaded: LoadedModel, folder: Path) -> None:
+def load_trained(loaded: LoadedModel, folder: Path, whole: Whole | None = None) -> None:
     """Read what `copy_trained` saved into the model, on whatever device it is.
+
+    Args:
+        whole: makes parameters whole, one at a time (adapters all at once); what is written to them within stays. Unset: they are.
 
     Raises:
         ModelError: the files belong to another model or rank.
@@ -239,13 +256,26 @@ def load_trained(loaded: LoadedModel, folder: Path) -> None:
 
     tensors = {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
     if not loaded.adapted:
-        result: Any = loaded.core.load_state_dict(tensors, strict=False)
+        unknown, absent = _read_into(loaded.core, tensors, whole)
         trained = {name for name, p in loaded.core.named_parameters() if p.requires_grad}
-        missing = set(result.missing_keys) & trained - set(loaded.core.all_tied_weights_keys)
+        missing = absent & trained - set(loaded.core.all_tied_weights_keys)
     else:
-        result = set_peft_model_state_dict(loaded.model, tensors)
-        missing = {name for name in result.missing_keys if "lora_" in name}
-    if missing or result.unexpected_keys:
-        raise ModelError(
-            f"{folder} does not hold this model: {len(missing)} tensors missing, {len(result.unexpected_keys)} unknown", "resume=never"
-        )
+        with ExitStack() as stack:
+            for parameter in loaded.trainable if whole is not None else ():
+                stack.enter_context(whole(parameter))  # type: ignore[misc]
+            result: Any = set_peft_model_state_dict(loaded.model, tensors)
+        unknown, missing = set(result.unexpected_keys), {name for name in result.missing_keys if "lora_" in name}
+    if missing or unknown:
+        raise ModelError(f"{folder} does not hold this model: {len(missing)} tensors missing, {len(unknown)} unknown", "resume=never")
+
+
+def _read_into(core: PreTrainedModel, tensors: dict[str, torch.Tensor], whole: Whole | None) -> tuple[set[str], set[str]]:
+    """Names among the tensors that the model does not have, and the other way round."""
+    if whole is None:
+        result: Any = core.load_state_dict(tensors, strict=False)
+        return set(result.unexpected_keys), set(result.missing_keys)
+    own: dict[str, torch.Tensor] = core.state_dict(keep_vars=True)
+    for name in tensors.keys() & own.keys():
+        with whole(own[name]):
+            core.load_state_dict({name: tensors[name]}, strict=False)
+    return tensors.keys() - own.keys(), own.keys() - tensors.keys()

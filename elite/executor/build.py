@@ -1,5 +1,6 @@
 """The executor that a plan names, around a loaded model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from elite.distributed.exchange import exchange_of
 from elite.distributed.ranks import Ranks
 from elite.distributed.ring import Ring
 from elite.executor.contract import Executor
@@ -48,6 +50,7 @@ def build(
     ranks: Any,
     cache: Path,
     shared: Variant | None = None,
+    wrapped: Callable[[LoadedModel], torch.nn.Module] | None = None,
 ) -> Executors:
     """Executors for training and for validation.
 
@@ -55,9 +58,10 @@ def build(
         layout: of the streamed executor; None is the whole one.
         dtype: of matrix products.
         device: what is emulated decides which attention kernels may run.
-        ranks: this process among all; gradients are exchanged by DDP if there are several.
+        ranks: this process among all.
         cache: folder where kernel choices are remembered.
         shared: how ranks exchange keys and values of the sequences that they share in training; None: each has its own.
+        wrapped: around the model, what exchanges gradients; unset: DDP if there are several ranks.
     """
     attached = None
     if layout is not None:
@@ -68,12 +72,22 @@ def build(
             return fastest(shape, ranks.device, cache, now.chunk, now.block, kernels_of(device))
 
         attached = attach(loaded.model, layout, ranks.device, choice)
-    model = DistributedDataParallel(loaded.model, broadcast_buffers=False) if ranks.world > 1 else loaded.model
+    model = (wrapped or (_in_parallel if ranks.world > 1 else _bare))(loaded)
     # Validation runs on the bare model: DDP would wait for ranks that have fewer targets.
+    validated = model if exchange_of(model).divides_weights else loaded.model
     if layout is not None:
-        return Executors(StreamedExecutor(model, dtype), StreamedExecutor(loaded.model, dtype), attached)
+        return Executors(StreamedExecutor(model, dtype), StreamedExecutor(validated, dtype), attached)
     ring = None if shared is None else _ring(shared, device, ranks, cache)
-    return Executors(whole(loaded, dtype, model, ring), whole(loaded, dtype), None)
+    return Executors(whole(loaded, dtype, model, ring), whole(loaded, dtype, validated), None)
+
+
+def _in_parallel(loaded: LoadedModel) -> torch.nn.Module:
+    return DistributedDataParallel(loaded.model, broadcast_buffers=False)
+
+
+def _bare(loaded: LoadedModel) -> torch.nn.Module:
+    model: torch.nn.Module = loaded.model
+    return model
 
 
 def whole(loaded: LoadedModel, dtype: torch.dtype, wrapped: torch.nn.Module | None = None, ring: Ring | None = None) -> WholeExecutor:

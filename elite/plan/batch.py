@@ -7,6 +7,7 @@ from elite.errors import PlanError
 from elite.facts import Device, Facts, ModelShape
 from elite.optimizations import reshaped
 from elite.optimizations.gqa_conversion import GQAConversion
+from elite.optimizations.zero_3 import ZeRO3
 
 CONTEXT_MULTIPLE = 8
 """Tensor cores and 8-byte aligned rows want it."""
@@ -34,7 +35,7 @@ def facts_of(config: RunConfig, device: Device, shape: ModelShape, executor: str
     shape = reshaped(config.optimizations, shape)
     if config.adapter.method is AdapterMethod.converted:
         shape = _marked(config, shape)
-    return Facts(
+    facts = Facts(
         model=shape,
         device=device,
         context=config.tier.context,
@@ -46,6 +47,9 @@ def facts_of(config: RunConfig, device: Device, shape: ModelShape, executor: str
         generates=config.training.completion_tokens > 0,
         sharing=sharing(config, device),
     )
+    # Text is written by one rank, and that has parts of the weights alone.
+    zero = config.optimizations.zero_3
+    return replace(facts, generates=False) if zero.enabled and ZeRO3(zero).check(facts) is None else facts
 
 
 def sharing(config: RunConfig, device: Device) -> int:

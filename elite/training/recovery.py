@@ -25,6 +25,7 @@ from elite import checkpoint
 from elite.chunks import ALIGNMENT
 from elite.console import console
 from elite.data.batches import Batch
+from elite.distributed.exchange import exchange_of
 from elite.distributed.ranks import Ranks
 from elite.distributed.watchdog import Beat, no_beat
 from elite.executor.contract import Executor
@@ -86,8 +87,8 @@ class Recovery:
                 if ranks.world == 1:
                     return finish(pending, executor, scaler, ranks)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or window[0].ranks > 1:
-                    # Ranks that share a row wait within its layers, where none can ask.
+                if not is_out_of_memory(error) or window[0].ranks > 1 or exchange_of(executor.model).in_every_pass:
+                    # Ranks that share a row, or divide gradients, wait within a pass, where none can ask.
                     raise
                 refused = True
                 self._at_floor = self._smaller(window[0]) is None

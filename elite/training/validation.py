@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from elite.data.batches import IGNORE, Batch
+from elite.distributed.exchange import exchange_of
 from elite.distributed.ranks import Ranks
 from elite.distributed.watchdog import Beat, no_beat
 from elite.executor.contract import Executor
@@ -43,11 +44,12 @@ class Validator:
         model.eval()
         total, tokens = 0.0, 0
         try:
-            for batch in batches[self.ranks.rank :: self.ranks.world]:
+            for batch, counts in exchange_of(model).dealt(batches, self.ranks):
                 self.beat("a validation row")
                 scored = (batch.labels != IGNORE).any(0).nonzero()[:, 0].to(self.ranks.device)
-                total += self.executor.loss_sum(batch.to(self.ranks.device), keep=scored).item()
-                tokens += batch.label_tokens
+                loss = self.executor.loss_sum(batch.to(self.ranks.device), keep=scored).item()
+                total += loss * counts
+                tokens += batch.label_tokens * counts
         finally:
             # Memory may run out here and the run go on.
             model.train(training)
