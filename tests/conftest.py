@@ -1,26 +1,45 @@
-"""What several tests need: a small real git repository, and the program run as a user runs it."""
+"""What several tests need: a small real git repository, and the program run as a user runs it.
 
+Imports torch and what uses it where they act: the process that hands tests to others waits for this module, and needs none of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from elite import compose, modes, worker
-from elite.config import CONF_DIR
-from elite.distributed.ranks import joined
-from elite.runfolder import RunFolder
+if TYPE_CHECKING:
+    from elite.runfolder import RunFolder
 
 pytest_plugins = ["tests.disks"]
-ROOT = CONF_DIR.parent
+ROOT = Path(__file__).parents[1]
 Program = Callable[..., subprocess.CompletedProcess[str]]
-Trained = Callable[..., RunFolder]
+Trained = Callable[..., "RunFolder"]
 
-# The suite runs two processes side by side, and tiny tensors gain nothing from more threads.
-torch.set_num_threads(1)
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The suite runs two processes side by side, and tiny tensors gain nothing from more threads."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def old_objects_rest() -> None:
+    """The collector passes over what the session has imported and collected, half a second's worth, at the beginning and end of every
+    training loop; those hand back what they have frozen, and this with it."""
+    if not gc.get_freeze_count():
+        gc.freeze()
 
 
 def git(folder: Path, *arguments: str) -> None:
@@ -57,22 +76,48 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def program(tmp_path: Path, repository: Path, cache: Path) -> Program:
-    """`train.py` in a process of its own, in an empty folder, on the sample repository."""
+    """`train.py` in a process of its own, in an empty folder, on the sample repository. A fork, for a new process imports everything again;
+    training processes, which it starts, are new ones, and tests that send signals start all of it anew."""
 
     def call(*overrides: str, timeout: float = 300, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         defaults = [f"output.cache={cache}"]
         if not any(word.startswith("data.repo") for word in overrides):
             defaults.append(f"data.repo={repository}")
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", **(environment or {})}
-        command = [sys.executable, str(ROOT / "train.py"), *overrides, *defaults]
-        return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=timeout, check=False)
+        variables = {"OMP_NUM_THREADS": "1", "COLUMNS": "120", **(environment or {})}
+        command = [str(ROOT / "train.py"), *overrides, *defaults]
+        # Beside the folder, which is to hold what the program writes alone.
+        said = [tmp_path.with_name(f"{tmp_path.name}.{stream}") for stream in ("stdout", "stderr")]
+        process = multiprocessing.get_context("fork").Process(target=_main, args=(command, tmp_path, variables, said))
+        process.start()
+        process.join(timeout)
+        # Of no effect on what has ended.
+        process.kill()
+        process.join()
+        assert process.exitcode is not None
+        output, errors = (path.read_text() for path in said)
+        return subprocess.CompletedProcess(command, process.exitcode, output, errors)
 
     return call
+
+
+def _main(command: list[str], folder: Path, variables: dict[str, str], said: list[Path]) -> None:
+    """Become that program."""
+    os.chdir(folder)
+    os.environ.update(variables)
+    for number, path in enumerate(said, start=1):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
 
 
 @pytest.fixture
 def trained(tmp_path: Path, repository: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Trained:
     """A run in this process, as under torchrun: everything but the launch, without importing all libraries twice more."""
+    from elite import compose, modes, worker
+    from elite.distributed.ranks import joined
+
     monkeypatch.chdir(tmp_path)
 
     def call(*overrides: str) -> RunFolder:

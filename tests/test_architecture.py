@@ -13,7 +13,7 @@ ROOT = config.CONF_DIR.parent
 # Each layer may import the layers before it, and its own.
 LAYERS = (
     {"errors", "facts", "console", "streaming", "chunks", "zigzag", "revolve", "scaling", "curriculum", "kernels", "mode_options"}
-    | {"stability", "retention", "vigilance", "printable", "jsonfile"},
+    | {"stability", "retention", "vigilance", "printable", "jsonfile", "durable"},
     {"optimizations", "losses", "ablation"},
     {"config"},
     {"schema", "jobs", "compose", "hardware", "geometry", "model_folder", "pretrained", "attention", "streamable"},

@@ -1,6 +1,7 @@
 """Every shipped YAML composes and plans; presets follow tiers; mistakes are explained."""
 
-import dataclasses
+from dataclasses import FrozenInstanceError, replace
+from functools import cache
 
 import pytest
 from omegaconf import OmegaConf
@@ -46,11 +47,17 @@ def test_every_yaml_composes_and_plans(group: str, option: str) -> None:
     assert plan.steps > 0 and plan.total_bytes > 0
 
 
+@cache
+def of_tier(tier: str) -> config.RunConfig:
+    return compose.from_overrides(f"tier={tier}", "executor=whole").config
+
+
 @pytest.mark.parametrize("card", compose.options("hardware"))
 def test_every_tier_plans_on_every_card(card: str) -> None:
+    on_card = compose.from_overrides(f"hardware={card}").config.hardware
     totals = []
     for tier in config.TIERS:
-        made = compose.from_overrides(f"tier={tier}", f"hardware={card}", "executor=whole").config
+        made = replace(of_tier(tier), hardware=on_card)
         plan = make_plan(made, hardware.device(made.hardware), geometry.shape(made.model), CORPUS)
         assert plan.to_dict()["tier"] == tier and render(plan)
         totals.append(plan.total_bytes)
@@ -133,7 +140,7 @@ def test_every_field_says_what_it_is() -> None:
 
 def test_frozen() -> None:
     made = compose.from_overrides().config
-    with pytest.raises(dataclasses.FrozenInstanceError):
+    with pytest.raises(FrozenInstanceError):
         made.seed = 1  # type: ignore[misc]
     assert OmegaConf.to_yaml(OmegaConf.structured(made))
 

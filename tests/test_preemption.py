@@ -55,7 +55,7 @@ def preempted(process: subprocess.Popen[str]) -> str:
 @pytest.mark.parametrize(
     ("number", "ranks"),
     [
-        pytest.param(signal.SIGUSR1, 1),
+        pytest.param(signal.SIGUSR1, 1, marks=pytest.mark.faults),
         pytest.param(signal.SIGTERM, 2, marks=pytest.mark.faults),
     ],
 )

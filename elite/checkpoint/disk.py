@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from elite.durable import put, sync
 from elite.errors import CheckpointError
 
 SLACK_BYTES = 2**20
@@ -50,25 +51,14 @@ def require_room(folder: Path, need: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def sync(path: Path) -> None:
-    """Have a file's content, or a folder's entries, on the disk when this returns."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a file that is there whole or, after a crash or on a full disk, as it was before."""
     partial = path.with_name(f".partial-{path.name}")
     try:
         partial.write_text(text)
-        sync(partial)
-        partial.replace(path)
+        put(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    sync(path.parent)
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:

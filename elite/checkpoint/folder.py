@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from elite.checkpoint import manifest
-from elite.checkpoint.disk import SLACK_BYTES, require_room, sync, unsaved, why
+from elite.checkpoint.disk import SLACK_BYTES, require_room, unsaved, why
 from elite.checkpoint.tree import Tensors, flatten, unflatten
+from elite.durable import sync
 from elite.errors import CheckpointError
 
 log = logging.getLogger("elite.checkpoint")

@@ -59,23 +59,6 @@ RULES = (
         ),
     ),
     Rule(
-        "must not be negative, and finite",
-        lambda value: 0 <= value < math.inf,
-        (
-            "seed",
-            "training.weight_decay",
-            "training.completion_tokens",
-            "plan.min_sequences",
-            "probe.steps",
-            "calibrate.seed",
-            "evaluate.files",
-            "stability.max_skips",
-            "checkpoint.keep_best",
-            "checkpoint.milestone_every",
-            "watchdog.minutes",
-        ),
-    ),
-    Rule(
         "must lie in [0, 1)",
         lambda value: 0 <= value < 1,
         ("training.beta1", "training.beta2", "adapter.dropout", "plan.headroom_fraction", "schedule.final_fraction", "lr_range.smoothing"),

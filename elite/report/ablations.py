@@ -11,7 +11,8 @@ from elite.plan.words import duration
 from elite.report.comparison import kept
 from elite.report.markdown import NONE, grid, missing, origin, signed
 
-LEAVE_ONE_OUT = "ablation_phi2"
+LEAVE_ONE_OUT, REST = "ablation_phi2", "ablation_phi2_rest"
+ONE_AT_A_TIME, SHORT = "ablation_smollm2_16k", "ablation_smollm2_4k"
 EXTREMES = "none_extreme"
 CONVERSION = "gqa_uptraining"
 HEAD = (
@@ -42,6 +43,12 @@ def table(name: str, folder: Path) -> str:
 
 leave_one_out = partial(table, LEAVE_ONE_OUT)
 """The table of `experiment=ablation` on Phi-2's geometry."""
+leave_one_out_rest = partial(table, REST)
+"""The jobs that the first sweep did not come to."""
+one_at_a_time = partial(table, ONE_AT_A_TIME)
+"""The table of `ablation.kind=one_at_a_time` on SmolLM2-135M, 16,384 tokens."""
+one_at_a_time_short = partial(table, SHORT)
+"""The same with 4,096 tokens, where each fits."""
 
 
 def _line(found: dict[str, Any]) -> tuple[str, ...]:

@@ -1,13 +1,15 @@
 """How fast settings learn: steps and seconds until a run has the validation loss that the baseline ends with, from `convergence.json`.
 
 The runs are those of `experiment=convergence`, kept by `python -m elite.report.measurement convergence RUN_FOLDER …`, the baseline's first.
-Runs that differ in the seed alone are one setting; each is held against the baseline's run of the same seed.
+Runs that differ in the seed alone are one setting; each is held against the baseline's run of the same seed. Seconds and tokens a second
+are compared only between runs of one commit: others had the GPU otherwise.
 """
 
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from elite.optimizations import ALL
 from elite.report.forerunner import CLAIMED
 from elite.report.markdown import NONE, grid, missing, origin
 
-FILE = "convergence.json"
+ONE_DOCUMENT, FILES = "convergence", "convergence_packing"
 HEAD = (
     "setting",
     "seeds",
@@ -24,10 +26,12 @@ HEAD = (
     "steps to the baseline's",
     "speed in steps",
     "speed in seconds",
+    "tokens/s",
     "claimed by the forerunner",
 )
 ELSEWHERE = frozenset({"seed", "name", "logger", "output", "ablation", "resume"})
 """Parts of a configuration that change nothing of what is learnt, or are what is averaged over."""
+BASELINE, SWITCH = "baseline", ".enabled"
 ROWS = {"schedule.name=one_cycle": 12, "curriculum.name=context": 44} | {kind.name: kind.row for kind in ALL}
 """Of the feature table, by setting."""
 
@@ -42,15 +46,25 @@ class Point:
     loss: float
 
 
-def table(folder: Path) -> str:
-    """A line for each setting."""
-    file = folder / FILE
+@dataclass(frozen=True)
+class Curve:
+    """What one run came to."""
+
+    points: list[Point]
+    tokens_per_s: float
+    """Of documents: padding is none."""
+    commit: str
+
+
+def table(name: str, folder: Path) -> str:
+    """A line for each setting of one recorded comparison."""
+    file = folder / f"{name}.json"
     if not file.exists():
-        return missing(FILE)
+        return missing(file.name)
     runs = json.loads(file.read_text())["runs"]
-    settings = grouped(runs)
-    (baseline, *_), by_seed = settings, next(iter(settings.values()))
-    rows = [_line(name, runs_of, by_seed, name == baseline) for name, runs_of in settings.items()]
+    found = grouped(runs)
+    baseline = found[BASELINE]
+    rows = [_line(name, curves, baseline, curves is baseline) for name, curves in found.items()]
     first = runs[0]
     said = (
         f"{first['config']['model']['name']}, {first['plan']['context']:,} tokens of context, {first['plan']['steps']} steps of "
@@ -60,13 +74,25 @@ def table(folder: Path) -> str:
     return grid(HEAD, rows) + "\n\n" + said + origin(environments, [run["environment"]["device"]["name"] for run in runs]) + "."
 
 
-def grouped(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, list[Point]]]:
-    """Curves by setting and seed; the first run's setting is the baseline."""
-    found: dict[str, dict[int, list[Point]]] = {}
+settings = partial(table, ONE_DOCUMENT)
+"""The table of `experiment=convergence`, one repository as one document."""
+packing = partial(table, FILES)
+"""The same of packing, files as documents."""
+
+
+def grouped(runs: Sequence[dict[str, Any]]) -> dict[str, dict[int, Curve]]:
+    """Curves by setting and seed; the first run's setting is the baseline.
+
+    What the first run's version had no option for differs only if it is switched on.
+    """
+    found: dict[str, dict[int, Curve]] = {}
     base = dict(_flat(runs[0]["config"]))
     for run in runs:
-        differing = {key: value for key, value in _flat(run["config"]) if base.get(key) != value}
-        found.setdefault(_named(differing) or "baseline", {})[run["config"]["seed"]] = curve(run["metrics"])
+        flat = _flat(run["config"])
+        differing = {key: value for key, value in flat if (base[key] != value if key in base else value is True and key.endswith(SWITCH))}
+        found.setdefault(_named(differing) or BASELINE, {})[run["config"]["seed"]] = Curve(
+            curve(run["metrics"]), run["summary"]["tokens_per_s"], run["environment"]["commit"]
+        )
     return found
 
 
@@ -90,22 +116,24 @@ def reached(points: Sequence[Point], loss: float) -> Point | None:
     return None
 
 
-def _line(name: str, runs: dict[int, list[Point]], baseline: dict[int, list[Point]], is_baseline: bool) -> tuple[str, ...]:
-    goals = {seed: points[-1] for seed, points in baseline.items()}
-    met = {seed: reached(points, goals[seed].loss) for seed, points in runs.items() if seed in goals}
+def _line(name: str, runs: dict[int, Curve], baseline: dict[int, Curve], is_baseline: bool) -> tuple[str, ...]:
+    goals = {seed: baseline[seed].points[-1] for seed in runs if seed in baseline}
+    met = {seed: reached(runs[seed].points, goal.loss) for seed, goal in goals.items()}
     hits = {seed: point for seed, point in met.items() if point is not None}
-    speeds = [
-        [getattr(goals[seed], unit) / getattr(point, unit) for seed, point in hits.items() if getattr(point, unit)]
-        for unit in ("step", "seconds")
-    ]
+    together = {seed for seed in goals if runs[seed].commit == baseline[seed].commit}
+
+    def speed(unit: str, of: Iterable[int]) -> list[float]:
+        return [getattr(goals[seed], unit) / getattr(hits[seed], unit) for seed in of if seed in hits and getattr(hits[seed], unit)]
+
     missed = f" ({len(met) - len(hits)} of {len(met)} never)" if len(hits) < len(met) else ""
     claimed = "; ".join(CLAIMED[row] for part in name.split(", ") if (row := ROWS.get(part.removeprefix("without "))) in CLAIMED)
     return (
         name,
         str(len(runs)),
-        _spread([points[-1].loss for points in runs.values()], 4),
+        _spread([run.points[-1].loss for run in runs.values()], 4),
         NONE if is_baseline else _spread([point.step for point in hits.values()], 1) + missed,
-        *(NONE if is_baseline else _spread(values, 2, "×") for values in speeds),
+        *(NONE if is_baseline else _spread(speed(unit, of), 2, "×") for unit, of in (("step", goals), ("seconds", together))),
+        _spread([runs[seed].tokens_per_s for seed in together], 0),
         claimed or NONE,
     )
 
@@ -113,8 +141,8 @@ def _line(name: str, runs: dict[int, list[Point]], baseline: dict[int, list[Poin
 def _spread(values: Sequence[float], digits: int, unit: str = "") -> str:
     if not values:
         return NONE
-    mean = f"{statistics.mean(values):.{digits}f}{unit}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    mean = f"{statistics.mean(values):,.{digits}f}{unit}"
+    return f"{mean} ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else mean
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

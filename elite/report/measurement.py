@@ -40,8 +40,11 @@ def collect(folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def write(name: str, sources: list[Path], target: Path = MEASUREMENTS) -> Path:
+def write(name: str, sources: list[Path], target: Path = MEASUREMENTS, *, add: bool = False) -> Path:
     """Write the measurement `name` of these run folders, or of one file that a benchmark or a probe wrote; returns its path.
+
+    Args:
+        add: keep the runs that the measurement has already, before these.
 
     Raises:
         EliteError: a run has not ended well, or a file is not alone.
@@ -53,9 +56,11 @@ def write(name: str, sources: list[Path], target: Path = MEASUREMENTS) -> Path:
     else:
         content = _without_places({"runs": [collect(RunFolder(folder)) for folder in sources]})
     target.mkdir(parents=True, exist_ok=True)
+    path = target / f"{name}.json"
+    if add:
+        content["runs"] = json.loads(path.read_text())["runs"] + content["runs"]
     # A measurement that is kept under another name.
     content.pop("name", None)
-    path = target / f"{name}.json"
     path.write_text(json.dumps({"name": name} | content, indent=1) + "\n")
     return path
 
@@ -77,5 +82,6 @@ if __name__ == "__main__":
     parser.add_argument("name")
     parser.add_argument("sources", nargs="+", type=Path)
     parser.add_argument("--target", type=Path, default=MEASUREMENTS)
+    parser.add_argument("--add", action="store_true", help="keep the runs that NAME has already, before these")
     arguments = parser.parse_args()
-    print(write(arguments.name, arguments.sources, arguments.target))
+    print(write(arguments.name, arguments.sources, arguments.target, add=arguments.add))

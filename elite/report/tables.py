@@ -120,8 +120,12 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "calibration_rows": calibration.every,
     "claims": claims.table,
     "optimizations": optimizations.table,
-    "convergence": gains.table,
+    "convergence": gains.settings,
+    "convergence_packing": gains.packing,
     "ablation_phi2": ablations.leave_one_out,
+    "ablation_phi2_rest": ablations.leave_one_out_rest,
+    "ablation_smollm2_16k": ablations.one_at_a_time,
+    "ablation_smollm2_4k": ablations.one_at_a_time_short,
     "none_extreme": ablations.extremes,
     "gqa_uptraining": ablations.conversion,
 }

@@ -30,7 +30,7 @@ def test_a_probe_and_a_step(cache: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_a_probe_that_does_not_fit_is_refused(program: Program, tmp_path: Path) -> None:
-    done = program("debug=tiny", "mode=probe", f"tier.context={2**34}", "hardware=cpu", "probe.file=probe.json")
+    done = program("debug=tiny", "mode=probe", f"tier.context={2**28}", "hardware=cpu", "probe.file=probe.json")
     assert done.returncode == 2 and "Traceback" not in done.stderr + done.stdout, done.stderr
     assert done.stderr.count("error:") == 1 and "the plan does not fit" in done.stderr
     assert not (tmp_path / "probe.json").exists()

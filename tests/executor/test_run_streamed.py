@@ -1,10 +1,7 @@
 """Whole runs of the program under the streamed executor: the same losses as under the whole one, checkpoints, resuming, completions."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from elite import worker
+from elite import modes, worker
 from elite.callbacks import metrics_file
 from elite.compose import from_overrides
 from elite.config import RunConfig
 from elite.runfolder import RunFolder
 from elite.schema import from_yaml
-from tests.conftest import ROOT, Trained
+from tests.conftest import Trained
+from tests.distributed.forked import together
 
 TINY = ("debug=tiny", "optimizations.mixed_precision.enabled=false", "training.learning_rate=1e-2", "model.num_hidden_layers=3")
 # Neither divides the context of 256.
@@ -85,7 +83,7 @@ def test_a_run_leaves_checkpoints_of_what_it_trained(trained: Trained) -> None:
     assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)
 
 
-@pytest.mark.parametrize("weights", ["resident", "streamed"])
+@pytest.mark.parametrize("weights", [pytest.param("resident", marks=pytest.mark.faults), "streamed"])
 def test_an_interrupted_run_continues_bit_for_bit(trained: Trained, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     request = (
         *TINY, *STREAMED, f"executor.weights={weights}", "executor.keep=layers", "training.max_steps=5", "training.val_every=4",
@@ -124,13 +122,9 @@ def test_the_choice_is_written_down(trained: Trained) -> None:
 def test_two_ranks_train_like_one(trained: Trained, tmp_path: Path, repository: Path, cache: Path) -> None:
     request = [*TINY, *STREAMED, "executor.weights=streamed", "training.completion_tokens=0"]
     alone = trained(*request, "output.root=alone")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", "--master-port=29733"]
-    script = [str(ROOT / "train.py"), f"data.repo={repository}", f"output.cache={cache}", *request, "output.root=pair", "hardware.gpus=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([*launcher, *script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    (identity,) = (tmp_path / "pair").glob("*/*/run.json")
-    pair = RunFolder(identity.parent)
+    where = f"data.repo={repository}", f"output.cache={cache}", "output.root=pair"
+    pair, _ = modes._prepare(from_overrides(*request, *where, "hardware.gpus=2"))
+    together(tmp_path / "ranks", 2, lambda ranks, _: worker.train(pair, ranks))
     assert read(pair.plan)["executor"] == "streamed" and (read(pair.plan)["ranks"], read(pair.plan)["accumulation"]) == (2, 1)
     assert losses(pair) == pytest.approx(losses(alone), abs=1e-4)
     assert validations(pair) == pytest.approx(validations(alone), abs=1e-4)

@@ -2,7 +2,9 @@
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +148,8 @@ def test_an_optimization_without_anything_to_act_on_is_an_error() -> None:
         apply_stage(Stage.optimizer, only("adamw_8bit"), OptimizerBuild([{"params": [torch.nn.Parameter(torch.zeros(3))]}]))
 
 
-def curve(*names: str, adapters: bool = False, steps: int = 50) -> list[float]:
+@cache
+def curve(*names: str, adapters: bool = False, steps: int = 50) -> tuple[float, ...]:
     """Training losses of a tiny model with these optimizations on."""
     decisions = [decision for name in names for decision in only(name) if decision.active]
     model = target(Stage.model, "llama", adapters)
@@ -159,7 +162,7 @@ def curve(*names: str, adapters: bool = False, steps: int = 50) -> list[float]:
         losses.append(accumulate(executor, [row(13, 24, seed=step % 8)], make_scaler(ALONE.device, torch.float32), ALONE))
         optimizer.step()
         optimizer.zero_grad()
-    return losses
+    return tuple(losses)
 
 
 KEEPING = [kind.name for kind in ALL if kind.stage in (Stage.model, Stage.executor) and kind.exactness is not Exactness.APPROX]
@@ -183,10 +186,19 @@ def looped(folder: Path, *names: str, kind: str = "llama", steps: int = 50) -> t
     return trainer, torch.tensor([line["loss"] for line in fitted(trainer).steps])
 
 
+Undisturbed = Callable[[str, int], tuple[Trainer, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """Runs without any optimization, by the model's kind and the steps: each is what several are held against."""
+    return cache(lambda kind, steps: looped(tmp_path_factory.mktemp("plain"), kind=kind, steps=steps))
+
+
 @pytest.mark.parametrize("name", [name for name in LOOP if BY_NAME[name].exactness is not Exactness.APPROX])
-def test_what_is_exact_in_the_loop_keeps_its_word(name: str, tmp_path: Path) -> None:
-    _, plain = looped(tmp_path / "plain")
-    trainer, changed = looped(tmp_path / "changed", name)
+def test_what_is_exact_in_the_loop_keeps_its_word(name: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    _, plain = undisturbed("llama", 50)
+    trainer, changed = looped(tmp_path, name)
     assert plain[-1] < plain[0] - 0.3, "the curve must move to mean anything"
     # The run may be shorter; what it does is the same to the last bit.
     assert torch.equal(changed, plain[: len(changed)]) and len(changed) >= 10
@@ -195,9 +207,9 @@ def test_what_is_exact_in_the_loop_keeps_its_word(name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kind", ["llama", "phi"])
 @pytest.mark.parametrize("name", [name for name in LOOP if BY_NAME[name].exactness is Exactness.APPROX])
-def test_what_is_approximate_in_the_loop_acts(name: str, kind: str, tmp_path: Path) -> None:
-    plain, without = looped(tmp_path / "plain", kind=kind, steps=8)
-    trainer, losses = looped(tmp_path / "changed", name, kind=kind, steps=8)
+def test_what_is_approximate_in_the_loop_acts(name: str, kind: str, undisturbed: Undisturbed, tmp_path: Path) -> None:
+    plain, without = undisturbed(kind, 8)
+    trainer, losses = looped(tmp_path, name, kind=kind, steps=8)
     effect = trainer.progress.last_val["val_loss"] - plain.progress.last_val["val_loss"]
     print(f"{name} on {kind}: validation loss {effect:+.4f} after 8 steps")
     assert effect != 0 and math.isfinite(effect)

@@ -1,6 +1,7 @@
 """Fused kernels in whole models: what they replace, and that loss and gradients stay; on a CPU under Triton's interpreter."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -71,7 +72,7 @@ def check_models(device: str) -> None:
     for kind, count in COUNTS.items():
         model: Any = tiny(kind, hidden_size=64)
         model.to(device)
-        batch = row(13, 24).to(device)
+        batch = row(3, 8).to(device)
         plain, attributes = gradients(model, batch), {name: sorted(vars(module)) for name, module in model.named_modules()}
         applied = FUSED.apply(model)
         assert applied.count == count, (kind, applied.count)
@@ -91,7 +92,7 @@ def check_parts(device: str) -> None:
     for kind, counts in {"llama": (5, 2, 2, 2), "phi": (3, 2, 2, 2)}.items():
         model: Any = tiny(kind, hidden_size=64)
         model.to(device)
-        batch = row(13, 24).to(device)
+        batch = row(3, 8).to(device)
         plain = gradients(model, batch)
         for name, count in zip(PARTS, counts, strict=True):
             fused = FusedKernels(FusedKernels.Config(True, **{part: part == name for part in PARTS}))
@@ -107,7 +108,7 @@ def check_dropout(device: str) -> None:
     """Phi's dropouts: the masks of a recomputation are those of the forward, and evaluation drops nothing."""
     model: Any = tiny("phi", hidden_size=64, resid_pdrop=0.3)
     model.to(device)
-    batch = row(13, 24).to(device)
+    batch = row(3, 8).to(device)
     FUSED.apply(model)
     found = []
     for checkpointing in (False, True):
@@ -123,22 +124,25 @@ def check_dropout(device: str) -> None:
     assert torch.equal(gradients(model, batch)["loss"], gradients(model, batch)["loss"])
 
 
-def check_streamed(device: str) -> None:
-    """Under the streamed executor, chunk by chunk, in several layouts."""
-    for kind in ("llama", "qwen3", "phi", "starcoder2"):
+def check_streamed(device: str, cases: Iterable[tuple[str, Keep]] = (("llama", Keep.layers), ("phi", Keep.attention))) -> None:
+    """Under the streamed executor, chunk by chunk."""
+    for kind, keep in cases:
         model: Any = uneven(kind, hidden_size=64)
         model.to(device)
-        ids = tokens(1, 21).to(device)
+        ids = tokens(1, 9).to(device)
         arguments = {"input_ids": ids, "labels": ids}
         model.zero_grad()
-        ordinary_loss(model, ids, ids, [[21]]).backward()
+        ordinary_loss(model, ids, ids, [[9]]).backward()
         expected = exactness.gradients(model)
         applied = FUSED.apply(model)
-        for keep in (Keep.attention, Keep.layers):
-            _, found = streamed(model, Streaming(chunk=8, block=8, keep=keep), arguments)
-            assert_same(found, expected, 1e-4)
+        _, found = streamed(model, Streaming(chunk=4, block=4, keep=keep), arguments)
+        assert_same(found, expected, 1e-4)
         assert applied.undo is not None
         applied.undo()
+
+
+def check_more_streamed(device: str) -> None:
+    check_streamed(device, itertools.product(("llama", "qwen3", "phi", "starcoder2"), (Keep.attention, Keep.layers)))
 
 
 def check_others(device: str) -> None:
@@ -163,13 +167,19 @@ def check_others(device: str) -> None:
         assert_same(found(), expected, 1e-4)
 
 
-@pytest.mark.parametrize("check", ["check_models", "check_others", "check_parts", "check_dropout", "check_streamed"])
+@pytest.mark.parametrize(
+    "check",
+    [
+        *("check_models", "check_others", "check_parts", "check_dropout", "check_streamed"),
+        pytest.param("check_more_streamed", marks=pytest.mark.slow),
+    ],
+)
 def test_models_in_the_interpreter(check: str) -> None:
     run_interpreted("tests.optimizations.test_fused_kernels", check)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", [check_models, check_others, check_parts, check_dropout, check_streamed])
+@pytest.mark.parametrize("check", [check_models, check_others, check_parts, check_dropout, check_more_streamed])
 def test_models_on_a_gpu(check: Callable[[str], None]) -> None:
     check("cuda")
 

@@ -1,6 +1,7 @@
 """Devices, shapes and configurations to plan with."""
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ STANDARD = ("memory_mapped_data", "sequence_packing", "mixed_precision", "flash_
 CORPUS = Corpus("here", 900, 100, 3_000_000, 300_000, 12_000_000, "exact", {"binary": 3})
 
 
+@cache
 def model_config(name: str) -> ModelConfig:
     return ModelConfig(**OmegaConf.to_container(OmegaConf.load(CONF_DIR / "model" / f"{name}.yaml")))  # type: ignore[arg-type]
 
 
+@cache
 def hardware_config(name: str) -> HardwareConfig:
     return HardwareConfig(**OmegaConf.to_container(OmegaConf.load(CONF_DIR / "hardware" / f"{name}.yaml")))  # type: ignore[arg-type]
 

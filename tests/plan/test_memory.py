@@ -2,6 +2,7 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -65,17 +66,19 @@ PLAIN = [
     Case("qwen2", FLASH, full=True),
 ]
 FUSED = [
+    Case("phi", (*CHECKPOINTED, "fused_kernels", "fused_lora"), cuda=True),
+    Case("llama", (*HALF, "fused_loss", "fused_kernels", "fused_lora"), cuda=True),
+    Case("llama", (*HALF, "fused_loss", "fused_kernels", "fused_lora", "sequence_packing"), cuda=True, mlp=1),
+    Case("llama", (*CHECKPOINTED, "fused_kernels"), cuda=True, full=True),
+    Case("llama", (*CHECKPOINTED, "fused_kernels"), cuda=True, full=True, tokens=64, width=256, vocab=2048),
+]
+MORE_FUSED = [
     Case("llama", (*CHECKPOINTED, "fused_kernels", "fused_lora"), cuda=True),
     Case("llama", (*CHECKPOINTED, "fused_kernels", "fused_lora"), cuda=True, mlp=0.5),
     Case("qwen2", (*CHECKPOINTED, "fused_kernels", "fused_lora"), cuda=True, tokens=128, rank=64),
-    Case("phi", (*CHECKPOINTED, "fused_kernels", "fused_lora"), cuda=True),
     Case("phi", (*CHECKPOINTED, "fused_kernels", "fused_lora"), cuda=True, mlp=0.5),
     Case("phi", (*CHECKPOINTED, "fused_kernels", "fused_lora"), cuda=True, vocab=8192),
-    Case("llama", (*HALF, "fused_loss", "fused_kernels", "fused_lora"), cuda=True),
-    Case("llama", (*HALF, "fused_loss", "fused_kernels", "fused_lora", "sequence_packing"), cuda=True, mlp=1),
     Case("llama", (*CHECKPOINTED, "fused_kernels", "fused_lora", "tiled_mlp"), cuda=True),
-    Case("llama", (*CHECKPOINTED, "fused_kernels"), cuda=True, full=True),
-    Case("llama", (*CHECKPOINTED, "fused_kernels"), cuda=True, full=True, tokens=64, width=256, vocab=2048),
 ]
 
 
@@ -100,8 +103,14 @@ def check_fused_peaks(_device: str) -> None:
         check_peak(case)
 
 
-def test_the_predicted_peak_is_the_measured_one_with_fused_kernels() -> None:
-    run_interpreted(__name__, check_fused_peaks.__name__)
+def check_more_fused_peaks(_device: str) -> None:
+    for case in MORE_FUSED:
+        check_peak(case)
+
+
+@pytest.mark.parametrize("check", [check_fused_peaks, pytest.param(check_more_fused_peaks, marks=pytest.mark.slow)])
+def test_the_predicted_peak_is_the_measured_one_with_fused_kernels(check: Callable[[str], None]) -> None:
+    run_interpreted(__name__, check.__name__)
 
 
 def test_recorded_steps_took_what_is_predicted() -> None:

@@ -12,9 +12,9 @@ from elite import compose, geometry, modes
 from elite.config import CONF_DIR, Executor, RunConfig
 from elite.errors import PlanError
 from elite.facts import NO_CORPUS
-from elite.optimizations import ALL
+from elite.optimizations import ALL, decide
 from elite.optimizations.contract import Optimization
-from elite.plan import make_plan, render_survey, survey
+from elite.plan import facts_of, make_plan, render_survey, survey
 from elite.plan.switches import conflicts_of
 from tests.plan.helpers import STANDARD, device, phi2, run_config, switches
 
@@ -31,8 +31,8 @@ def with_parts(config: RunConfig, *names: str) -> RunConfig:
 def acting(*kinds: type[Optimization]) -> set[str]:
     """Of these parts, all on, those that act on a card and a model that nearly all can act on."""
     config = run_config(131072, tuple(kind.name for kind in kinds), "qwen25_coder_1_5b")
-    plan = make_plan(config, device("h100"), geometry.shape(config.model), NO_CORPUS)
-    return {switch.name for switch in plan.decisions if switch.active}
+    facts = facts_of(config, device("h100"), geometry.shape(config.model), config.executor.name.value)
+    return {decision.name for decision in decide(config.optimizations, facts) if decision.active}
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS, ids=lambda kind: kind.name)

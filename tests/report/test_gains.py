@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from elite.report.gains import curve, grouped, reached, table
+from elite.report.gains import curve, grouped, reached, settings
 
 STEPS = 40
 
@@ -33,6 +33,7 @@ def run(seed: int, speed: float, **changes: Any) -> dict[str, Any]:
         "config": config,
         "plan": {"context": 2048, "steps": STEPS, "step_tokens": 32768},
         "environment": {"versions": versions, "commit": "abc", "device": {"name": "a card"}},
+        "summary": {"tokens_per_s": 100.0 * speed},
         "metrics": lines,
     }
 
@@ -53,8 +54,8 @@ def test_a_loss_is_reached_between_validations(loss: float, step: float | None) 
 
 
 def test_runs_that_differ_in_the_seed_alone_are_one_setting() -> None:
-    settings = grouped([run(0, 10), run(1, 10), faster(0, 20), faster(1, 20), run(0, 5, schedule__name="one_cycle")])
-    assert {name: sorted(runs) for name, runs in settings.items()} == {
+    found = grouped([run(0, 10), run(1, 10), faster(0, 20), faster(1, 20), run(0, 5, schedule__name="one_cycle")])
+    assert {name: sorted(runs) for name, runs in found.items()} == {
         "baseline": [0, 1],
         "lora_plus": [0, 1],
         "schedule.name=one_cycle": [0],
@@ -62,12 +63,24 @@ def test_runs_that_differ_in_the_seed_alone_are_one_setting() -> None:
 
 
 def test_the_table_says_how_much_faster(tmp_path: Path) -> None:
-    assert "Not measured yet" in table(tmp_path)
+    assert "Not measured yet" in settings(tmp_path)
     runs = [run(0, 10), run(1, 10), faster(0, 20), faster(1, 40), run(0, 5, schedule__name="one_cycle")]
     (tmp_path / "convergence.json").write_text(json.dumps({"runs": runs}))
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(tmp_path).splitlines() if line.startswith("|")]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in settings(tmp_path).splitlines() if line.startswith("|")]
     by_name = {line[0]: line for line in lines}
     # The baseline's last loss, after 20 steps of one seed and 10 of the other: 2 and 4 times as fast.
-    assert by_name["lora_plus"][3:7] == ["15.0 ± 7.1", "3.00× ± 1.41", "3.00× ± 1.41", "2x faster convergence"]
-    assert by_name["schedule.name=one_cycle"][3] == "– (1 of 1 never)" and "10–20 %" in by_name["schedule.name=one_cycle"][6]
+    assert by_name["lora_plus"][3:7] == ["15.0 ± 7.1", "3.00× ± 1.41", "3.00× ± 1.41", "3,000 ± 1,414"]
+    assert by_name["lora_plus"][7] == "2x faster convergence"
+    assert by_name["schedule.name=one_cycle"][3] == "– (1 of 1 never)" and "10–20 %" in by_name["schedule.name=one_cycle"][7]
     assert by_name["baseline"][1:4] == ["2", "3.1000 ± 0.7071", "–"]
+
+
+def test_runs_of_another_version_are_compared_in_steps_alone(tmp_path: Path) -> None:
+    """An option that the baseline's version did not have is no difference, unless it is on; the GPU was shared otherwise."""
+    later = run(0, 20, optimizations__new={"enabled": False, "size": 3}, model__trust=False)
+    on = run(0, 20, optimizations__new={"enabled": True, "size": 3})
+    assert list(grouped([run(0, 10), later, on])) == ["baseline", "new"]
+    on["environment"] |= {"commit": "def"}
+    (tmp_path / "convergence.json").write_text(json.dumps({"runs": [run(0, 10), on]}))
+    (line,) = (line for line in settings(tmp_path).splitlines() if line.startswith("| new"))
+    assert [cell.strip() for cell in line.split("|")[4:8]] == ["20.0", "2.00×", "–", "–"]

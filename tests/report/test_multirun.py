@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from elite.callbacks import metrics_file
 from elite.runfolder import RunFolder
 from tests.conftest import ROOT, Program
@@ -46,6 +48,7 @@ def interrupted(folder: Path, repository: Path, cache: Path) -> None:
     assert process.returncode == 130 and "Traceback" not in errors, errors
 
 
+@pytest.mark.faults
 def test_an_ablation_goes_on_where_it_was_stopped(program: Program, tmp_path: Path, repository: Path, cache: Path) -> None:
     sweep = tmp_path / "ablation"
     interrupted(tmp_path, repository, cache)

@@ -42,7 +42,9 @@ def stopped_at(trained: Trained, step: int, *request: str) -> RunFolder:
     return RunFolder(identity.parent.absolute())
 
 
-@pytest.mark.parametrize(("executor", "stops"), [("whole", (1, 2, 3)), ("streamed", (2,))])
+@pytest.mark.parametrize(
+    ("executor", "stops"), [("whole", (2,)), pytest.param("whole", (1, 3), marks=pytest.mark.faults), ("streamed", (2,))]
+)
 def test_a_growing_context_continues_bit_for_bit_across_borders(trained: Trained, executor: str, stops: tuple[int, ...]) -> None:
     request = (*GROWING, *EXECUTORS[executor])
     expected = trained(*request, "output.root=uninterrupted")
@@ -94,7 +96,7 @@ def test_file_losses_are_the_models(trained: Trained, tmp_path: Path) -> None:
         assert loss == pytest.approx(F.cross_entropy(logits[:-1], tokens[1:]).item(), abs=1e-4)
 
 
-@pytest.mark.parametrize("measure", ["length", "loss"])
+@pytest.mark.parametrize("measure", [pytest.param("length", marks=pytest.mark.faults), "loss"])
 def test_easy_first_continues_bit_for_bit(trained: Trained, measure: str, capsys: pytest.CaptureFixture[str]) -> None:
     request = (
         *TINY, "curriculum=difficulty", f"curriculum.measure={measure}", "data.unit=file", "training.max_steps=5", "training.val_every=100",

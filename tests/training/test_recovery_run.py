@@ -42,7 +42,9 @@ def read(file: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "executor"), [(WholeExecutor, "whole"), (StreamedExecutor, "streamed")])
+@pytest.mark.parametrize(
+    ("kind", "executor"), [pytest.param(WholeExecutor, "whole", marks=pytest.mark.faults), (StreamedExecutor, "streamed")]
+)
 def test_a_run_goes_on_and_says_so(
     kind: type, executor: str, trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from elite.durable import put
+
 DIGEST_BYTES = 2**24
 """Read at once."""
 
@@ -18,15 +19,6 @@ DIGEST_BYTES = 2**24
 def raw(tensor: Tensor) -> memoryview:
     """A tensor's bytes, for hashing."""
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's bytes, those of memory maps included, or a folder's names are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def fingerprint(path: Path, size: int | None = None) -> dict[str, Any]:
@@ -45,7 +37,7 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}))
-    _put(partial, path)
+    put(partial, path)
 
 
 def read_json(path: Path) -> Any:
@@ -69,11 +61,5 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     # Copies of their own: safetensors refuses storage that two of them share.
     save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}, partial)
     made = fingerprint(partial)
-    _put(partial, path)
+    put(partial, path)
     return made
-
-
-def _put(partial: Path, path: Path) -> None:
-    sync(partial)
-    partial.replace(path)
-    sync(path.parent)

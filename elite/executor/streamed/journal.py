@@ -26,8 +26,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from elite.durable import sync
 from elite.executor.contract import StepCut
-from elite.executor.streamed.files import fingerprint, read_json, sync, write_json, write_tensors
+from elite.executor.streamed.files import fingerprint, read_json, write_json, write_tensors
 from elite.executor.streamed.rows import Allocator
 from elite.executor.streamed.store import rows_needed
 from elite.streaming import Place
