@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from elite import geometry, pretrained
@@ -206,22 +206,31 @@ class TrainedCopy:
     nbytes: int
 
 
-def copy_trained(loaded: LoadedModel) -> TrainedCopy:
+Gathered = Callable[[torch.Tensor], AbstractContextManager[Any]]
+"""Within what it returns, the parameter is whole: ranks may hold parts of it (elite/distributed/zero.py)."""
+
+
+def as_it_is(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Parameters are whole."""
+    return nullcontext()
+
+
+def copy_trained(loaded: LoadedModel, gathered: Gathered = as_it_is, keep: bool = True) -> TrainedCopy:
     """Copy what is trained; where tensors are one, such as tied embeddings, so are their copies.
 
-    Where each rank has a part, the others call `take_part` meanwhile.
+    Where ranks divide layers, the others call `take_part` meanwhile.
+
+    Args:
+        gathered: makes parameters whole, one at a time.
+        keep: false on a rank that only has a part in that.
     """
     everything = loaded.trains_everything
-    state, copies = dict[str, torch.Tensor](), dict[tuple[Any, ...], torch.Tensor]()
+    state, copies = dict[str, torch.Tensor](), dict[int, torch.Tensor]()
     for name, tensor in _trained(loaded).items():
-        if isinstance(tensor, DTensor):
-            state[name] = whole(tensor)
-            continue
-        # What `state_dict` returns twice for one storage are two objects.
-        place = tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-        if place not in copies:
-            copies[place] = tensor.detach().to("cpu", copy=True).contiguous()
-        state[name] = copies[place]
+        if id(tensor) not in copies:
+            with gathered(tensor):
+                copies[id(tensor)] = _copied(tensor) if keep else torch.empty(0)
+        state[name] = copies[id(tensor)]
 
     def save(folder: Path) -> None:
         if loaded.adapted:
@@ -238,14 +247,20 @@ def copy_trained(loaded: LoadedModel) -> TrainedCopy:
 
 def take_part(loaded: LoadedModel) -> None:
     """What the other ranks do while one copies what is trained, or exports it."""
-    for tensor in _trained(loaded).values():
+    for tensor in {id(tensor): tensor for tensor in _trained(loaded).values()}.values():
         whole(tensor)
 
 
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """In host memory; a layer's part that ranks divide, whole."""
+    found: torch.Tensor = whole(tensor)
+    return found if found is not tensor else tensor.detach().to("cpu", copy=True).contiguous()
+
+
 def _trained(loaded: LoadedModel) -> dict[str, torch.Tensor]:
-    """What is trained, by name in the model."""
+    """What is trained, by name in the model: the parameters themselves, so that what is tied is one."""
     if loaded.trains_everything:
-        return loaded.core.state_dict()
+        return loaded.core.state_dict(keep_vars=True)
     return {name: parameter for name, parameter in loaded.model.named_parameters() if parameter.requires_grad}
 
 
@@ -260,8 +275,11 @@ def export(loaded: LoadedModel, folder: Path) -> None:
         loaded.core.save_pretrained(folder)
 
 
-def load_trained(loaded: LoadedModel, folder: Path) -> None:
+def load_trained(loaded: LoadedModel, folder: Path, gathered: Gathered | None = None) -> None:
     """Read what `copy_trained` saved into the model, on whatever device it is.
+
+    Args:
+        gathered: makes parameters whole, one at a time (adapters all at once); what is written to them within stays. Unset: they are.
 
     Raises:
         ModelError: the files belong to another model or rank.
@@ -270,14 +288,27 @@ def load_trained(loaded: LoadedModel, folder: Path) -> None:
 
     tensors = {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
     if not loaded.adapted:
-        result: Any = loaded.core.load_state_dict(parts_of(tensors, loaded.core.state_dict()), strict=False)
+        unknown, absent = _read_into(loaded.core, tensors, gathered)
         trained = {name for name, p in loaded.core.named_parameters() if p.requires_grad}
-        missing = set(result.missing_keys) & trained - set(loaded.core.all_tied_weights_keys)
+        missing = absent & trained - set(loaded.core.all_tied_weights_keys)
     else:
         own = get_peft_model_state_dict(loaded.model, save_embedding_layers=False) if loaded.divided else {}
-        result = set_peft_model_state_dict(loaded.model, parts_of(tensors, own))
-        missing = {name for name in result.missing_keys if "lora_" in name}
-    if missing or result.unexpected_keys:
-        raise ModelError(
-            f"{folder} does not hold this model: {len(missing)} tensors missing, {len(result.unexpected_keys)} unknown", "resume=never"
-        )
+        with ExitStack() as stack:
+            for parameter in loaded.trainable if gathered is not None else ():
+                stack.enter_context(gathered(parameter))  # type: ignore[misc]
+            result: Any = set_peft_model_state_dict(loaded.model, parts_of(tensors, own))
+        unknown, missing = set(result.unexpected_keys), {name for name in result.missing_keys if "lora_" in name}
+    if missing or unknown:
+        raise ModelError(f"{folder} does not hold this model: {len(missing)} tensors missing, {len(unknown)} unknown", "resume=never")
+
+
+def _read_into(core: PreTrainedModel, tensors: dict[str, torch.Tensor], gathered: Gathered | None) -> tuple[set[str], set[str]]:
+    """Names among the tensors that the model does not have, and the other way round."""
+    if gathered is None:
+        result: Any = core.load_state_dict(parts_of(tensors, core.state_dict()), strict=False)
+        return set(result.unexpected_keys), set(result.missing_keys)
+    own: dict[str, torch.Tensor] = core.state_dict(keep_vars=True)
+    for name in tensors.keys() & own.keys():
+        with gathered(own[name]):
+            core.load_state_dict({name: tensors[name]}, strict=False)
+    return tensors.keys() - own.keys(), own.keys() - tensors.keys()

@@ -20,6 +20,7 @@ from elite.model import apply_stage
 from elite.optimizations import decide
 from elite.optimizations.contract import Applied, Decision, Stage
 from elite.optimizations.targets import BatchLayout, Runtime
+from elite.optimizations.zero_3 import divides_weights
 from elite.plan import Plan, facts_of, make_plan
 from elite.plan.batch import with_micro_batch
 from elite.runfolder import ANOTHER, RunFolder
@@ -68,7 +69,7 @@ def prepared(folder: RunFolder, ranks: Ranks) -> Run:
     """What the folder describes, with this process made ready for it."""
     config, plan = from_yaml(folder.config), read_plan(folder)
     # Found once: a run that continues deals its batches as before.
-    searches = config.training.micro_batch == AUTO and plan.get("layout") is None and not folder.micro_batch.is_file()
+    wanted = config.training.micro_batch == AUTO and plan.get("layout") is None and not folder.micro_batch.is_file()
     config = with_micro_batch(config, plan["micro_batch"])
     # One process evaluates what several have trained.
     device = replace(hardware.device(config.hardware), count=ranks.world)
@@ -78,6 +79,8 @@ def prepared(folder: RunFolder, ranks: Ranks) -> Run:
     plan = completed(plan, config, device)
     facts = facts_of(config, device, geometry.shape(config.model), plan["executor"])
     decisions = decide(config.optimizations, facts)
+    # A pass that takes all ranks cannot fail on one: the plan's guess stands.
+    searches = wanted and not divides_weights(decisions)
     prepare_process(config, ranks, device)
     batches = BatchLayout()
     applied = apply_stage(Stage.data, decisions, batches)

@@ -11,13 +11,18 @@ from typing import Any
 from elite.config import Executor, RunConfig
 from elite.errors import CheckpointError
 from elite.facts import Corpus, Device, ModelShape
+from elite.optimizations.adamw_8bit import AdamW8bit
 from elite.optimizations.ring_attention import RingAttention
 from elite.optimizations.tensor_parallel import TensorParallel
+from elite.optimizations.zero_2 import ZeRO2
+from elite.optimizations.zero_3 import ZeRO3
 from elite.plan import make_plan
 from elite.plan.batch import accumulation_for
 
+DIVIDING = {ZeRO2.name, ZeRO3.name}
+"""What acts or not as there are ranks to divide with."""
 OF_THE_RANKS = (
-    *("ranks", "micro_batch", "accumulation", "device", "device_kind", "device_present", "device_capped"),
+    *("ranks", "decisions", "micro_batch", "accumulation", "device", "device_kind", "device_present", "device_capped"),
     *("memory", "total_bytes", "ahead_bytes", "reserved_bytes", "device_bytes", "usable_bytes", "headroom_bytes", "checkpoint_bytes"),
     *("host_bytes", "host_usable_bytes", "corpus_bytes", "disk_bytes"),
     *("step_flops", "step_s", "time", "exchanged", "rates", "tokens_per_s", "mfu", "epoch_s", "run_s", "stages"),
@@ -61,8 +66,12 @@ def redealt(begun: RunConfig, plan: dict[str, Any], device: Device, shape: Model
     if not made.fits:
         raise CheckpointError(f"{where}: that does not fit ({made.shortage})", stays)
     now, then = ({one["name"] for one in found["decisions"] if one["active"]} for found in (made.to_dict(), plan))
-    if now != then:
-        differing = ", ".join(f"optimizations.{name}" for name in sorted(now ^ then))
+    if now & then & {AdamW8bit.name} and (now | then) & DIVIDING:
+        problem = f"{where}: what optimizations.{AdamW8bit.name} keeps lies in blocks of 8 bits on the ranks that divided it"
+        raise CheckpointError(problem, stays)
+    # Who holds what is no matter of the mathematics.
+    if (now ^ then) - DIVIDING:
+        differing = ", ".join(f"optimizations.{name}" for name in sorted((now ^ then) - DIVIDING))
         raise CheckpointError(f"{where}: {differing} would act on one number of ranks and not on the other", stays)
     again = replace(begun, hardware=config.hardware)
     return again, plan | {name: value for name, value in made.to_dict().items() if name in OF_THE_RANKS}

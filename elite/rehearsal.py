@@ -86,6 +86,10 @@ def checked(run: Run, loaded: LoadedModel, trainer: Trainer, attached: Attached 
     ranks, wanted = run.ranks, run.config.training.preflight
     if not (ranks.device.type == "cuda" if wanted is None else wanted):
         return
+    if trainer.exchange.in_every_pass:
+        if ranks.is_main:
+            console.print("preflight: left out, a pass exchanges gradients here and cannot fail on one rank alone")
+        return
     if run.folder.mid_step.is_dir():
         # A step that was cut off has shown what it takes, and its files may leave no room on the disk for others as large.
         return

@@ -6,6 +6,7 @@ Started by the launcher with the folder as its argument, or called in process un
 import json
 import statistics
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,9 +32,11 @@ from elite.executor.build import build, streams_weights
 from elite.executor.streamed.attach import Attached
 from elite.executor.streamed.mid_step import MidStep
 from elite.jsonfile import read_object
-from elite.model import LoadedModel, export, load, take_part
+from elite.model import LoadedModel, load
 from elite.optimizations.contract import Applied
 from elite.optimizations.ring_attention import active_variant
+from elite.optimizations.zero_2 import active_zero
+from elite.optimizations.zero_3 import divides_weights
 from elite.plan import model_flops_per_token
 from elite.plan.words import duration, gib
 from elite.prepared import Run, corpus_of, prepared
@@ -73,7 +76,9 @@ def train(folder: RunFolder, ranks: Ranks) -> None:
 def _loaded(run: Run) -> LoadedModel:
     # Each rank would write the same base.
     base = run.folder.base if run.ranks.is_main else None
-    loaded = load(run.config, run.decisions, run.dtype, run.ranks.device, streams_weights(run.layout), base)
+    # What ranks divide is divided out of host memory: no device need hold it whole.
+    device = torch.device("cpu") if divides_weights(run.decisions) else run.ranks.device
+    loaded = load(run.config, run.decisions, run.dtype, device, streams_weights(run.layout), base)
     if base is not None and base.is_dir():
         uptraining.with_tokenizer(run, base)
     torch.manual_seed(run.config.seed + run.carriers.rank)
@@ -135,9 +140,9 @@ def _carried_out(parts: _Parts, beat: Beat) -> None:
             beat("the run's results")
             completion.write("after")
             if ranks.is_main:
-                checkpoint.write_folder(folder.final, lambda place: export(loaded, place))
-            elif loaded.divided:
-                take_part(loaded)
+                checkpoint.write_folder(folder.final, trainer.exchange.result(loaded))
+            else:
+                trainer.exchange.take_part(loaded)
         measured = meter.measured_peak_bytes()
         if ranks.is_main:
             if before is not None:
@@ -157,18 +162,20 @@ def _carried_out(parts: _Parts, beat: Beat) -> None:
         completion.show()
         _show(summary, folder)
     ranks.barrier()
+    trainer.exchange.close()
 
 
 def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter, beat: Beat) -> tuple[Trainer, Attached | None]:
     """The trainer, and the streamed model if it is one."""
     config, tier, ranks, steps, carriers = run.config, run.config.tier, run.ranks, run.plan["steps"], run.carriers
     shared = active_variant(run.decisions)
-    executors = build(loaded, run.layout, run.dtype, run.device, carriers, Path(config.output.cache).expanduser(), shared)
+    optimizer, applied = build_optimizer(loaded.trainable, run.plan["learning_rate"], config.training, run.decisions, loaded.model)
+    wrapped, cache = _divided(run, optimizer), Path(config.output.cache).expanduser()
+    executors = build(loaded, run.layout, run.dtype, run.device, carriers, cache, shared, wrapped)
     attached = executors.attached
     if attached is not None:
         attached.runner.beat = beat
     course = course_of(config, run.plan, store, executors.validation, ranks, run.folder.difficulty, beat, carriers)
-    optimizer, applied = build_optimizer(loaded.trainable, run.plan["learning_rate"], config.training, run.decisions, loaded.model)
     scheduler = schedule(optimizer, config.schedule, steps)
     hooks, of_loop = loop_hooks(
         *(config, run.decisions, executors.training, optimizer, loaded.trainable, steps, ranks.device),
@@ -205,6 +212,17 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter, be
     return trainer, attached
 
 
+def _divided(run: Run, optimizer: torch.optim.Optimizer) -> Callable[[LoadedModel], torch.nn.Module] | None:
+    """What divides gradients, and weights, among ranks; None where nothing does."""
+    zero = active_zero(run.decisions)
+    if zero is None:
+        return None
+    from elite.distributed.zero import Sharded
+
+    settings = zero.settings(run.facts, str(run.dtype).removeprefix("torch."))
+    return lambda loaded: Sharded(loaded, optimizer, settings, run.ranks)
+
+
 def _held_out(run: Run, store: TokenStore) -> tuple[list[Batch], list[Batch]]:
     """The targets that are scored at each validation: with what stands before them, and without."""
     config, tier = run.config, run.config.tier
@@ -236,7 +254,7 @@ class _Completion:
         self._example: Completion | None = None
         self._writes = run.ranks.is_main
         # Ranks that divide layers complete together.
-        if (run.ranks.is_main or loaded.divided) and tokens > 0:
+        if (run.ranks.is_main or loaded.divided) and run.facts.generates:
             tokenizer: Any = pretrained.tokenizer(config.model, Path(config.output.cache).expanduser(), download=False)
             self._tokenizer = tokenizer
             # Generation keeps keys and values of all layers, which training need not have room for.

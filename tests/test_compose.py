@@ -11,6 +11,7 @@ from elite.errors import ConfigError, EliteError
 from elite.facts import Corpus
 from elite.optimizations import ALL
 from elite.optimizations.contract import Stage
+from elite.optimizations.zero_3 import ZeRO3
 from elite.plan import make_plan, render
 
 CORPUS = Corpus("a repository", 900, 100, 90_000_000, 10_000_000, 300_000_000, "exact", {"binary": 3})
@@ -83,10 +84,10 @@ def test_presets_hold_what_they_say() -> None:
         return {kind.name for kind in ALL if getattr(made, kind.name).enabled}
 
     # Some take the place of another, one of them needs a package of its own, two several ranks; the others change the model, how it
-    # learns, or flags.
+    # learns, or flags. What acts around steps but divides memory among ranks is in.
     beside = {"checkpoint_offload", "activation_quantization", "liger_kernels", "torch_compile", "backend_flags", "lora_plus"}
     beside |= {"ring_attention", "tensor_parallel"}
-    beside |= {kind.name for kind in ALL if kind.stage in (Stage.loop, Stage.geometry)}
+    beside |= {kind.name for kind in ALL if kind.stage in (Stage.loop, Stage.geometry) and kind is not ZeRO3}
     assert active("none") == set() < active("standard") < active("extreme") == {kind.name for kind in ALL} - beside
 
 

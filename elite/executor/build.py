@@ -1,5 +1,6 @@
 """The executor that a plan names, around a loaded model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from elite.distributed.exchange import Exchange
+from elite.distributed.gradients import gradient_exchange
 from elite.distributed.ranks import Ranks
 from elite.distributed.ring import Ring
 from elite.executor.contract import Executor
@@ -51,6 +53,7 @@ def build(
     ranks: Any,
     cache: Path,
     shared: Variant | None = None,
+    wrapped: Callable[[LoadedModel], torch.nn.Module] | None = None,
 ) -> Executors:
     """Executors for training and for validation.
 
@@ -58,9 +61,10 @@ def build(
         layout: of the streamed executor; None is the whole one.
         dtype: of matrix products.
         device: what is emulated decides which attention kernels may run.
-        ranks: this process among those that carry other sequences; gradients are exchanged by DDP if there are several.
+        ranks: this process among those that carry other sequences.
         cache: folder where kernel choices are remembered.
         shared: how ranks exchange keys and values of the sequences that they share; None: each has its own.
+        wrapped: around the model, what exchanges gradients; unset: DDP if there are several ranks.
     """
     attached = None
     if layout is not None:
@@ -71,14 +75,24 @@ def build(
             return fastest(shape, ranks.device, cache, now.chunk, now.block, kernels_of(device))
 
         attached = attach(loaded.model, layout, ranks.device, choice)
-    model = DistributedDataParallel(loaded.model, broadcast_buffers=False) if ranks.world > 1 else loaded.model
+    model = (wrapped or (_in_parallel if ranks.world > 1 else _bare))(loaded)
     # Validation runs on the bare model: DDP would wait for ranks that have fewer targets.
+    validated = model if gradient_exchange(model).divides_weights else loaded.model
     if layout is not None:
         exchange = None if shared is None else Exchange(ranks, shared, dist.new_group())
-        return Executors(StreamedExecutor(model, dtype, exchange), StreamedExecutor(loaded.model, dtype, exchange), attached, exchange)
-    # Groups of their own: gradients are exchanged by DDP meanwhile.
+        return Executors(StreamedExecutor(model, dtype, exchange), StreamedExecutor(validated, dtype, exchange), attached, exchange)
+    # Groups of their own: gradients are exchanged meanwhile.
     sharing = None if shared is None else ring(shared, device, ranks, cache, dist.new_group())
-    return Executors(whole(loaded, dtype, model, sharing), whole(loaded, dtype, sharing=sharing), None, sharing)
+    return Executors(whole(loaded, dtype, model, sharing), whole(loaded, dtype, validated, sharing), None, sharing)
+
+
+def _in_parallel(loaded: LoadedModel) -> torch.nn.Module:
+    return DistributedDataParallel(loaded.model, broadcast_buffers=False)
+
+
+def _bare(loaded: LoadedModel) -> torch.nn.Module:
+    model: torch.nn.Module = loaded.model
+    return model
 
 
 def whole(loaded: LoadedModel, dtype: torch.dtype, wrapped: torch.nn.Module | None = None, sharing: Ring | None = None) -> WholeExecutor:

@@ -41,6 +41,8 @@ from elite.optimizations.swa import SWA
 from elite.optimizations.tensor_parallel import TensorParallel
 from elite.optimizations.tiled_mlp import TiledMLP
 from elite.optimizations.torch_compile import TorchCompile
+from elite.optimizations.zero_2 import ZeRO2
+from elite.optimizations.zero_3 import ZeRO3
 
 ALL: tuple[type[Optimization], ...] = (
     SequencePacking,  # decides what a batch is, before any model exists
@@ -65,6 +67,8 @@ ALL: tuple[type[Optimization], ...] = (
     FusedLoss,  # replaces the whole model's forward, so after every part of it; its proof runs the model as it then is
     LoRAPlus,  # divides what is trained into groups, whichever optimizer takes them
     AdamW8bit,  # the optimizer, of the groups as they then are
+    ZeRO2,  # divides the optimizer's state, whatever that has become
+    ZeRO3,  # the same, and weights
     PowerSGD,  # how gradients come to be whole, before anything acts on them
     KernelWarmup,  # before the first step, with everything of the model in place
     LabelSmoothing,  # what a step's loss is
@@ -108,6 +112,8 @@ class OptimizationsConfig:
     fused_loss: OptimizationConfig = field(default_factory=FusedLoss.Config)
     lora_plus: OptimizationConfig = field(default_factory=LoRAPlus.Config)
     adamw_8bit: OptimizationConfig = field(default_factory=AdamW8bit.Config)
+    zero_2: OptimizationConfig = field(default_factory=ZeRO2.Config)
+    zero_3: OptimizationConfig = field(default_factory=ZeRO3.Config)
     power_sgd: OptimizationConfig = field(default_factory=PowerSGD.Config)
     kernel_warmup: OptimizationConfig = field(default_factory=KernelWarmup.Config)
     label_smoothing: OptimizationConfig = field(default_factory=LabelSmoothing.Config)
@@ -144,7 +150,7 @@ def decide(config: OptimizationsConfig, facts: Facts) -> tuple[Decision, ...]:
     """What becomes of every optimization in this run, in order of action.
 
     Raises:
-        PlanError: two requested optimizations claim one site.
+        PlanError: two requested optimizations claim one site, or one excludes another.
     """
     decisions = []
     owners: dict[Site, Optimization] = {}
@@ -161,6 +167,13 @@ def decide(config: OptimizationsConfig, facts: Facts) -> tuple[Decision, ...]:
                     f"turn one off: optimizations.{kind.name}.enabled=false",
                 )
             owners[site] = optimization
+    for decision in decisions:
+        for site, reason in decision.optimization.excludes.items() if decision.active else ():
+            if site in owners:
+                raise PlanError(
+                    f"optimizations.{owners[site].name} does not go with optimizations.{decision.name}: {reason}",
+                    f"turn one off: optimizations.{owners[site].name}.enabled=false",
+                )
     return tuple(decisions)
 
 

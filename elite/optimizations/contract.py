@@ -4,7 +4,7 @@ An optimization is one file: its docstring (What, How, Memory, Source), a frozen
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar
@@ -272,6 +272,11 @@ class Optimization(ABC):
 
     def __init__(self, config: Any) -> None:
         self.config = config
+
+    @property
+    def excludes(self) -> Mapping[Site, str]:
+        """Places that nobody else may occupy beside this, though it does not itself, and why."""
+        return {}
 
     @abstractmethod
     def check(self, facts: Facts) -> str | None:

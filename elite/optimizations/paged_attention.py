@@ -48,7 +48,7 @@ class PagedAttention(Optimization):
 
     def check(self, facts: Facts) -> str | None:
         if not facts.generates:
-            return "nothing is generated in this run (training.completion_tokens=0)"
+            return "nothing is generated in this run (training.completion_tokens=0, or optimizations.zero_3)"
         if facts.model.sliding_window is not None:
             return "windowed layers drop what continuations would share"
         if facts.model.unstreamable:

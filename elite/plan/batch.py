@@ -9,6 +9,7 @@ from elite.optimizations import reshaped
 from elite.optimizations.gqa_conversion import GQAConversion
 from elite.optimizations.ring_attention import RingAttention
 from elite.optimizations.tensor_parallel import divided, refusal
+from elite.optimizations.zero_3 import ZeRO3
 
 CONTEXT_MULTIPLE = 8
 """Tensor cores and 8-byte aligned rows want it."""
@@ -42,7 +43,7 @@ def facts_of(config: RunConfig, device: Device, shape: ModelShape, executor: str
         # Which the part itself says.
         ranks = 1
     shape = divided(shape, ranks) if ranks > 1 else shape
-    return Facts(
+    facts = Facts(
         model=shape,
         device=device,
         context=config.tier.context,
@@ -55,6 +56,9 @@ def facts_of(config: RunConfig, device: Device, shape: ModelShape, executor: str
         sharing=sharing(config, device),
         dividing=ranks,
     )
+    # Text is written by one rank, and that has parts of the weights alone.
+    zero = config.optimizations.zero_3
+    return replace(facts, generates=False) if zero.enabled and ZeRO3(zero).check(facts) is None else facts
 
 
 def sharing(config: RunConfig, device: Device) -> int:

@@ -72,12 +72,15 @@ def _best(config: RunConfig, device: Device, shape: ModelShape) -> type[Optimiza
     """Of the optimizations that are off and could save here: the most exact that suffices alone, else the one that saves most."""
     options = config.optimizations
     on = [kind for kind in ALL if getattr(options, kind.name).enabled]
-    claimed = {site for kind in on for site in kind.claims}
     before = choose_executor(config, device, shape, 1)
     facts: Facts = before.facts
+    # Under the whole executor, which is planned first whichever is chosen, more parts act.
+    under_whole = replace(facts, executor=Executor.whole.value)
+    acting = [one for kind in on if _may_act(one := kind(getattr(options, kind.name)), under_whole)]
+    taken = {site for kind in on for site in kind.claims} | {site for one in acting for site in one.excludes}
     # What acts around steps saves nothing of a step's peak, and another model is no small change.
     apt = [kind for kind in ALL if kind not in on and kind.stage not in (Stage.loop, Stage.geometry)]
-    idle = [kind for kind in apt if not kind.claims & claimed and _may_act(kind(getattr(options, kind.name)), facts)]
+    idle = [kind for kind in apt if not kind.claims & taken and _may_act(kind(getattr(options, kind.name)), facts)]
     made = {kind: found for kind in idle if (found := _with(config, kind, device, shape)) is not None}
     saving = [kind for kind in made if made[kind].estimate.total < before.estimate.total]
     enough = [kind for kind in saving if made[kind].fits]

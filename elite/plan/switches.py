@@ -14,7 +14,7 @@ from elite.config import RunConfig
 from elite.errors import PlanError
 from elite.facts import GIB, Device, ModelShape
 from elite.optimizations import ALL
-from elite.optimizations.contract import Optimization
+from elite.optimizations.contract import Optimization, Site
 from elite.plan.batch import batch_geometry
 from elite.plan.executors import Prediction, choose_executor, held_to
 from elite.plan.micro_batch import settled
@@ -63,8 +63,13 @@ class Survey:
 
 
 def conflicts_of(kind: type[Optimization]) -> tuple[type[Optimization], ...]:
-    """The other parts that claim a place which this one claims."""
-    return tuple(other for other in ALL if other is not kind and other.claims & kind.claims)
+    """The other parts that claim a place which this one claims, or that it excludes, or that exclude it."""
+    return tuple(other for other in ALL if other is not kind and (_reach(other) & kind.claims or other.claims & _reach(kind)))
+
+
+def _reach(kind: type[Optimization]) -> frozenset[Site]:
+    """The places that it claims, and those that nobody may occupy beside it."""
+    return kind.claims | kind(kind.Config()).excludes.keys()
 
 
 def survey(config: RunConfig, device: Device, shape: ModelShape) -> Survey:

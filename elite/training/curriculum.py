@@ -15,6 +15,7 @@ from elite.data.batches import collate
 from elite.data.course import Course, Ramp
 from elite.data.difficulty import by_files, document_lengths
 from elite.data.tokens import TokenFile, TokenStore
+from elite.distributed.gradients import gradient_exchange
 from elite.distributed.ranks import Ranks
 from elite.distributed.watchdog import Beat, no_beat
 from elite.errors import CheckpointError
@@ -85,7 +86,7 @@ def file_losses(
     model, training = executor.model, executor.model.training
     model.eval()
     mine = []
-    for file in files[ranks.rank :: ranks.world]:
+    for file, _ in gradient_exchange(model).dealt(files, ranks):
         beat("scoring a file")
         count = min(file.length, context)
         batch = collate(store, [(((file.start, count),),)], count, store.end_token)

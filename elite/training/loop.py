@@ -15,14 +15,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from elite import checkpoint
 from elite.config import TrainingConfig
 from elite.data.batches import Batch, TrainStream
+from elite.distributed.gradients import GradientExchange, gradient_exchange
 from elite.distributed.ranks import Ranks
 from elite.distributed.watchdog import Beat, no_beat
 from elite.errors import CheckpointError
 from elite.executor.contract import Executor, StepCut, StepJournal
 from elite.executor.streamed.runner import Runner
-from elite.model import LoadedModel, load_trained, take_part
+from elite.model import LoadedModel
 from elite.optimizations.contract import Applied
-from elite.optimizations.functions.divided import state_parts, whole
 from elite.optimizations.hooks import Hook
 from elite.retention import CheckpointConfig
 from elite.stability import NonFinite, StabilityConfig, Verdict
@@ -120,8 +120,11 @@ class Trainer:
     saver: Saver = field(init=False)
     recovery: Recovery = field(init=False)
     """What is done where memory runs out."""
+    exchange: GradientExchange = field(init=False)
+    """Of the executor's model."""
 
     def __post_init__(self) -> None:
+        self.exchange = gradient_exchange(self.executor.model)
         self.saver = Saver(self.checkpoints, self.keep)
         self.recovery = Recovery(self.loaded.trainable, self.ranks, self.runner, self.beat)
         self._request = StopRequest()
@@ -186,7 +189,9 @@ class Trainer:
         try:
             return self._step(number)
         except (RuntimeError, MemoryError) as error:
-            last = self._last_saved() if self.recovery.rewinds(error, number) else None
+            # What an engine has begun it does not take back.
+            may = not self.exchange.in_every_pass and self.recovery.rewinds(error, number)
+            last = self._last_saved() if may else None
             if last is None:
                 raise
         self.recovery.rewind(number, last.name)
@@ -312,12 +317,15 @@ class Trainer:
         randoms = self.ranks.gather(checkpoint.random_state())
         with self.ranks.meeting("what a checkpoint gathers"):
             of_hooks = {hook.name: hook.state() for hook in self.hooks}
-            optimizer = whole(self.optimizer.state_dict())
+            of_optimizer = self.exchange.optimizer_state(self.optimizer, self.ranks.is_main)
         progress = self.progress
-        if self.ranks.is_main:
+        if not self.ranks.is_main:
+            with self.ranks.meeting("what a checkpoint gathers"):
+                self.exchange.take_part(self.loaded)
+        else:
             state = {
                 "progress": vars(progress),
-                "optimizer": optimizer,
+                "optimizer": of_optimizer,
                 "scheduler": self.scheduler.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "stream": self.stream.state(),
@@ -326,10 +334,7 @@ class Trainer:
                 "recovery": self.recovery.state(),
             }
             loss = progress.last_val.get("val_loss") if progress.val_step == progress.step else None
-            self.saver.save(progress.step, loss, self.loaded, state, asked)
-        elif self.loaded.divided:
-            with self.ranks.meeting("what a checkpoint gathers"):
-                take_part(self.loaded)
+            self.saver.save(progress.step, loss, partial(self.exchange.copied, self.loaded), state, asked)
         if last:
             self._settle()
 
@@ -351,8 +356,8 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint folder, exactly where it was written."""
         state = checkpoint.load_state(folder)
-        load_trained(self.loaded, folder / "model")
-        self.optimizer.load_state_dict(state_parts(state["optimizer"], self.optimizer))
+        self.exchange.load(self.loaded, folder / "model")
+        self.exchange.load_optimizer_state(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.stream.load_state(state["stream"])

@@ -25,6 +25,7 @@ from elite import checkpoint
 from elite.chunks import ALIGNMENT
 from elite.console import console
 from elite.data.batches import Batch
+from elite.distributed.gradients import gradient_exchange
 from elite.distributed.ranks import Ranks
 from elite.distributed.watchdog import Beat, no_beat
 from elite.executor.contract import Executor
@@ -86,8 +87,9 @@ class Recovery:
                 if ranks.world == 1:
                     return finish(pending, executor, scaler, ranks)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or window[0].ranks > 1 or ranks.world < self.ranks.world:
-                    # Ranks that share a row, or divide layers, wait within these, where none can ask.
+                waits = ranks.world < self.ranks.world or gradient_exchange(executor.model).in_every_pass
+                if not is_out_of_memory(error) or window[0].ranks > 1 or waits:
+                    # Ranks that share a row, or divide layers or gradients, wait within a pass, where none can ask.
                     raise
                 refused = True
                 self._at_floor = self._smaller(window[0]) is None

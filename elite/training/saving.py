@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from elite import checkpoint
-from elite.model import LoadedModel, copy_trained
+from elite.model import TrainedCopy
 from elite.retention import CheckpointConfig, kept
 
 log = logging.getLogger("elite.training")
@@ -45,17 +46,20 @@ class Saver:
         self._read = dict(self._totals)
         self._counts = {"checkpoints_saved": 0, "checkpoints_failed": 0}
 
-    def save(self, step: int, val_loss: float | None, loaded: LoadedModel, state: dict[str, Any], asked: bool = False) -> None:
+    def save(
+        self, step: int, val_loss: float | None, copied: Callable[[], TrainedCopy], state: dict[str, Any], asked: bool = False
+    ) -> None:
         """Copy everything to host memory and return; a thread writes it. Waits for the save before, if that is at work.
 
         Args:
             val_loss: of this step, in nats; None if it was not validated.
+            copied: copies what is trained.
             state: all but what is trained.
             asked: by a person, who is told when it is there.
         """
         began = time.perf_counter()
         self._wait()
-        trained = copy_trained(loaded)
+        trained = copied()
         what = checkpoint.snapshot(step, trained.save, state, trained.nbytes, val_loss)
         pool = ThreadPoolExecutor(1, "checkpoint")
         self._at_work = pool.submit(self._write, what, asked)

@@ -2,20 +2,18 @@
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from elite.data.batches import Batch
+from elite.distributed.gradients import gradient_exchange
 from elite.distributed.ranks import Ranks
 from elite.distributed.watchdog import Beat, no_beat
 from elite.errors import EliteError
 from elite.executor.contract import Executor
-from elite.optimizations.functions.divided import clip_grad_norm_
 from elite.stability import Verdict
 
 
@@ -54,7 +52,8 @@ class Pending:
 
 
 def begin(executor: Executor, window: Sequence[Batch], scaler: torch.amp.GradScaler, ranks: Ranks, beat: Beat = no_beat) -> Pending:
-    """All passes of a window but the last backward, the one in which ranks exchange gradients: until then none waits for another.
+    """All passes of a window but the last backward, after which gradients are whole. Unless the exchange is in every pass, no rank waits
+    for another until then.
 
     Dividing every micro-batch by the label tokens of the *whole* global batch makes the result independent of how
     sequences of unequal length are dealt to micro-batches and ranks.
@@ -62,17 +61,15 @@ def begin(executor: Executor, window: Sequence[Batch], scaler: torch.amp.GradSca
     Args:
         beat: told before each micro-batch.
     """
-    device = ranks.device
+    device, exchange = ranks.device, gradient_exchange(executor.model)
     labels = ranks.sum(float(sum(batch.label_tokens for batch in window)))
     others = torch.zeros((), device=device)
-    # DDP exchanges gradients once, in the last backward. Until then it knows of none: a forward pass that it has prepared one for
-    # cannot be abandoned.
-    with nullcontext() if ranks.world == 1 else cast(DistributedDataParallel, executor.model).no_sync():
+    with exchange.adding():
         for batch in window[:-1]:
             beat("a micro-batch")
             loss = executor.loss_sum(batch.to(device)) / labels
-            # It averages over ranks, hence `world`.
-            scaler.scale(loss * ranks.world).backward()
+            # Gradients are averaged over ranks, hence `world`.
+            exchange.backward(scaler.scale(loss * ranks.world))
             others += loss.detach()
             del loss
         beat("a step's last micro-batch")
@@ -81,11 +78,8 @@ def begin(executor: Executor, window: Sequence[Batch], scaler: torch.amp.GradSca
 
 def finish(pending: Pending, executor: Executor, scaler: torch.amp.GradScaler, ranks: Ranks) -> float:
     """The last backward; the mean token loss over the global batch."""
-    if ranks.world > 1:
-        # What it does itself at the end of a forward pass outside `no_sync`.
-        cast(DistributedDataParallel, executor.model).reducer.prepare_for_backward([])
     with ranks.meeting("the exchange of gradients"):
-        scaler.scale(pending.last * ranks.world).backward()
+        gradient_exchange(executor.model).last_backward(scaler.scale(pending.last * ranks.world))
     return ranks.sum((pending.others + pending.last.detach()).item())
 
 
@@ -123,15 +117,10 @@ def optimizer_step(
     scaler.unscale_(optimizer)
     if before_clipping is not None:
         before_clipping()
-    norm = float(clip_grad_norm_(parameters, max_grad_norm))
+    exchange = gradient_exchange(executor.model)
+    norm = exchange.clipped(parameters, max_grad_norm)
     verdict = (judge or _finite_or_stop)(loss, norm, math.isfinite(loss) and (math.isfinite(norm) or _overflowed(scaler)))
-    if verdict is Verdict.take:
-        scaler.step(optimizer)
-        scaler.update()
-    else:
-        # Makes the scaler ready for the next gradients; the scale stays.
-        scaler.update(scaler.get_scale())
-    optimizer.zero_grad(set_to_none=True)
+    (exchange.update if verdict is Verdict.take else exchange.drop)(optimizer, scaler)
     tokens = sum(batch.slots for batch in window) * ranks.world // window[0].ranks
     return StepResult(loss, norm, tokens, verdict)
 

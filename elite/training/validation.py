@@ -7,6 +7,7 @@ import torch
 
 from elite.data.batches import IGNORE, Batch
 from elite.distributed.exchange import Exchange
+from elite.distributed.gradients import gradient_exchange
 from elite.distributed.ranks import Ranks
 from elite.distributed.watchdog import Beat, no_beat
 from elite.executor.contract import Executor
@@ -33,7 +34,7 @@ class Validator:
     @property
     def longest(self) -> int:
         """Tokens of the longest pass."""
-        return max((batch.input_ids.numel() for batch in (*self._mine(self.with_context), *self._mine(self.alone))), default=0)
+        return max((batch.input_ids.numel() for batch, _ in (*self._mine(self.with_context), *self._mine(self.alone))), default=0)
 
     def __call__(self) -> dict[str, float]:
         """`val_loss` and `val_loss_alone`, nats a token; their difference is what the context is worth."""
@@ -46,20 +47,22 @@ class Validator:
         model.eval()
         total, tokens = 0.0, 0
         try:
-            for batch in self._mine(batches):
+            for batch, counts in self._mine(batches):
                 self.beat("a validation row")
                 scored = (batch.labels != IGNORE).any(0).nonzero()[:, 0].to(self.ranks.device)
-                total += self.executor.loss_sum(batch.to(self.ranks.device), keep=scored).item()
-                tokens += batch.label_tokens
+                loss = self.executor.loss_sum(batch.to(self.ranks.device), keep=scored).item()
+                total += loss * counts
+                tokens += batch.label_tokens * counts
         finally:
             # Memory may run out here and the run go on.
             model.train(training)
         return self.ranks.sum(total) / self.ranks.sum(float(tokens))
 
-    def _mine(self, batches: Sequence[Batch]) -> list[Batch]:
-        """What this rank scores: its part of each row, where ranks share them; every so many-th of the others."""
+    def _mine(self, batches: Sequence[Batch]) -> list[tuple[Batch, bool]]:
+        """What this rank scores, and whether it counts: its part of each row, where ranks share them; what is dealt to it of the others."""
         rank, world = self.ranks.rank, self.ranks.world
         # Each rank holds two pieces of a row.
         shared = [batch for batch in batches if self.sharing is not None and batch.context >= 2 * world]
         others = [batch for batch in batches if batch not in shared]
-        return [*(batch.shared(rank, world) for batch in shared), *others[rank::world]]
+        dealt = gradient_exchange(self.executor.model).dealt(others, self.ranks)
+        return [*((batch.shared(rank, world), True) for batch in shared), *dealt]

@@ -70,8 +70,8 @@ NEEDS: dict[str, dict[str, Any]] = {
 SHARED_BY_TWO = {"ring_attention"}
 """What one rank alone has no use for; tests/distributed/test_sharing.py holds its result to one rank's."""
 CUDA_ONLY = {"backend_flags", "fused_kernels", "liger_kernels", "memory_pool", "defragmentation"}
-SEVERAL_RANKS = {"power_sgd", "tensor_parallel"}
-"""Acts on what several ranks exchange alone (tests/distributed/test_power_sgd.py, test_tensor_parallel.py)."""
+SEVERAL_RANKS = {"power_sgd", "tensor_parallel", "zero_2", "zero_3"}
+"""Acts on the exchange between ranks alone (tests/distributed/test_power_sgd.py, test_tensor_parallel.py, test_zero.py)."""
 ELSEWHERE = CUDA_ONLY | SEVERAL_RANKS
 
 

@@ -15,10 +15,13 @@ from elite.config import DataConfig, Schedule, ScheduleConfig, TrainingConfig
 from elite.data.batches import TrainStream
 from elite.data.tokens import TokenFile, TokenStore
 from elite.data.validation import validation_batches
+from elite.distributed.gradients import gradient_exchange
 from elite.distributed.ranks import Ranks
+from elite.distributed.zero import Sharded
 from elite.executor.whole import WholeExecutor
 from elite.model import LoadedModel, apply_stage
 from elite.optimizations.contract import Decision, Stage
+from elite.optimizations.fused_loss import FusedLoss
 from elite.optimizations.targets import LoopBuild
 from elite.training.loop import Trainer
 from elite.training.optimizer import build_optimizer
@@ -49,11 +52,27 @@ def adapted(kind: str, dropout: float = 0.0, rank: int = 4) -> LoadedModel:
     return LoadedModel(get_peft_model(core, options).train(), core, {})
 
 
-def loop_build(loaded: LoadedModel, optimizer: Any, steps: int, validations: int, ranks: Ranks = ALONE) -> LoopBuild:
-    # Small enough that gradients are exchanged in several parts.
-    split = 0.01
-    model = DistributedDataParallel(loaded.model, broadcast_buffers=False, bucket_cap_mb=split) if ranks.world > 1 else loaded.model
-    executor = WholeExecutor(model, torch.float32)
+def whole_model(kind: str) -> LoadedModel:
+    """All of it is trained."""
+    core = tiny(kind, DOCUMENT_EAGER, hidden_size=64)
+    return LoadedModel(core, core, {})
+
+
+def loop_build(
+    loaded: LoadedModel, optimizer: Any, steps: int, validations: int, ranks: Ranks = ALONE, settings: dict[str, Any] | None = None
+) -> LoopBuild:
+    """What a loop is made of.
+
+    Args:
+        settings: of DeepSpeed, which divides gradients then.
+    """
+    model: Any = loaded.model
+    if settings is not None:
+        model = Sharded(loaded, optimizer, settings, ranks)
+    elif ranks.world > 1:
+        # Small enough that gradients are exchanged in several parts.
+        model = DistributedDataParallel(loaded.model, broadcast_buffers=False, bucket_cap_mb=0.01)
+    executor = WholeExecutor(model, torch.float32, FusedLoss.name in loaded.applied)
     subject = Subject(executor, torch.float32, loaded.trainable, VOCAB, CONTEXT, ALONE.device, 1e9, 0.0)
     return LoopBuild(
         executor=executor,
@@ -78,15 +97,25 @@ def rig(
     rank: int = 4,
     ranks: Ranks = ALONE,
     accumulation: int = 2,
+    loaded: LoadedModel | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> Trainer:
-    """A trainer of so many steps, two micro-batches each, that saves under `folder`."""
+    """A trainer of so many steps, two micro-batches each, that saves under `folder`.
+
+    Args:
+        loaded: unset: one with adapters.
+        settings: as in `loop_build`.
+    """
     chosen = tuple(decision for decision in decisions if decision.active)
     torch.manual_seed(SEED)
-    loaded, store = adapted(kind, dropout, rank), corpus(folder)
+    loaded, store = loaded or adapted(kind, dropout, rank), corpus(folder)
     optimizer, applied = build_optimizer(loaded.trainable, training.learning_rate, training, chosen, loaded.model)
     scheduler = schedule(optimizer, plan, steps)
-    around = loop_build(loaded, optimizer, steps, len({*range(training.val_every, steps, training.val_every), steps}), ranks)
+    around = loop_build(loaded, optimizer, steps, len({*range(training.val_every, steps, training.val_every), steps}), ranks, settings)
     applied |= apply_stage(Stage.loop, chosen, around)
+    # As elite/executor/build.py does.
+    validated = around.executor.model if gradient_exchange(around.executor.model).divides_weights else loaded.model
+    fused = FusedLoss.name in loaded.applied
     with_context, alone = (validation_batches(store, CONTEXT, 10, 4, SEED, with_context=flag) for flag in (True, False))
     return Trainer(
         config=training,
@@ -98,7 +127,7 @@ def rig(
         scheduler=scheduler,
         scaler=make_scaler(ALONE.device, torch.float32),
         stream=TrainStream(store, DataConfig(), CONTEXT, 1, SEED, packed=False, rank=ranks.rank, world=ranks.world),
-        validator=Validator(WholeExecutor(loaded.model, torch.float32), with_context, alone, ranks),
+        validator=Validator(WholeExecutor(validated, torch.float32, fused), with_context, alone, ranks),
         meter=Meter(ranks, lambda context: 1.0, 0.0),
         ranks=ranks,
         checkpoints=folder / "checkpoints",

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from elite.losses import linear_cross_entropy
+
+LARGE = 100.0
+"""Values of a hidden state at most, when a head is tried."""
 
 
 def summing(core: Any, tile: int) -> Callable[..., Any]:
@@ -40,16 +44,24 @@ def summing(core: Any, tile: int) -> Callable[..., Any]:
 
 @torch.no_grad()
 def head_is_all(core: Any) -> bool:
-    """Whether the logits are the head's linear map of the decoder's output and nothing more, tried on two tokens."""
-    head = core.get_output_embeddings()
+    """Whether the logits are the head's linear map of the decoder's output and nothing more, tried on two tokens.
+
+    The decoder itself stands aside: its kernels need not run where its weights lie now.
+    """
+    head, decoder = core.get_output_embeddings(), core.get_decoder()
     if not isinstance(head, nn.Linear):
         return False
-    tokens = torch.tensor([[0, 1]], device=head.weight.device)
-    training, half = core.training, head.weight.dtype in (torch.bfloat16, torch.float16)
-    core.eval()
-    with torch.autocast(head.weight.device.type, dtype=head.weight.dtype if half else None, enabled=half):
-        given: dict[str, Any] = {"input_ids": tokens, "documents": ((2,),), "use_cache": False}
-        logits = core(**given).logits
-        expected = F.linear(core.get_decoder()(**given).last_hidden_state, head.weight, head.bias)
-    core.train(training)
+    tokens, half = torch.tensor([[0, 1]], device=head.weight.device), head.weight.dtype in (torch.bfloat16, torch.float16)
+    # Large enough for what caps logits to show.
+    hidden = torch.linspace(-LARGE, LARGE, 2 * head.in_features, device=head.weight.device).view(1, 2, -1).to(head.weight.dtype)
+    own = vars(decoder).get("forward")
+    decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+    try:
+        with torch.autocast(head.weight.device.type, dtype=head.weight.dtype if half else None, enabled=half):
+            logits = core(input_ids=tokens, documents=((2,),), use_cache=False).logits
+            expected = F.linear(hidden, head.weight, head.bias)
+    finally:
+        del decoder.forward
+        if own is not None:
+            decoder.forward = own
     return torch.allclose(logits.float(), expected.float(), rtol=1e-3, atol=1e-4)
