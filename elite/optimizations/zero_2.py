@@ -16,7 +16,19 @@ from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from elite.facts import Facts
-from elite.optimizations.contract import Applied, Decision, Exactness, Optimization, OptimizationConfig, Site, Stage, Step
+from elite.optimizations.contract import (
+    Applied,
+    Behind,
+    Decision,
+    Exactness,
+    Exchange,
+    Optimization,
+    OptimizationConfig,
+    Passes,
+    Site,
+    Stage,
+    Step,
+)
 from elite.optimizations.parts import FP32
 from elite.optimizations.targets import LoopBuild
 
@@ -77,18 +89,22 @@ class ZeRO2(Optimization):
             kept = replace(standing, gradients=bucket, optimizer_state=0.0)
             return replace(step, standing=kept, optimizer_workspace=0.0)
         own = FP32 * facts.trainable_params / ranks
-        divided = replace(
+        parts = replace(
             standing,
             gradients=own + bucket,
             optimizer_state=standing.optimizer_state / ranks,
             trainable_copy=standing.trainable_copy + own,
         )
-        return replace(step, standing=divided, optimizer_workspace=step.optimizer_workspace / ranks)
+        return replace(step, standing=parts, optimizer_workspace=step.optimizer_workspace / ranks)
 
     def host_memory(self, step: Step, facts: Facts) -> float:
         if not self.config.offload_optimizer or facts.device.kind != "cuda":
             return 0.0
         return ON_HOST * facts.trainable_params / facts.device.count
+
+    def exchange(self, passes: Passes, facts: Facts) -> Exchange:
+        """Gradients to the rank that keeps them in every backward, stepped weights from it."""
+        return divided(FP32 * facts.trainable_params * (passes.count + 1), facts)
 
     def settings(self, facts: Facts, dtype: str) -> dict[str, Any]:
         """DeepSpeed's configuration.
@@ -123,6 +139,12 @@ class ZeRO2(Optimization):
             return Applied(0, "trained parameters")
         where = ", in host memory" if self.offloads else ""
         return Applied(len(target.parameters), f"trained parameters divided{where}", lambda: None)
+
+
+def divided(handed_bytes: float, facts: Facts) -> Exchange:
+    """What is scattered or gathered: each rank sends (R − 1)/R of it, and the engine waits for it."""
+    ranks = facts.device.count
+    return Exchange("divided gradients and weights", handed_bytes, (ranks - 1) / ranks * handed_bytes, Behind.nothing)
 
 
 def _bucket(facts: Facts) -> int:

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elite.facts import Facts
-from elite.optimizations.contract import Decision, Site, Step
-from elite.optimizations.zero_2 import ZeRO2, active_zero
+from elite.optimizations.contract import Decision, Exchange, Passes, Site, Step
+from elite.optimizations.parts import FP32
+from elite.optimizations.zero_2 import ZeRO2, active_zero, divided
 
 PERSISTENT = 2**14
 """Values of a parameter that stays whole: gathering vectors is waiting for messages alone."""
@@ -60,8 +61,8 @@ class ZeRO3(ZeRO2):
         return bool(self.config.offload_optimizer or self.config.offload_parameters)
 
     def memory(self, step: Step, facts: Facts) -> Step:
-        divided = super().memory(step, facts)
-        standing, model = divided.standing, facts.model
+        of_two = super().memory(step, facts)
+        standing, model = of_two.standing, facts.model
         weights = standing.linear_weights + standing.other_weights
         whole = weights / model.total_params * max(2 * model.layer_params, model.embedding_params)
         kept = 0.0 if self.config.offload_parameters and facts.device.kind == "cuda" else 1 / facts.device.count
@@ -69,14 +70,20 @@ class ZeRO3(ZeRO2):
         parts = replace(
             standing, linear_weights=standing.linear_weights * kept, other_weights=standing.other_weights * kept, runtime=runtime
         )
-        return replace(divided, standing=parts)
+        return replace(of_two, standing=parts)
 
     def host_memory(self, step: Step, facts: Facts) -> float:
         found = super().host_memory(step, facts)
         if self.config.offload_parameters and facts.device.kind == "cuda":
-            width = 4 if facts.adapter == "full" else step.value
+            width = FP32 if facts.adapter == "full" else step.value
             found += width * facts.model.total_params / facts.device.count
         return found
+
+    def exchange(self, passes: Passes, facts: Facts) -> Exchange:
+        """Weights besides, for each forward and each backward."""
+        width = FP32 if facts.adapter == "full" else passes.value
+        weights = width * facts.model.total_params * passes.count * (passes.forwards + 1)
+        return divided(super().exchange(passes, facts).handed_bytes + weights, facts)
 
     def settings(self, facts: Facts, dtype: str) -> dict[str, Any]:
         made, layer = super().settings(facts, dtype), facts.model.layer_params

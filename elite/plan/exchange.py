@@ -5,7 +5,8 @@ exchange takes its bytes over the rate of the link between GPUs. What goes on me
 which gradients are sent as they come; beside the ring's, attention, which works on one block while the next one comes; beside a sum that
 the next operation reads, nothing.
 
-    gradients           4 bytes a trained parameter, or PowerSGD's factors; each rank sends 2(R − 1)/R of that
+    gradients           4 bytes a trained parameter, or PowerSGD's factors; each rank sends 2(R − 1)/R of that. ZeRO: (R − 1)/R in every
+                        backward, as much for stepped weights, and the weights for each pass where they are divided
     keys and values     of one rank's tokens, key/value heads alone (elite/distributed/ring.py)
     partial results     a hidden state for each map divided by inputs (forward) and by outputs (backward), of which a rank sends 2(R − 1)/R
 
