@@ -100,6 +100,8 @@ def member(case: Case, tokens: int, further: tuple[str, ...], count: int, file: 
             steps.append(_step(made))
         if made.ranks.is_main:
             write(file, {**described(made), "ranks": made.ranks.world, "sharing": made.sharing, "steps": steps})
+        # None leaves while another still needs it.
+        made.ranks.barrier()
 
 
 def _scaled(config: RunConfig, tokens: int, count: int) -> RunConfig:

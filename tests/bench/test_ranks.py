@@ -18,6 +18,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 def test_ranks_that_share_a_sequence_take_one_and_others_one_each(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
