@@ -23,6 +23,7 @@ from elite.model import LoadedModel, load
 from elite.optimizations import decide
 from elite.optimizations.contract import Applied
 from elite.optimizations.hooks import Hook
+from elite.optimizations.ring_attention import active_variant
 from elite.plan import Plan, facts_of, make_plan
 from elite.plan.batch import with_micro_batch
 from elite.plan.words import gib
@@ -51,6 +52,8 @@ class Assembled:
     executors: Executors
     optimizer: torch.optim.Optimizer
     ranks: Ranks
+    sharing: int = 1
+    """Ranks that carry each row together."""
     hooks: Sequence[Hook] = ()
     numbers: Iterator[int] = field(default_factory=lambda: count(1))
     """Of the steps."""
@@ -62,13 +65,16 @@ class Assembled:
 
     def step(self) -> dict[str, float]:
         """One optimizer step over one micro-batch of random tokens: seconds and peaks."""
-        device = self.ranks.device
-        batch = random_batch(self.plan.micro_batch, self.plan.context, self.vocab)
+        device, number = self.ranks.device, next(self.numbers)
+        # Ranks that share rows draw the same ones.
+        seed = self.config.seed + number * self.ranks.world + self.ranks.rank // self.sharing
+        batch = random_batch(self.plan.micro_batch, self.plan.context, self.vocab, torch.Generator().manual_seed(seed))
+        batch = batch.shared(self.ranks.rank % self.sharing, self.sharing)
         reset_peak(device)
         synchronise(device)
         began = time.perf_counter()
         scaler, norm = make_scaler(device, self.dtype), self.config.training.max_grad_norm
-        around = (next(self.numbers), self.hooks, self.executors.training, self.optimizer)
+        around = (number, self.hooks, self.executors.training, self.optimizer)
         done = hooked_step(*around, scaler, [batch], self.loaded.trainable, norm, self.ranks)
         synchronise(device)
         seconds = time.perf_counter() - began
@@ -89,7 +95,8 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
     if not plan.fits:
         raise PlanError(f"the plan does not fit: {gib(plan.total_bytes)} of {gib(plan.usable_bytes)} usable ({plan.shortage})", plan.fix)
     config = with_micro_batch(config, plan.micro_batch)
-    decisions = decide(config.optimizations, facts_of(config, device, shape, plan.executor))
+    facts = facts_of(config, device, shape, plan.executor)
+    decisions = decide(config.optimizations, facts)
     layout = Streaming.from_dict(plan.layout) if plan.layout else None
     with joined() as ranks, ExitStack() as undone:
         prepare_process(config, ranks, device)
@@ -97,7 +104,7 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
         _undo_after(undone, of_runtime)
         loaded = load(config, decisions, dtype, ranks.device, streams_weights(layout))
         _undo_after(undone, loaded.applied)
-        executors = build(loaded, layout, dtype, device, ranks, Path(config.output.cache).expanduser())
+        executors = build(loaded, layout, dtype, device, ranks, Path(config.output.cache).expanduser(), active_variant(decisions))
         if executors.attached is not None:
             undone.callback(executors.attached.undo)
         optimizer, _ = build_optimizer(loaded.trainable, plan.learning_rate, config.training, decisions, loaded.model)
@@ -112,7 +119,7 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
             torch.cuda.empty_cache()
         for hook in hooks:
             hook.begin()
-        made = Assembled(config, plan, dtype, loaded, executors, optimizer, ranks, hooks)
+        made = Assembled(config, plan, dtype, loaded, executors, optimizer, ranks, facts.sharing, hooks)
         with settled():
             yield made
 

@@ -53,6 +53,8 @@ class Exchange:
         self.rank, self.ranks, self.variant = peers.rank, peers.world, variant
         self.sent_bytes = 0
         """By this rank so far."""
+        self.held_bytes = 0
+        """Most that blocks and sums have taken here at once, this rank's own rows aside."""
         self._peers, self._group, self._rehearsing = peers, group, False
 
     @contextmanager
@@ -76,6 +78,7 @@ class Exchange:
         """
         if self.variant is Variant.all_gather:
             everything = self._gathered(own, max(sizes))
+            self._hold(everything.nbytes)
             for step in range(self.ranks):
                 owner = (self.rank - step) % self.ranks
                 yield owner, own if step == 0 else everything[owner].narrow(-3, 0, sizes[owner])
@@ -86,6 +89,7 @@ class Exchange:
         for step in range(self.ranks):
             last = step == self.ranks - 1
             coming = None if last else self._passed_on(block, sizes[(self.rank - step - 1) % self.ranks])
+            self._hold(block.nbytes + (0 if coming is None else coming.incoming.nbytes))
             yield (self.rank - step) % self.ranks, block
             if coming is not None:
                 block = self._arrived(coming)
@@ -94,6 +98,7 @@ class Exchange:
         """All ranks' parts of the gradients of `own` [2, …, n, K, D], added up in `wide`."""
         if self.variant is Variant.all_gather:
             everything = own.new_zeros(self.ranks, *_resized(own, max(sizes)), dtype=wide)
+            self._hold(everything.nbytes + everything.nbytes // wide.itemsize * own.dtype.itemsize)
             for owner, block in self.blocks(own, sizes):
                 over(owner, block, everything[owner].narrow(-3, 0, sizes[owner]))
             return self._scattered(everything).narrow(-3, 0, own.shape[-3])
@@ -104,10 +109,14 @@ class Exchange:
             over(owner, block, sums)
             if arriving is not None:
                 sums += self._arrived(arriving)
-            # One step behind its block, and home with the last one.
+            # One step behind its block, and home with the last one. The one that has arrived is freed with the next.
+            self._hold(2 * block.nbytes + 3 * sums.nbytes)
             arriving = self._passed_on(sums, sizes[(owner - 1) % self.ranks])
         assert arriving is not None
         return self._arrived(arriving)
+
+    def _hold(self, size: int) -> None:
+        self.held_bytes = max(self.held_bytes, size)
 
     def _passed_on(self, outgoing: Tensor, size: int) -> _Coming:
         """Hand a block on to the next rank, and take one of so many tokens from the rank before."""

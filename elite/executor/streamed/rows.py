@@ -8,7 +8,7 @@ import mmap
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,10 @@ class Allocator:
     def host_bytes(self) -> int:
         """Host memory that all rows take."""
         return sum(rows.storage.numel() for rows in self._rows.values() if rows.place is Place.host)
+
+    def device_bytes(self, names: Collection[str]) -> int:
+        """Device memory that rows of these names take."""
+        return sum(rows.storage.numel() for name, rows in self._rows.items() if name in names and rows.place is Place.device)
 
     def settled(self) -> Iterator[tuple[str, Rows]]:
         """Rows that have changed since they last came up here, each once all its bytes are where they belong."""
