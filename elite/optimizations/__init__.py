@@ -163,7 +163,7 @@ def decide(config: OptimizationsConfig, facts: Facts) -> tuple[Decision, ...]:
         for site in kind.claims if active else ():
             if site in owners:
                 raise PlanError(
-                    f"optimizations.{kind.name} and optimizations.{owners[site].name} both decide the {site.value}",
+                    f"optimizations.{kind.name} and optimizations.{owners[site].name} both decide {site.words}",
                     f"turn one off: optimizations.{kind.name}.enabled=false",
                 )
             owners[site] = optimization

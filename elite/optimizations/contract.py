@@ -58,6 +58,9 @@ TOLERANCES = {Exactness.EXACT: Tolerance(1e-3, 1e-5), Exactness.EQUAL: Tolerance
 """In fp32 and in bf16."""
 
 
+QUESTIONS = ("how", "where", "which", "what", "who", "when")
+
+
 class Site(Enum):
     """A place in the run that one optimization at most may occupy."""
 
@@ -93,6 +96,11 @@ class Site(Enum):
     STEP_TAKEN = "which losses are too high for a step"
     ALLOCATOR_CACHE = "what the allocator keeps between steps"
     GENERATION_CACHE = "keys and values while text is generated"
+
+    @property
+    def words(self) -> str:
+        """As the object of a sentence."""
+        return self.value if self.value.startswith(QUESTIONS) else f"the {self.value}"
 
 
 STREAMED_SITES = frozenset({Site.ATTENTION, Site.MLP_FORWARD, Site.LAYER_ACTIVATIONS, Site.LOSS})

@@ -291,7 +291,7 @@ def plan_reason(name: str, *overrides: str) -> str:
             ("optimizations.qlora.enabled=true", "hardware=h100"),
             "tensor_parallel and optimizations.qlora both decide the storage of frozen",
         ),
-        (("optimizations.ring_attention.enabled=true",), "both decide the which ranks hold a sequence"),
+        (("optimizations.ring_attention.enabled=true",), "both decide which ranks hold a sequence"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(overrides: tuple[str, ...], said: str) -> None:

@@ -192,7 +192,7 @@ def test_other_parts_act_beside_it(name: str, other: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("options", "other", "words"),
     [
-        (TWO, "power_sgd", "both decide the how ranks exchange gradients"),
+        (TWO, "power_sgd", "both decide how ranks exchange gradients"),
         (TWO, "gradient_centralization", "gradients lie in parts on the ranks"),
         (TWO, "adaptive_gradient_clipping", "gradients lie in parts on the ranks"),
         (THREE, "gradient_noise", "gradients lie in parts on the ranks"),
