@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from elite import checkpoint, worker
 from elite.callbacks.metrics_file import MetricsFile, read
+from elite.distributed import gradients
 from elite.errors import CheckpointError
 from elite.runfolder import RunFolder
 from tests.conftest import ROOT, Trained
@@ -91,15 +92,15 @@ def test_results_that_cannot_be_written_are_none(
     trained: Trained, tmp_path: Path, disk: Disk, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     room = disk("size=12m")
-    name = "export" if what == "export" else "_summary"
-    function = getattr(worker, name)
+    name, module = ("export", gradients) if what == "export" else ("_summary", worker)
+    function = getattr(module, name)
 
     def full(*arguments: Any) -> Any:
         fill(room)
         return function(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(worker, name, full)
+        patched.setattr(module, name, full)
         with pytest.raises(CheckpointError, match="could not be written: No space left on device") as raised:
             trained(*REQUEST, f"output.root={room}")
     assert "the same command continues" in raised.value.remedy and len(str(raised.value).splitlines()) == 2

@@ -137,7 +137,7 @@ def test_running_out_of_memory_says_what_was_planned_and_keeps_the_checkpoint(
 
 def test_a_process_whose_memory_is_limited_ends_with_the_breakdown(prepare: Prepare) -> None:
     """The system itself refuses: 64 MiB of logits at a time, where as much address space is left for everything."""
-    folder = prepare(*TINY, "model.vocab_size=65536", "training.micro_batch=2", "training.val_every=9")
+    folder = prepare(*TINY, "model.vocab_size=65536", "adapter.method=full", "training.micro_batch=2", "training.val_every=9")
     program = (
         "import sys, resource, psutil\n"
         "from elite import worker\n"

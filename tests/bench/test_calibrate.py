@@ -16,7 +16,7 @@ from elite.bench.calibrate.__main__ import main
 from elite.bench.calibrate.caps import MARGINS, capped, margins
 from elite.bench.calibrate.grid import Request, grid, left, one_of
 from elite.bench.calibrate.host import DriverMemory, ResidentMemory, Sampled
-from elite.bench.calibrate.measure import STEPS, Machine, measured
+from elite.bench.calibrate.measure import LONG_STEP_S, STEPS, Machine, measured
 from elite.bench.calibrate.sample import CPU, Drawn, draw
 from elite.errors import ConfigError
 from elite.facts import GIB
@@ -55,7 +55,8 @@ def test_a_grid_and_its_reruns(tmp_path: Path, cache: Path, capsys: pytest.Captu
     assert json.loads(request.file.read_text()) == json.loads(json.dumps(found))
     assert [run["name"] for run in found["runs"]] == ["00", "01", "02"] and found["device"] == "CPU"
     for run in found["runs"]:
-        assert run["outcome"] == "ran" and len(run["steps"]) == STEPS
+        # After a long first step, as on a busy machine, one more must do.
+        assert run["outcome"] == "ran" and len(run["steps"]) == (2 if run["steps"][0]["step_s"] > LONG_STEP_S else STEPS)
         # Random tokens of a random model: a guess among 512.
         assert all(step["loss"] == pytest.approx(6.24, abs=0.5) and step["step_s"] > 0 for step in run["steps"])
         parts = [step["allocated_by_part"] for step in run["steps"]]
