@@ -151,17 +151,25 @@ ROW = 512
 WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
 
 
+PASSES = 5
+
+
 def highest(ranks: Ranks, _: Path) -> float:
-    """Bytes at the peak of a pass, what is there before it not counted."""
+    """Bytes at the peak of a pass, what is there before it not counted; the least of several passes: on a CPU what is sent is let go of by
+    another thread, sooner or later."""
     core: Any = tiny("llama", DOCUMENT_SDPA, **WIDE)
     if ranks.world > 1:
         TensorParallel(TensorParallel.Config()).apply(core)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        accumulate(WholeExecutor(core, torch.float32), [row(ROW)], make_scaler(ALONE.device, torch.float32), ALONE)
-    results: Any = seen.profiler
-    events = (event for event in results.kineto_results.events() if event.name() == "[memory]")
-    # Nobody but the allocator sees what is within a divided tensor's operations.
-    return max(accumulated(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    found = []
+    for _again in range(PASSES):
+        core.zero_grad(set_to_none=True)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            accumulate(WholeExecutor(core, torch.float32), [row(ROW)], make_scaler(ALONE.device, torch.float32), ALONE)
+        results: Any = seen.profiler
+        events = (event for event in results.kineto_results.events() if event.name() == "[memory]")
+        # Nobody but the allocator sees what is within a divided tensor's operations.
+        found.append(max(accumulated(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))))
+    return min(found)
 
 
 def test_a_rank_takes_what_the_plan_says(tmp_path: Path) -> None:
