@@ -117,7 +117,7 @@ def test_ranks_together_are_one_rank(name: str, world: int, tmp_path: Path, monk
 
 
 KINDS: dict[str, Callable[[], LoadedModel]] = {"adapters": lambda: adapted("llama"), "whole": lambda: whole_model("llama")}
-CLIPPED = replace(TRAINING, max_grad_norm=0.3, weight_decay=0.1)
+CLIPPED = replace(TRAINING, max_grad_norm=0.1, weight_decay=0.1)
 
 
 def run(ranks: Ranks, folder: Path, options: Any, kind: str, saved: Path | None = None, others: tuple[str, ...] = ()) -> dict[str, Any]:
