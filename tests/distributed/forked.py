@@ -34,6 +34,16 @@ def together(folder: Path, world: int, work: Work, environment: Callable[[int], 
     return [torch.load(folder / f"found_{rank}.pt") for rank in range(world)]
 
 
+def assert_one_ranks(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *words: object) -> None:
+    """Gradients by parameter are those of one rank, to 1e-5 each."""
+    assert found.keys() == expected.keys(), words
+    # A key's bias has no gradient but rounding: softmax does not see it.
+    most = max(gradient.norm().item() for gradient in expected.values())
+    for name, gradient in expected.items():
+        error = (found[name] - gradient).norm().item()
+        assert error <= max(1e-5 * gradient.norm().item(), 1e-7 * most), (*words, name, error)
+
+
 def _child(folder: Path, rank: int, world: int, work: Work, environment: Callable[[int], dict[str, str]] | None) -> None:
     code = 1
     try:
