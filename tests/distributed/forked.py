@@ -1,6 +1,8 @@
 """Several ranks as forks of the test's process: torch is imported once, and gloo meets in a file."""
 
+import faulthandler
 import os
+import signal
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,8 @@ from elite.distributed.ranks import Ranks
 
 Work = Callable[[Ranks, Path], Any]
 """What a rank does in a folder that it shares with the others; returns tensors and plain values."""
+LONGEST_SECONDS = 300
+"""A fork that stands still ends by then and says where: a lock that another thread held at the fork is never let go in it."""
 
 
 def together(folder: Path, world: int, work: Work, environment: Callable[[int], dict[str, str]] | None = None) -> list[Any]:
@@ -45,7 +49,11 @@ def assert_one_ranks(found: dict[str, torch.Tensor], expected: dict[str, torch.T
 
 
 def _child(folder: Path, rank: int, world: int, work: Work, environment: Callable[[int], dict[str, str]] | None) -> None:
-    code = 1
+    code, stacks = 1, (folder / f"failed_{rank}.txt").open("w")
+    # By a signal, which needs no lock of the parent's threads; chained to what it does by default, which is to end the process.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    faulthandler.register(signal.SIGALRM, file=stacks, chain=True)
+    signal.alarm(LONGEST_SECONDS)
     try:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         torch.set_num_threads(1)
@@ -56,7 +64,8 @@ def _child(folder: Path, rank: int, world: int, work: Work, environment: Callabl
         torch.save(work(Ranks(rank, world, torch.device("cpu")), folder), folder / f"found_{rank}.pt")
         code = 0
     except BaseException:
-        (folder / f"failed_{rank}.txt").write_text(traceback.format_exc())
+        stacks.write(traceback.format_exc())
+        stacks.flush()
     finally:
         # Nothing of the test's process, which is the parent's, runs on.
         os._exit(code)

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from elite.stability import NonFinite, StabilityConfig, Verdict
 from elite.training.loop import Trainer
 from elite.training.stability import Setbacks, judged
 from elite.training.step import DivergedError, optimizer_step
+from tests.distributed.forked import together
 from tests.training.rig import TRAINING, Record, rig, weights
 from tests.training.test_loop import on
 
@@ -271,34 +271,23 @@ def test_the_limit_is_median_and_deviation(losses: list[float]) -> None:
         assert detector.judge(8, expected - 0.01) is Verdict.take and detector.limit() != pytest.approx(expected)
 
 
-def vote(rank: int, folder: Path, config: StabilityConfig, losses: Sequence[float]) -> None:
-    """What one of two ranks takes these losses for, written into the folder."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    ranks, state, found = Ranks(rank, 2, torch.device("cpu")), Setbacks(), []
+def verdicts(config: StabilityConfig, losses: Sequence[float], ranks: Ranks) -> list[str]:
+    """What one of several ranks takes these losses for."""
+    state, found = Setbacks(), []
     for step, loss in enumerate(losses, start=1):
         try:
             found.append(judged(state, config, (), ranks, step, loss, 1.0, math.isfinite(loss)).value)
         except DivergedError:
             found.append("ended")
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+    return found
 
 
 @pytest.mark.parametrize(("policy", "said"), [(NonFinite.skip, "skip"), (NonFinite.rewind, "rewind"), (NonFinite.stop, "ended")])
 def test_what_is_bad_on_one_rank_is_bad_on_all(policy: NonFinite, said: str, tmp_path: Path) -> None:
     """Ranks that went separate ways would wait for each other for ever."""
     losses = ((1.0, NAN, 1.0, 1.0), (1.0, 1.0, INF, 1.0))
-    children = []
-    for rank in range(2):
-        children.append(os.fork())
-        if children[-1] == 0:
-            try:
-                vote(rank, tmp_path, StabilityConfig(non_finite=policy), losses[rank])
-            finally:
-                os._exit(0)
-    for child in children:
-        os.waitpid(child, 0)
-    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    config = StabilityConfig(non_finite=policy)
+    found = together(tmp_path, 2, lambda ranks, _: verdicts(config, losses[ranks.rank], ranks))
     assert found[0] == found[1] == ["take", said, said, "take"]
 
 

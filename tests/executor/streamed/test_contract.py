@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from elite import hardware, streamable
+from elite.distributed.ranks import Ranks
 from elite.errors import ModelError, PlanError
 from elite.executor.streamed.attach import attach
 from elite.executor.streamed.math_kernel import MATH, AttentionShape, Kernel
 from elite.executor.streamed.rows import HOST_RESERVE_BYTES
 from elite.facts import GIB
 from elite.streaming import BoundaryEncoding, Keep, Place, Streaming, WeightPlace
+from tests.distributed.forked import together
 from tests.executor.streamed.exactness import assert_same, gradients, ordinary_loss, streamed, tokens, uneven
 from tests.models import tiny
 
@@ -258,20 +258,18 @@ def test_a_copy_of_an_undone_model() -> None:
     assert_same(found[1], expected[1], 0)
 
 
-def _rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _rank(ranks: Ranks, folder: Path) -> dict[str, torch.Tensor]:
+    """Its averaged gradients."""
     model = uneven("llama", num_hidden_layers=3, tie_word_embeddings=True)
     attached = attach(model, replace(LAYOUT, keep=Keep.sqrt))
     parallel = DistributedDataParallel(model, bucket_cap_mb=0.001)
-    mine = IDS[rank : rank + 1]
+    mine = IDS[ranks.rank : ranks.rank + 1]
     for step in range(2):
         # The first of two micro-batches stays here, the second averages their sum.
         parallel.require_backward_grad_sync = step == 1
         parallel(input_ids=mine, labels=mine).loss.backward()
     attached.undo()
-    torch.save(gradients(model), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return gradients(model)
 
 
 def test_data_parallel(tmp_path: Path) -> None:
@@ -279,9 +277,8 @@ def test_data_parallel(tmp_path: Path) -> None:
     model = uneven("llama", num_hidden_layers=3, tie_word_embeddings=True)
     (2 * ordinary_loss(model, IDS, IDS, [[40], [40]])).backward()
     expected = gradients(model)
-    mp.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="fork")
-    for rank in range(2):
-        assert_same(torch.load(tmp_path / f"{rank}.pt"), expected)
+    for found in together(tmp_path, 2, _rank):
+        assert_same(found, expected)
 
 
 def test_streamed_weights_may_be_written_between_steps() -> None:
