@@ -258,7 +258,7 @@ def test_a_copy_of_an_undone_model() -> None:
     assert_same(found[1], expected[1], 0)
 
 
-def _rank(ranks: Ranks, folder: Path) -> dict[str, torch.Tensor]:
+def _rank(ranks: Ranks, folder: Path) -> dict[str, torch.Tensor | None]:
     """Its averaged gradients."""
     model = uneven("llama", num_hidden_layers=3, tie_word_embeddings=True)
     attached = attach(model, replace(LAYOUT, keep=Keep.sqrt))
