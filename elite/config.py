@@ -331,6 +331,8 @@ class PlanConfig:
     """`tier=auto` refuses tiers for which the corpus gives fewer training sequences."""
     headroom_fraction: float = 0.08
     """Share of usable memory that a plan leaves free for what is not modelled."""
+    take_ahead: bool = True
+    """Take what the plan reserves on a GPU before the first step; off, memory is taken as steps come to need it."""
 
 
 @dataclass(frozen=True)

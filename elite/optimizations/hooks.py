@@ -14,7 +14,7 @@ class Hook:
     """
 
     name: str
-    """Of the optimization that added it."""
+    """Of the optimization that added it, or of what else did."""
 
     def begin(self) -> None:
         """Before the first step of this process, after what a checkpoint holds has been read."""

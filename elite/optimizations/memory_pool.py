@@ -1,20 +1,17 @@
-"""Growing memory segments, taken ahead.
+"""Growing memory segments.
 
-What:   torch's allocator takes device memory in segments that grow page by page instead of blocks of fixed sizes, and what the plan
-        reserves it takes in one piece before the first step (`ahead`).
+What:   torch's allocator takes device memory in segments that grow page by page instead of blocks of fixed sizes.
 How:    the allocator setting `expandable_segments`, set before the model is on the device. What the environment already says about the
-        allocator stays. Ahead: one tensor as large as what is missing, given back to the allocator at once (`elite/training/ahead.py`).
-Memory: what is allocated stays the same; what is reserved beyond it, and seen by the driver, shrinks to what pages round up. Taken ahead
-        it is what the plan says, from the first step on: `elite/plan/peaks.py`.
+        allocator stays.
+Memory: what is allocated stays the same; what is reserved beyond it, and seen by the driver, shrinks to what pages round up.
 Source: torch.cuda memory management, PYTORCH_CUDA_ALLOC_CONF.
 """
 
 import os
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from elite.facts import Facts
-from elite.optimizations.contract import Applied, Exactness, Optimization, OptimizationConfig, Site, Stage, Step
+from elite.optimizations.contract import Applied, Exactness, Optimization, Site, Stage, Step
 
 VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 SETTING = "expandable_segments"
@@ -22,13 +19,6 @@ SETTING = "expandable_segments"
 
 class MemoryPool(Optimization):
     """See the module's docstring."""
-
-    @dataclass(frozen=True)
-    class Config(OptimizationConfig):
-        """Options."""
-
-        ahead: bool = True
-        """Take what the plan reserves before the first step; off, memory is taken as steps come to need it."""
 
     name = "memory_pool"
     title = "growing memory segments"

@@ -1,6 +1,6 @@
 """What the allocator reserves for what a step allocates, and what the driver then shows in use. Bytes.
 
-    reserved     taken ahead, in one piece that the step's tensors are cut from (`memory_pool`):
+    reserved     taken ahead, in one piece that the step's tensors are cut from (`plan.take_ahead`):
                      allocated · (1 + share) + left behind
                  else what torch's allocator comes to by itself:
                      allocated · (1 + slack) + left behind + rounding, at most what the device grants: torch gives cached memory back
@@ -15,11 +15,10 @@ below in one piece. The context is CUDA's, with kernels and what libraries take 
 
 from dataclasses import dataclass
 
-from elite.config import Executor
+from elite.config import Executor, PlanConfig
 from elite.facts import Device, Facts
 from elite.hardware.calibration import calibration
 from elite.optimizations.contract import Decision, Site
-from elite.optimizations.memory_pool import MemoryPool
 from elite.optimizations.parts import FP32
 from elite.plan.memory import folded
 
@@ -46,9 +45,7 @@ def _paged(decisions: tuple[Decision, ...]) -> bool:
     return any(decision.active and Site.ALLOCATOR in decision.optimization.claims for decision in decisions)
 
 
-def peaks(
-    allocated_bytes: float, facts: Facts, decisions: tuple[Decision, ...], executor: Executor, headroom_fraction: float
-) -> Peaks | None:
+def peaks(allocated_bytes: float, facts: Facts, decisions: tuple[Decision, ...], executor: Executor, asked: PlanConfig) -> Peaks | None:
     """Both peaks for what is allocated at the step's peak; None on a CPU, which has neither allocator nor context."""
     device, known = facts.device, calibration()
     if device.kind != "cuda":
@@ -57,11 +54,11 @@ def peaks(
     slack = known.pages if _paged(decisions) else known.blocks
     reserved = allocated_bytes * (1 + slack.share) + left + slack.rounding_bytes
     reserved, ahead = min(reserved, max(allocated_bytes, usable)), 0.0
-    if any(decision.active and decision.name == MemoryPool.name and decision.optimization.config.ahead for decision in decisions):
+    if asked.take_ahead:
         share = known.ahead.whole if executor is Executor.whole else known.ahead.streamed
         enough = allocated_bytes * (1 + share) + left
         # The headroom is for what is not modelled.
-        ahead = min(enough, usable * (1 - headroom_fraction))
+        ahead = min(enough, usable * (1 - asked.headroom_fraction))
         reserved = enough if ahead == enough else max(ahead, reserved)
     return Peaks(ahead, reserved, reserved + known.context.bytes)
 

@@ -170,7 +170,7 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
     fits = all(one.fits for _, one in stages) and (device.kind == "cpu" or in_memory <= host_usable(device))
     factor, positions = _positions(config, shape)
     usable = device.memory_usable_bytes * (1 - config.plan.headroom_fraction)
-    beyond = peaks(estimate.total, facts, made.decisions, made.executor, config.plan.headroom_fraction)
+    beyond = peaks(estimate.total, facts, made.decisions, made.executor, config.plan)
     return Plan(
         model=shape.name,
         model_type=shape.model_type,
@@ -318,7 +318,7 @@ def _warnings(config: RunConfig, made: Prediction, corpus: Corpus, batch: BatchG
         found.append(
             f"adapter.dropout={config.adapter.dropout} keeps a copy and a mask of every linear map's input: memory leaves them out"
         )
-    if made.fits and may_be_held_up(made.estimate.total, made.decisions, facts.device):
+    if made.fits and not config.plan.take_ahead and may_be_held_up(made.estimate.total, made.decisions, facts.device):
         found.append("freed memory may lie in blocks too small to use, and the run end short of it: optimizations.memory_pool.enabled=true")
     copied, usable = _checkpoint_bytes(trained, facts, made.estimate, made.decisions), host_usable(facts.device)
     if facts.device.kind == "cuda" and made.host_bytes + copied > usable:

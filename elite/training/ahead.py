@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from elite.optimizations.hooks import Hook
-from elite.optimizations.memory_pool import MemoryPool
 
 SMALL_BYTES = 1024**2
 """Up to here a tensor is small to torch's allocator, and lies apart: it is not cut from the piece (kSmallSize, c10/cuda)."""
@@ -37,7 +36,7 @@ class Ahead(Hook):
         parameters: all that is trained.
     """
 
-    name = MemoryPool.name
+    name = "take_ahead"
 
     def __init__(self, taking: Taking, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], device: torch.device) -> None:
         self._taking, self._optimizer, self._parameters, self._device = taking, optimizer, parameters, device
@@ -64,7 +63,8 @@ def small_to_come(parameters: Iterable[nn.Parameter], state_bytes: float) -> flo
         state_bytes: of the optimizer's state, two tensors a parameter.
     """
     sizes = [parameter.nbytes for parameter in parameters]
-    share = state_bytes / sum(sizes) / 2
+    # ZeRO-3 leaves nothing of them here between steps.
+    share = state_bytes / max(1, sum(sizes)) / 2
     return sum(2 * piece for size in sizes for piece in (size, size * share) if piece <= SMALL_BYTES)
 
 

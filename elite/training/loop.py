@@ -316,7 +316,7 @@ class Trainer:
         self.beat("saving a checkpoint")
         randoms = self.ranks.gather(checkpoint.random_state())
         with self.ranks.meeting("what a checkpoint gathers"):
-            of_hooks = {hook.name: hook.state() for hook in self.hooks}
+            of_hooks = {hook.name: kept for hook in self.hooks if (kept := hook.state())}
             of_optimizer = self.exchange.optimizer_state(self.optimizer, self.ranks.is_main)
         progress = self.progress
         if not self.ranks.is_main:
@@ -362,8 +362,11 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.stream.load_state(state["stream"])
         self.progress = Progress(**state["progress"])
+        kept = state["hooks"]
         for hook in self.hooks:
-            hook.load_state(state["hooks"][hook.name])
+            # What acts on this machine alone keeps nothing.
+            if hook.name in kept:
+                hook.load_state(kept[hook.name])
         if "recovery" in state:
             # Older checkpoints know nothing of it.
             self.recovery.load_state(state["recovery"])

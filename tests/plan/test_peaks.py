@@ -1,53 +1,51 @@
 """What is reserved and what the driver shows, from what is allocated."""
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from elite.config import Executor
+from elite.config import Executor, PlanConfig
 from elite.facts import GIB, Device, Facts
 from elite.hardware.calibration import Ahead, Calibration, Context, Slack, calibration, read, write
 from elite.optimizations import decide
-from elite.optimizations.memory_pool import MemoryPool
 from elite.plan import make_plan, peaks
-from tests.plan.helpers import CORPUS, STANDARD, device, phi2, run_config, switches
+from tests.plan.helpers import CORPUS, device, phi2, run_config, switches
 from tests.plan.test_table import text
 
 KNOWN = calibration()
-
-
-HEADROOM = 0.08
-AS_NEEDED = MemoryPool.Config(enabled=True, ahead=False)
-POOL = MemoryPool.Config(enabled=True)
+AS_NEEDED = PlanConfig(take_ahead=False)
+AHEAD = PlanConfig()
+POOL = ("memory_pool",)
 
 
 def found(
     allocated: float,
     machine: Device,
     *on: str,
-    pool: MemoryPool.Config | None = None,
+    asked: PlanConfig = AS_NEEDED,
     executor: Executor = Executor.streamed,
     facts: Facts | None = None,
 ) -> peaks.Peaks:
     facts = facts or Facts(phi2(), machine, 4096, 1, 2**20, "lora")
-    options = switches(*on) if pool is None else replace(switches(*on), memory_pool=pool)
-    made = peaks.peaks(allocated, facts, decide(options, facts), executor, HEADROOM)
+    made = peaks.peaks(allocated, facts, decide(switches(*on), facts), executor, asked)
     assert made is not None
     return made
 
 
-@pytest.mark.parametrize(("pool", "slack"), [(None, KNOWN.blocks), (AS_NEEDED, KNOWN.pages)], ids=["blocks", "pages"])
-def test_by_hand(pool: MemoryPool.Config | None, slack: Slack) -> None:
-    made = found(10 * GIB, device("h100"), pool=pool)
+@pytest.mark.parametrize(("on", "slack"), [((), KNOWN.blocks), (POOL, KNOWN.pages)], ids=["blocks", "pages"])
+def test_by_hand(on: tuple[str, ...], slack: Slack) -> None:
+    made = found(10 * GIB, device("h100"), *on)
     assert made.ahead_bytes == 0
     assert made.reserved_bytes == pytest.approx(10 * GIB * (1 + slack.share) + slack.rounding_bytes)
     assert made.device_bytes - made.reserved_bytes == pytest.approx(KNOWN.context.bytes)
 
 
+@pytest.mark.parametrize("on", [(), POOL], ids=["blocks", "pages"])
 @pytest.mark.parametrize(("executor", "share"), [(Executor.whole, KNOWN.ahead.whole), (Executor.streamed, KNOWN.ahead.streamed)])
-def test_what_is_taken_ahead_is_what_is_reserved(executor: Executor, share: float) -> None:
-    made = found(10 * GIB, device("h100"), "fused_loss", "mixed_precision", pool=POOL, executor=executor)
+def test_what_is_taken_ahead_is_what_is_reserved(executor: Executor, share: float, on: tuple[str, ...]) -> None:
+    made = found(10 * GIB, device("h100"), "fused_loss", "mixed_precision", *on, asked=AHEAD, executor=executor)
     assert made.ahead_bytes == made.reserved_bytes == pytest.approx(10 * GIB * (1 + share))
 
 
@@ -55,17 +53,17 @@ def test_nothing_is_taken_ahead_of_the_headroom() -> None:
     """There the allocator comes to what it comes to, in pages."""
     machine = device("rtx3090")
     usable = machine.memory_usable_bytes
-    made = found(0.91 * usable, machine, pool=POOL)
-    assert made.ahead_bytes == pytest.approx((1 - HEADROOM) * usable)
-    assert made.reserved_bytes == found(0.91 * usable, machine, pool=AS_NEEDED).reserved_bytes > made.ahead_bytes
+    made = found(0.91 * usable, machine, *POOL, asked=AHEAD)
+    assert made.ahead_bytes == pytest.approx((1 - AHEAD.headroom_fraction) * usable)
+    assert made.reserved_bytes == found(0.91 * usable, machine, *POOL).reserved_bytes > made.ahead_bytes
 
 
 def test_half_precision_logits_are_left_behind() -> None:
     """Under the whole executor, without a fused loss: 2 bytes for each of 4096 tokens and each word."""
     logits, machine = 2 * 4096 * phi2().vocab_size, device("h100")
-    for pool in (None, AS_NEEDED, POOL):
-        kinds = (("mixed_precision",), ("mixed_precision", "fused_loss"), ())
-        half, fused, single = (found(GIB, machine, *on, pool=pool, executor=Executor.whole).reserved_bytes for on in kinds)
+    kinds = (("mixed_precision",), ("mixed_precision", "fused_loss"), ())
+    for pool, asked in itertools.product(((), POOL), (AS_NEEDED, AHEAD)):
+        half, fused, single = (found(GIB, machine, *on, *pool, asked=asked, executor=Executor.whole).reserved_bytes for on in kinds)
         assert half - fused == pytest.approx(logits) and single == fused
     facts = Facts(phi2(), machine, 4096, 1, 2**20, "lora")
     assert peaks.left_behind(facts, decide(switches("mixed_precision"), facts), Executor.streamed) == 0
@@ -95,15 +93,15 @@ def test_a_plan_has_three_peaks_in_order() -> None:
 
 
 def test_pages_reserve_less_than_blocks() -> None:
-    blocks, pages = (found(8 * GIB, device("rtx3090"), pool=pool) for pool in (None, AS_NEEDED))
+    blocks, pages = (found(8 * GIB, device("rtx3090"), *on) for on in ((), POOL))
     assert pages.reserved_bytes < blocks.reserved_bytes
 
 
 def test_the_plan_says_what_is_taken_before_the_first_step() -> None:
-    plain, pooled = (make_plan(run_config(on=on), device("rtx3090"), phi2(), CORPUS) for on in (STANDARD, (*STANDARD, "memory_pool")))
-    assert plain.total_bytes == pooled.total_bytes and plain.ahead_bytes == 0
-    assert pooled.total_bytes < pooled.ahead_bytes == pooled.reserved_bytes
-    assert ["before the first step" in text(made) for made in (plain, pooled)] == [False, True]
+    plain, ahead = (make_plan(replace(run_config(), plan=asked), device("rtx3090"), phi2(), CORPUS) for asked in (AS_NEEDED, AHEAD))
+    assert plain.total_bytes == ahead.total_bytes and plain.ahead_bytes == 0
+    assert ahead.total_bytes < ahead.ahead_bytes == ahead.reserved_bytes
+    assert ["before the first step" in text(made) for made in (plain, ahead)] == [False, True]
 
 
 def test_a_cpu_has_neither() -> None:

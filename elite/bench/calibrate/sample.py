@@ -86,11 +86,11 @@ GPU = Space(
     # Without flash attention no more than a few thousand tokens would fit; rows of random tokens have no documents to pack.
     switches={"flash_attention": True, "sequence_packing": False},
 )
-POOLED = replace(GPU, name="pooled", switches=GPU.switches | {"memory_pool": True})
-"""With the allocator as the `standard` preset has it: what is reserved is taken ahead."""
 # What is taken ahead no cap takes back.
-AS_NEEDED = (*ANY_CARD, "optimizations.memory_pool.ahead=false")
-PAGED = replace(POOLED, name="paged", hardware=(AS_NEEDED,), contexts=(2048, 65_536), longest_step_s=2.0)
+AS_NEEDED = (*ANY_CARD, "plan.take_ahead=false")
+PAGED = replace(
+    GPU, name="paged", switches=GPU.switches | {"memory_pool": True}, hardware=(AS_NEEDED,), contexts=(2048, 65_536), longest_step_s=2.0
+)
 """Without caps of cards, in pages: for caps of its own."""
 CPU = Space(
     name="cpu",
@@ -114,7 +114,7 @@ CPU = Space(
     switches=GPU.switches | {"mixed_precision": False, "adamw_8bit": False},
 )
 """Tiny models, for machines without a GPU."""
-SPACES = {space.name: space for space in (GPU, POOLED, PAGED, CPU)}
+SPACES = {space.name: space for space in (GPU, PAGED, CPU)}
 
 
 @dataclass(frozen=True)
