@@ -150,8 +150,19 @@ class _Layouts:
                 continue
             if facts.adapter == "full" and layout.weights is WeightPlace.streamed:
                 continue
-            estimate, on_host = self.memory.device(layout), self.memory.host(layout) + of_switches
-            yield _Candidate(layout, estimate, on_host, _fits(config, self._device, estimate, on_host))
+            yield self._candidate(layout, of_switches)
+
+    def longer(self, layout: Streaming) -> list[_Candidate]:
+        """What fits with longer chunks than two to a sequence: where the host has more to do than the device, fewer are faster."""
+        if self._config.executor.chunk is not None:
+            return []
+        of_switches = host(self.facts, self.decisions)
+        tried = (replace(layout, chunk=chunk) for chunk in streamed.longer(layout.chunk, self.facts.micro_tokens))
+        return [made for made in (self._candidate(one, of_switches) for one in tried) if made.fits]
+
+    def _candidate(self, layout: Streaming, of_switches: float) -> _Candidate:
+        estimate, on_host = self.memory.device(layout), self.memory.host(layout) + of_switches
+        return _Candidate(layout, estimate, on_host, _fits(self._config, self._device, estimate, on_host))
 
 
 def _streamed(config: RunConfig, device: Device, shape: ModelShape, accumulation: int) -> Prediction:
@@ -168,14 +179,18 @@ def _streamed(config: RunConfig, device: Device, shape: ModelShape, accumulation
         on_host = 0.0 if device.kind == "cpu" else candidate.host_bytes / max(1.0, streamed.host_usable(device))
         return max(candidate.estimate.total / device.memory_usable_bytes, on_host)
 
+    def predicted(candidate: _Candidate) -> Prediction:
+        facts, decisions, layout = layouts.facts, layouts.decisions, candidate.layout
+        again = streamed.recomputed(facts, layout)
+        found = exchanges(facts, decisions, 1 + again[1], accumulation)
+        flops = step_flops(facts, again, accumulation)
+        time = step_time(facts, decisions, again, accumulation, layout, found)
+        taken = candidate.estimate, candidate.host_bytes, layouts.memory.disk(layout), candidate.fits
+        return Prediction(Executor.streamed, layout, facts, decisions, *taken, flops, time, found)
+
     best = made[-1] if made[-1].fits else min(made, key=excess)
-    facts, decisions, layout = layouts.facts, layouts.decisions, best.layout
-    again = streamed.recomputed(facts, layout)
-    found = exchanges(facts, decisions, 1 + again[1], accumulation)
-    flops = step_flops(facts, again, accumulation)
-    time = step_time(facts, decisions, again, accumulation, layout, found)
-    taken = best.estimate, best.host_bytes, layouts.memory.disk(layout), best.fits
-    return Prediction(Executor.streamed, layout, facts, decisions, *taken, flops, time, found)
+    others = layouts.longer(best.layout) if best.fits else ()
+    return min(map(predicted, (best, *others)), key=lambda one: one.step_s)
 
 
 def _fits(config: RunConfig, device: Device, estimate: Estimate, on_host: float) -> bool:

@@ -21,6 +21,8 @@ ADAPTER = Cost(6, 4.5)
 """An adapted map under peft."""
 FUSED_ADAPTER = Cost(-1, 4.5)
 """The same under fused LoRA, whose functions convert nothing that is in the compute dtype already and serve siblings at once."""
+DEQUANTISED = Cost(10, 10)
+"""A four-bit map, besides (fitted with `traffic.DEQUANTISED`)."""
 FUSED_ELEMENTWISE = Cost(25, 40)
 """A layer whose norms, rotary embedding, activation and sums are kernels of their own, besides: there are fewer, but each costs the host
 ten times an ordinary operation (fused_steps.json: Phi-2 at 4,096 tokens waits longer for the host with them than without)."""
@@ -52,14 +54,19 @@ def operations(facts: Facts, decisions: tuple[Decision, ...], layout: Streaming 
         layer += (FUSED_ADAPTER if active(decisions, Site.LORA_FORWARD) else ADAPTER) * maps
     if active(decisions, Site.ELEMENTWISE):
         layer += FUSED_ELEMENTWISE
-    chunks = 1
+    if active(decisions, Site.BASE_WEIGHTS):
+        layer += DEQUANTISED * maps
     if layout is not None:
-        chunks = ceil(facts.micro_tokens / layout.chunk)
         layer += STREAMED
         if facts.sharing > 1:
             layer += Cost(BLOCK, BLOCK) * passes(facts, layout)
         else:
             # On average a chunk has half the sequence before it.
             layer += Cost(0, BLOCK * facts.context / 2 / layout.block)
-    whole = layer * (facts.model.num_hidden_layers * chunks) + AROUND
+    whole = layer * (facts.model.num_hidden_layers * chunks(facts, layout)) + AROUND
     return Operations(whole.forward, whole.backward)
+
+
+def chunks(facts: Facts, layout: Streaming | None) -> int:
+    """Times that a pass calls each layer in a micro-batch."""
+    return 1 if layout is None else ceil(facts.micro_tokens / layout.chunk)

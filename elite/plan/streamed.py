@@ -254,6 +254,12 @@ def _sizes(config: ExecutorConfig, tokens: int) -> Iterator[tuple[int, int, Plac
                         yield chunk, block, keys_values, weights
 
 
+def longer(chunk: int, tokens: int) -> list[int]:
+    """Longer chunks than this, up to the first that holds all tokens of a micro-batch."""
+    every = sorted(one for chunks in CHUNKS for one in chunks)
+    return [one for before, one in zip([0, *every], every, strict=False) if one > chunk and before < tokens]
+
+
 def _open(asked: Any, choices: Iterable[Any]) -> list[Any]:
     return list(choices) if asked is None else [asked]
 

@@ -149,11 +149,14 @@ def step_time(
     swept, repeated = sweeps * pass_s, clock.repeated(again[0] - sweeps, again[1] - sweeps)
     head, copies = clock.head(), clock.copies(1 + sweeps)
     operations = launches.operations(facts, decisions, layout)
-    ahead = _wait(pass_s + swept + head, (1 + sweeps) * operations.forward * clock.rates.operation_s, copies.forward)
+    # Copies of one chunk go on behind another's computation.
+    alone = layout is not None and launches.chunks(facts, layout) == 1
+    ahead = _wait(pass_s + swept + head, (1 + sweeps) * operations.forward * clock.rates.operation_s, copies.forward, alone)
     behind = _wait(
         sum(backward.values()) + repeated,
         ((again[0] - sweeps) * operations.forward + operations.backward) * clock.rates.operation_s,
         copies.backward,
+        alone,
     )
     parts = {name: forward[name] + backward[name] for name in forward}
     parts |= {"head_and_loss": head, "computed_again": swept + repeated}
@@ -164,14 +167,14 @@ def step_time(
     return StepTime(**{name: accumulation * seconds for name, seconds in parts.items()}, optimizer=update, exchange=between)
 
 
-def _wait(device_s: float, host_s: float, copies_s: float) -> tuple[float, float]:
+def _wait(device_s: float, host_s: float, copies_s: float, alone: bool) -> tuple[float, float]:
     """Seconds that the device stands still in a phase: for copies, and for the host.
 
     Stretches in which the device waits for the host alternate with others in which the host is ahead, so the longer of both is too
     little and their sum too much (`OVERLAP`).
     """
     busy = (device_s**OVERLAP + host_s**OVERLAP) ** (1 / OVERLAP)
-    return max(0.0, copies_s - busy), busy - device_s
+    return copies_s if alone else max(0.0, copies_s - busy), busy - device_s
 
 
 class _Clock:
@@ -243,7 +246,8 @@ class _Clock:
         return bytes_per_token * self._facts.micro_tokens / self.rates.memory_bytes_per_s
 
     def _dequantised(self) -> float:
-        return traffic.dequantised(self._facts, self._decisions) / self.rates.memory_bytes_per_s
+        calls = launches.chunks(self._facts, self._layout)
+        return calls * traffic.dequantised(self._facts, self._decisions) / self.rates.memory_bytes_per_s
 
     def _unread(self) -> float:
         """Operations a token of maps that need not be computed again, all layers."""

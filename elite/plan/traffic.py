@@ -51,8 +51,8 @@ output and gradient (read and written in two bytes each, twice forward and three
 STREAMED = Cost(8.0, 20.0)
 """A value of one layer's attention output, besides, where chunks are merged and gradients of keys added up in fp32 (kernels.json, `merge`
 and `group_sum`: each part read and written)."""
-DEQUANTISED = 66.0
-"""A four-bit weight, each time a pass needs it (first_gpu.json: preset `extreme` less `standard`)."""
+DEQUANTISED = 5.0
+"""A four-bit weight, each time it is needed (fitted to all steps with QLoRA of calibration_fit, calibration and calibration_first.json)."""
 OPTIMIZER = 40.0
 """A trained parameter: gradient, weight and two moments in fp32, and the norm of all gradients."""
 OPTIMIZER_8BIT = 100.0
@@ -95,7 +95,7 @@ def loss(facts: Facts, decisions: tuple[Decision, ...]) -> float:
 
 
 def dequantised(facts: Facts, decisions: tuple[Decision, ...]) -> float:
-    """One pass of all layers over quantised weights, whatever the tokens."""
+    """All layers' quantised weights once, whatever the tokens."""
     return DEQUANTISED * facts.model.linear_params if active(decisions, Site.BASE_WEIGHTS) else 0.0
 
 

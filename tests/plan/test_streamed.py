@@ -158,6 +158,19 @@ def test_the_least_recomputation_that_fits_is_chosen() -> None:
     assert kept == sorted(kept, key=list(Keep).index) and kept[0] is Keep.attention and kept[-1] is Keep.multilevel
 
 
+@pytest.mark.parametrize("context", [3840, 8192, 30_464])
+def test_no_chunk_would_be_faster(context: int) -> None:
+    """Short contexts are bound by the host, which has less to do for fewer chunks; copies hide behind computation where there are several."""
+    config = run_config(context, (*STANDARD, "qlora"), executor=Executor.streamed)
+    found = choose_executor(config, device("h100"), phi2(), 1)
+    assert found.layout is not None and found.fits
+    times = {
+        chunk: choose_executor(replace(config, executor=replace(config.executor, chunk=chunk)), device("h100"), phi2(), 1).step_s
+        for chunk in (1024, 2048, 4096, 8192, 16384, 32768)
+    }
+    assert found.step_s == min(times.values()) == times[found.layout.chunk], times
+
+
 def test_what_is_asked_for_is_kept() -> None:
     asked = ExecutorConfig(
         Executor.streamed, 2048, 4096, Keep.sqrt, 4, Place.disk, BoundaryEncoding.int8, Place.host, WeightPlace.streamed, "here"

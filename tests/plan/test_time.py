@@ -4,7 +4,8 @@ import pytest
 
 from elite.facts import Facts
 from elite.optimizations import decide
-from elite.plan import streamed
+from elite.optimizations.contract import Decision
+from elite.plan import launches, streamed
 from elite.plan.rates import rates_of
 from elite.plan.time import model_flops_per_token, recomputed, step_flops, step_time
 from elite.streaming import Keep, Place, Streaming
@@ -90,6 +91,35 @@ def test_copies_count_where_the_link_is_too_slow() -> None:
     # A boundary goes forward, its gradient backward, at the very least.
     assert slow.total > 2 * moved / 1e8
     assert slow.total - slow.exposed_copies == pytest.approx(fast.total)
+
+
+def test_copies_of_the_only_chunk_hide_behind_nothing() -> None:
+    found, decisions = replace(facts(8192), executor="streamed"), decide(switches("mixed_precision"), facts(8192))
+    several, one = (
+        step_time(found, decisions, streamed.recomputed(found, layout), 1, layout)
+        for layout in (Streaming(keep=Keep.layers, chunk=chunk) for chunk in (4096, 8192))
+    )
+    # A layer's input comes, its output goes, at the same time; backward another row comes.
+    row = 2 * 2560 * 8192 * 32
+    assert several.exposed_copies == 0
+    assert one.exposed_copies == pytest.approx(3 * row / rates_of(found.device).to_device_bytes_per_s, rel=0.1)
+
+
+def test_every_chunk_dequantises_weights_anew() -> None:
+    """On the device, which reads and writes them, and for the host, which asks for each map."""
+    found = replace(facts(16384), executor="streamed")
+    plain, packed = (decide(switches("mixed_precision", *more), found) for more in ((), ("qlora",)))
+
+    def seconds(chunk: int, decisions: tuple[Decision, ...]) -> float:
+        layout = Streaming(keep=Keep.layers, chunk=chunk)
+        return step_time(found, decisions, streamed.recomputed(found, layout), 1, layout).linear_maps
+
+    more = [seconds(chunk, packed) - seconds(chunk, plain) for chunk in (16384, 4096)]
+    assert more[0] > 0 and more[1] == pytest.approx(4 * more[0])
+    operations = [launches.operations(found, packed, Streaming(keep=Keep.layers, chunk=chunk)).forward for chunk in (16384, 4096)]
+    asked = [launches.operations(found, plain, Streaming(keep=Keep.layers, chunk=chunk)).forward for chunk in (16384, 4096)]
+    maps = 32 * len(found.model.layer_linears)
+    assert [with_ - without for with_, without in zip(operations, asked, strict=True)] == [maps * launches.DEQUANTISED.forward * n for n in (1, 4)]
 
 
 def test_a_disk_is_slower_than_a_link() -> None:
