@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from elite.facts import Facts, ModelShape
 from elite.optimizations.parts import FP32, PLAIN, LayerForm, Sizes
+from elite.optimizations.shapes import mlp_width
 
 
 class Stage(Enum):
@@ -185,6 +186,8 @@ class Step:
     """Tokens whose logits exist at once, with their gradients formed in the same pass; None forms all logits."""
     loss_words: int | None = None
     """Words whose logits exist at once in such a tile, where the head is frozen; None is the whole vocabulary."""
+    map_at_work: float = 0.0
+    """Bytes of the largest linear map as it stands while its product is formed, where weights are packed."""
     optimizer_workspace: float = 0.0
     """Bytes that the optimizer needs during its step."""
     corpus_resident: bool = True
@@ -193,6 +196,10 @@ class Step:
     def sizes(self, facts: Facts, tokens: int) -> Sizes:
         """What the formulas of a layer's parts read, for so many tokens."""
         return Sizes(facts, tokens, self.value, self.hidden)
+
+    def beyond_activation(self, facts: Facts, tokens: int) -> float:
+        """Of `map_at_work`, what exceeds an activation of the MLP for so many tokens: at the peak more of these are there, and no map."""
+        return max(0.0, self.map_at_work - self.value * tokens * mlp_width(facts))
 
     def beside_trained(self, facts: Facts) -> "Step":
         """With everything that is trained there once more, in fp32: an average of it, or what it returns to."""

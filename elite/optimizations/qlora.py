@@ -51,8 +51,8 @@ class QLoRA(Optimization):
         return None
 
     def memory(self, step: Step, facts: Facts) -> Step:
-        packed, runtime = packed_bytes(facts.model.linear_params), step.standing.runtime + dequantised_bytes(facts, step.value)
-        return replace(step, standing=replace(step.standing, linear_weights=packed, runtime=runtime))
+        standing = replace(step.standing, linear_weights=packed_bytes(facts.model.linear_params))
+        return replace(step, standing=standing, map_at_work=dequantised_bytes(facts, step.value))
 
     def apply(self, target: Any) -> Applied:
         import bitsandbytes as bnb

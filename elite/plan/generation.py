@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from elite.facts import Facts
 from elite.optimizations.contract import Decision, Estimate
 from elite.optimizations.shapes import mlp_width
+from elite.plan.memory import folded
 
 HIDDEN_COPIES = 4
 """Hidden states at once: a layer's input, its norm, a sum, an output."""
@@ -91,6 +92,6 @@ def generation_tokens(
         new: tokens of each; 0 leaves them to the caller, out of what is returned.
     """
     stays = estimate.linear_weights + estimate.other_weights + estimate.trainable_copy + estimate.gradients + estimate.optimizer_state
-    stays += estimate.keys_values + estimate.staging + estimate.runtime
+    stays += estimate.keys_values + estimate.staging + estimate.runtime + folded(facts, decisions).map_at_work
     room = max(0.0, usable_bytes - stays - fixed_bytes(facts, decisions, count, new))
     return min(facts.context, new + int(room / token_bytes(facts, decisions, count)))

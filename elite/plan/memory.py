@@ -88,7 +88,8 @@ def moments(step: Step, facts: Facts) -> Iterator[Estimate]:
     """Memory at every moment that may be the peak, in the order of a step."""
     layers, parts = facts.model.num_hidden_layers, layer_parts(step, facts, facts.micro_tokens)
     model, width = facts.model, step.hidden * facts.model.hidden_size
-    standing = _plus(step.standing, batch=2 * model.rotary_dim * step.hidden * facts.micro_tokens)
+    angles, packed = 2 * model.rotary_dim * step.hidden * facts.micro_tokens, step.beyond_activation(facts, facts.micro_tokens)
+    standing = _plus(step.standing, batch=angles, runtime=packed)
     # While it works forward, a layer that packs has its tensors beside their copies; while it goes back, what is read is there again.
     ahead, behind = _packing(step, facts, parts, forward=True), _packing(step, facts, parts, forward=False)
     made = _first_made(facts)

@@ -84,7 +84,7 @@ class StreamedMemory:
             keys_values=self._keys_values(layout, chunk),
             staging=self.host(layout) if rows_here else 2 * chunk * self._moved_row(layout),
             batch=whole.batch,
-            runtime=whole.runtime,
+            runtime=whole.runtime + self._step.beyond_activation(facts, chunk),
         )
 
     def _keys_values(self, layout: Streaming, chunk: int) -> float:

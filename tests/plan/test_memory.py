@@ -357,3 +357,12 @@ def test_packed_weights_are_as_bitsandbytes_packs_them(shape: tuple[int, int]) -
     assert state.state2.blocksize == SCALE_BLOCK
     facts = facts_phi2()
     assert dequantised_bytes(facts, 2) == 2 * 2560 * 10240
+
+
+def test_a_whole_map_counts_where_no_activation_is_larger() -> None:
+    """2560 x 10240 weights stand for the time of a product; n x 10240 activations, which do not, are at the peak."""
+    facts = facts_phi2()
+    packed = folded(facts, decide(switches("mixed_precision", "qlora"), facts))
+    assert [packed.beyond_activation(facts, tokens) for tokens in (4096, 2560, 512)] == [0, 0, 2 * 10240 * (2560 - 512)]
+    plain = folded(facts, decide(switches("mixed_precision"), facts))
+    assert plain.beyond_activation(facts, 1) == 0

@@ -160,7 +160,7 @@ def test_the_least_recomputation_that_fits_is_chosen() -> None:
 
 @pytest.mark.parametrize("context", [3840, 8192, 30_464])
 def test_no_chunk_would_be_faster(context: int) -> None:
-    """Short contexts are bound by the host, which has less to do for fewer chunks; copies hide behind computation where there are several."""
+    """Short contexts are bound by the host, which has less to do for fewer chunks; copies of an only chunk hide behind nothing."""
     config = run_config(context, (*STANDARD, "qlora"), executor=Executor.streamed)
     found = choose_executor(config, device("h100"), phi2(), 1)
     assert found.layout is not None and found.fits

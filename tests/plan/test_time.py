@@ -116,10 +116,10 @@ def test_every_chunk_dequantises_weights_anew() -> None:
 
     more = [seconds(chunk, packed) - seconds(chunk, plain) for chunk in (16384, 4096)]
     assert more[0] > 0 and more[1] == pytest.approx(4 * more[0])
-    operations = [launches.operations(found, packed, Streaming(keep=Keep.layers, chunk=chunk)).forward for chunk in (16384, 4096)]
-    asked = [launches.operations(found, plain, Streaming(keep=Keep.layers, chunk=chunk)).forward for chunk in (16384, 4096)]
+    layouts = [Streaming(keep=Keep.layers, chunk=chunk) for chunk in (16384, 4096)]
+    asked = [[launches.operations(found, decisions, layout).forward for decisions in (plain, packed)] for layout in layouts]
     maps = 32 * len(found.model.layer_linears)
-    assert [with_ - without for with_, without in zip(operations, asked, strict=True)] == [maps * launches.DEQUANTISED.forward * n for n in (1, 4)]
+    assert [besides - without for without, besides in asked] == [maps * launches.DEQUANTISED.forward * chunks for chunks in (1, 4)]
 
 
 def test_a_disk_is_slower_than_a_link() -> None:
