@@ -60,7 +60,9 @@ def test_every_tier_plans_on_every_card(card: str) -> None:
         made = replace(of_tier(tier), hardware=on_card)
         plan = make_plan(made, hardware.device(made.hardware), geometry.shape(made.model), CORPUS)
         assert plan.to_dict()["tier"] == tier and render(plan)
+        assert plan.fits == (plan.fix == "") and sum(plan.memory.values()) == pytest.approx(plan.total_bytes)
         totals.append(plan.total_bytes)
+    assert not plan.fits, "4M tokens fit nowhere without streaming"
     assert totals[:7] == sorted(totals[:7]) and totals[7:] == sorted(totals[7:]), "longer contexts need more, preset for preset"
 
 

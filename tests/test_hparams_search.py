@@ -13,6 +13,7 @@ from tests.conftest import Program
 INSTALLED = any(found.name == "hydra-optuna-sweeper" for found in importlib.metadata.distributions())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED, reason="hydra-optuna-sweeper is not installed: pip install hydra-optuna-sweeper")
 def test_the_best_of_its_trials_is_the_least_validation_loss(program: Program, tmp_path: Path) -> None:
     trials = ("hydra.sweeper.n_trials=3", "training.learning_rate=-1,1e-2", "hydra.sweep.dir=search", "training.completion_tokens=0")

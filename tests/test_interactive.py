@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from elite.runfolder import RunFolder
 from tests.conftest import ROOT, Program
 
 
+@pytest.mark.slow
 def test_the_defaults_train(tmp_path: Path, repository: Path, cache: Path) -> None:
     mine, theirs = pty.openpty()
     command = [sys.executable, str(ROOT / "train.py"), "mode=interactive", "debug=tiny", f"data.repo={repository}", f"output.cache={cache}"]

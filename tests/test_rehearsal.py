@@ -56,7 +56,12 @@ def read(path: Path) -> dict[str, object]:
 
 @pytest.mark.parametrize(
     "variant",
-    [(), ("executor=streamed", "executor.chunk=64"), ("executor=streamed", "executor.chunk=64", "training.micro_batch=2"), ("seed=1",)],
+    [
+        (),
+        ("executor=streamed", "executor.chunk=64", "training.micro_batch=2"),
+        pytest.param(("executor=streamed", "executor.chunk=64"), marks=pytest.mark.slow),
+        pytest.param(("seed=1",), marks=pytest.mark.slow),
+    ],
 )
 def test_a_preflight_changes_nothing(trained: Trained, variant: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     without = trained(*TINY, *variant, "output.root=without")

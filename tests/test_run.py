@@ -185,6 +185,7 @@ def test_other_ways_to_train(trained: Trained, variant: tuple[str, ...]) -> None
     assert folder.finished and len(losses(folder)) == 3 and all(0 < loss < 12 for loss in losses(folder).values())
 
 
+@pytest.mark.slow
 def test_trackio_keeps_a_run(program: Program, tmp_path: Path) -> None:
     pytest.importorskip("trackio")
     done = program("debug=tiny", "logger=trackio", "training.completion_tokens=0", environment={"TRACKIO_DIR": str(tmp_path / "trackio")})

@@ -117,6 +117,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_one_in_its_own_process(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # For the child, which shares the machine with the suite.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
