@@ -7,19 +7,22 @@ tiers took.
 
 import argparse
 import time
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from elite import geometry, hardware
 from elite.bench.assemble import write
 from elite.compose import TIER_OPTIONS, from_overrides, options
-from elite.config import HardwareConfig
+from elite.config import HardwareConfig, RunConfig
 from elite.console import console, start_logging
 from elite.facts import NO_CORPUS
 from elite.plan import Plan, make_plan
 from elite.plan.words import duration, gib
 from elite.report.claims import CLAIMS
 from elite.runfolder import environment
+from elite.streaming import Place
 
 ON_DISK = "executor.boundaries=disk"
 MODEL = "phi2"
@@ -51,22 +54,32 @@ def main() -> None:
 
 def _row(model: str, card: str, tier: str) -> dict[str, Any]:
     """One plan, or where it does not fit and the disk helps, that."""
-    base = (f"model={model}", "model.weights=random", f"hardware={card}", f"tier={tier}")
-    made = _plan(base)
+    config = replace(_of_tier(model, tier), hardware=_card(card))
+    made = _plan(config)
     if made.fits:
         return _described(made, card, "")
-    other = _plan((*base, ON_DISK))
+    other = _plan(replace(config, executor=replace(config.executor, boundaries=Place.disk)))
     return _described(other, card, ON_DISK) if other.fits else _described(made, card, "")
 
 
 def _of_preset(preset: str, executor: str) -> dict[str, Any]:
     where = (f"model={MODEL}", "model.weights=random", f"hardware={PRESET_CARD}", f"tier={PRESET_TIER}")
-    made = _plan((*where, f"optimizations={preset}", f"executor={executor}"))
+    made = _plan(from_overrides(*where, f"optimizations={preset}", f"executor={executor}").config)
     return _described(made, PRESET_CARD, "") | {"preset": preset}
 
 
-def _plan(overrides: tuple[str, ...]) -> Plan:
-    config = from_overrides(*overrides).config
+@cache
+def _of_tier(model: str, tier: str) -> RunConfig:
+    """Composed once for all cards, which takes longer than a plan."""
+    return from_overrides(f"model={model}", "model.weights=random", f"tier={tier}").config
+
+
+@cache
+def _card(name: str) -> HardwareConfig:
+    return from_overrides(f"hardware={name}").config.hardware
+
+
+def _plan(config: RunConfig) -> Plan:
     return make_plan(config, hardware.device(config.hardware), geometry.shape(config.model), NO_CORPUS)
 
 
