@@ -362,9 +362,9 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self.stream.load_state(state["stream"])
         self.progress = Progress(**state["progress"])
-        kept = state["hooks"]
+        # Older checkpoints know of none; what acts on this machine alone keeps nothing.
+        kept = state.get("hooks", {})
         for hook in self.hooks:
-            # What acts on this machine alone keeps nothing.
             if hook.name in kept:
                 hook.load_state(kept[hook.name])
         if "recovery" in state:
