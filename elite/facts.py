@@ -198,6 +198,10 @@ class Facts:
     """`whole` or `streamed`."""
     accumulation: int = 1
     """Forward and backward passes of one optimizer step."""
+    host_weights: bool = False
+    """Frozen weights of the layers are to wait whole in host memory (executor.weights=streamed)."""
+    journal: bool = False
+    """Progress within a step is kept (training.mid_step_checkpoint)."""
     generates: bool = True
     """Text is generated: a completion to look at, or an evaluation."""
     sharing: int = 1

@@ -170,7 +170,7 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter, be
     config, tier, ranks, steps, carriers = run.config, run.config.tier, run.ranks, run.plan["steps"], run.carriers
     shared = active_variant(run.decisions)
     optimizer, applied = build_optimizer(loaded.trainable, run.plan["learning_rate"], config.training, run.decisions, loaded.model)
-    wrapped, cache = _divided(run, optimizer), Path(config.output.cache).expanduser()
+    wrapped, cache = _divided(run, loaded, optimizer), Path(config.output.cache).expanduser()
     executors = build(loaded, run.layout, run.dtype, run.device, carriers, cache, shared, wrapped)
     attached = executors.attached
     if attached is not None:
@@ -212,15 +212,17 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter, be
     return trainer, attached
 
 
-def _divided(run: Run, optimizer: torch.optim.Optimizer) -> Callable[[LoadedModel], torch.nn.Module] | None:
-    """What divides gradients, and weights, among ranks; None where nothing does."""
+def _divided(run: Run, loaded: LoadedModel, optimizer: torch.optim.Optimizer) -> Callable[[LoadedModel], torch.nn.Module] | None:
+    """What divides gradients among ranks, and weights, which it does at once; None where nothing does."""
     zero = active_zero(run.decisions)
     if zero is None:
         return None
-    from elite.distributed.zero import Sharded
+    from elite.distributed.zero import Sharded, divide
 
     settings = zero.settings(run.facts, str(run.dtype).removeprefix("torch."))
-    return lambda loaded: Sharded(loaded, optimizer, settings, run.ranks)
+    # What streams weights is to find them so.
+    divide(loaded, settings, run.ranks)
+    return lambda loaded: Sharded(loaded, optimizer, settings, run.ranks, gathers=run.layout is None)
 
 
 def _held_out(run: Run, store: TokenStore) -> tuple[list[Batch], list[Batch]]:

@@ -52,6 +52,10 @@ class GradientExchange:
         """After it gradients are those of the global batch, the mean of the ranks' own."""
         loss.backward()
 
+    def unscale(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        """Take back from whole gradients what the scaler multiplied losses by."""
+        scaler.unscale_(optimizer)
+
     def clipped(self, parameters: Iterable[nn.Parameter], most: float) -> float:
         """L2 norm of the whole gradient, before it is scaled down to `most`."""
         return float(clip_grad_norm_(list(parameters), most))

@@ -33,17 +33,20 @@ class Sharded(nn.Module, GradientExchange):
     """A model behind DeepSpeed's engine.
 
     Args:
-        loaded: where weights are divided it may lie in host memory, and a device never holds it whole.
+        loaded: where weights are to be divided, they are already (`divide`).
         optimizer: of what is trained; from here on of this rank's part.
         settings: DeepSpeed's configuration.
+        gathers: a module's divided weights are gathered whenever it is called; else by whoever calls it.
     """
 
     in_every_pass = True
 
-    def __init__(self, loaded: LoadedModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any], ranks: Ranks) -> None:
+    def __init__(
+        self, loaded: LoadedModel, optimizer: torch.optim.Optimizer, settings: dict[str, Any], ranks: Ranks, gathers: bool = True
+    ) -> None:
         super().__init__()
         deepspeed = _deepspeed(ranks)
-        self.divides_weights = settings["zero_optimization"]["stage"] == 3
+        self.divides_weights = _divides_weights(settings)
         self._groups = [list(group["params"]) for group in optimizer.param_groups]
         self._ranks = ranks
         self._own_group = not dist.is_initialized()
@@ -51,16 +54,19 @@ class Sharded(nn.Module, GradientExchange):
             # The engine asks for one of a single process, too.
             backend = "nccl" if ranks.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        if self.divides_weights:
-            # One parameter after another; what is not trained, too.
-            deepspeed.zero.Init(module=loaded.model, config_dict_or_path=settings)
-            _bring(loaded.model, ranks.device)
         # Everything is where it is to be: frozen weights may wait in host memory.
         with _staying(loaded.model):
             made = deepspeed.initialize(model=loaded.model, optimizer=optimizer, config=settings, dist_init_required=False)
         self._engine: Any = made[0]
         self._optimizer: Any = self._engine.optimizer
-        self._norm = torch.zeros(())
+        if self.divides_weights and not gathers:
+            self._optimizer.parameter_offload.destroy()
+        # The run's own scales losses.
+        self._optimizer.torch_autocast_gradscaler = None
+        self._scale = 1.0
+        """Of the losses whose gradients are there."""
+        self._stand_in = torch.optim.SGD([nn.Parameter(torch.zeros((), device=ranks.device))])
+        """By its gradient, the norm of all, a scaler learns whether one of fp16 has overflowed."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -76,8 +82,11 @@ class Sharded(nn.Module, GradientExchange):
         self._engine.set_gradient_accumulation_boundary(True)
         self.backward(loss)
 
+    def unscale(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+        # The engine does it in its step, as it scales gradients down.
+        self._scale = scaler.get_scale()
+
     def clipped(self, parameters: Iterable[nn.Parameter], most: float) -> float:
-        # The engine scales gradients in its step.
         self._optimizer.clip_grad = most
         if self.divides_weights:
             norms = torch.stack([norm.float() for norm in self._optimizer._get_norm_groups()])
@@ -85,13 +94,18 @@ class Sharded(nn.Module, GradientExchange):
             self._norm = torch.linalg.vector_norm(norms) if bool((norms >= 0).all()) else torch.full_like(norms[0], math.inf)
         else:
             self._norm = self._optimizer.scaled_global_norm()
-        return float(self._norm)
+        return float(self._norm) / self._scale
 
     def update(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-        self._step(self._norm)
+        self._stand_in.param_groups[0]["params"][0].grad = self._norm.to(self._ranks.device, torch.float32, copy=True)
+        scaler.unscale_(self._stand_in)
+        self._step(self._norm if math.isfinite(float(self._norm)) else torch.full_like(self._norm, REFUSED))
+        scaler.update()
 
     def drop(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
         self._step(torch.full_like(self._norm, REFUSED))
+        # As without ZeRO: the scale stays.
+        scaler.update(scaler.get_scale())
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer, keep: bool) -> State:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -165,8 +179,11 @@ class Sharded(nn.Module, GradientExchange):
             dist.destroy_process_group()
 
     def _step(self, norm: Tensor) -> None:
+        # At other times it would scale losses by it.
+        self._optimizer.loss_scale = self._scale
         with _answering(self._optimizer, norm, "_get_norm_groups" if self.divides_weights else "scaled_global_norm"):
             self._engine.step()
+        self._optimizer.loss_scale = 1.0
 
     def _plain_groups(self, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         """As `state_dict` has them: parameters by their places."""
@@ -214,6 +231,20 @@ class Sharded(nn.Module, GradientExchange):
         size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         whole = nn.functional.pad(value.flatten(), (0, size * self._ranks.world - value.numel()))
         safe_set_local_optimizer_state(parameter, whole.narrow(0, size * self._ranks.rank, size), name)
+
+
+def divide(loaded: LoadedModel, settings: dict[str, Any], ranks: Ranks) -> None:
+    """Where these settings of DeepSpeed are stage 3's, leave each rank with its part of every weight, of frozen ones too.
+
+    One weight after another: the model may lie in host memory, and a device never holds it whole.
+    """
+    if _divides_weights(settings):
+        _deepspeed(ranks).zero.Init(module=loaded.model, config_dict_or_path=settings)
+        _bring(loaded.model, ranks.device)
+
+
+def _divides_weights(settings: dict[str, Any]) -> bool:
+    return bool(settings["zero_optimization"]["stage"] == 3)
 
 
 def _deepspeed(ranks: Ranks) -> Any:

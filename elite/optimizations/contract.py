@@ -184,8 +184,12 @@ class Step:
     """Bytes of scratch a value while a tensor is packed or unpacked."""
     loss_tile: int | None = None
     """Tokens whose logits exist at once, with their gradients formed in the same pass; None forms all logits."""
+    gradients_stand: bool = False
+    """Room for gradients is there all the time; else they come into being in a step's first backward."""
     loss_words: int | None = None
     """Words whose logits exist at once in such a tile, where the head is frozen; None is the whole vocabulary."""
+    offloaded_weights: float = 0.0
+    """Bytes of weights that wait in host memory in parts."""
     map_at_work: float = 0.0
     """Bytes of the largest linear map as it stands while its product is formed, where weights are packed."""
     optimizer_workspace: float = 0.0
@@ -217,6 +221,8 @@ class Passes:
     """Forward passes through the layers' attention in each, repeated ones included."""
     value: int
     """Bytes of a value of the compute dtype."""
+    weights: float = 0.0
+    """Bytes of weights that are needed whole in each, a layer's once for each pass over it."""
 
 
 class Behind(Enum):

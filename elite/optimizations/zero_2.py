@@ -4,7 +4,8 @@ What:   each rank keeps the gradients of its own part of what is trained, and ta
 How:    DeepSpeed's engine (elite/distributed/zero.py) around the run's own optimizer, its configuration made from the run's. Gradients are
         reduced to the rank that keeps them in every backward, in fp32; after the step ranks gather each other's weights. With
         `offload_optimizer` gradients, fp32 weights and state lie in host memory, and the step is taken there; that is of use on one rank,
-        too. A checkpoint holds whole parameters' state, so any number of ranks goes on from it.
+        too. Losses are scaled for fp16 by the run's own scaler. A checkpoint holds whole parameters' state, so any number of ranks goes on
+        from it.
 Memory: R ranks, P trained parameters: state 8P/R bytes, gradients 4P/R and the bucket that is being exchanged, a copy of the weights that
         the step is taken on 4P/R; with `offload_optimizer` the bucket alone, and in host memory 20P/R.
 Source: Rajbhandari et al. 2020, arXiv:1910.02054; Ren et al. 2021, arXiv:2101.06840 (offload); DeepSpeed.
@@ -71,8 +72,6 @@ class ZeRO2(Optimization):
     def check(self, facts: Facts) -> str | None:
         if facts.device.count == 1 and not self.config.offload_optimizer:
             return "one rank has no other to divide with, and nothing is offloaded (optimizations.zero_2.offload_optimizer)"
-        if facts.device.kind == "cuda" and not facts.device.supports_bf16:
-            return "gradients that are scaled for fp16 are not divided, and this card has no bf16"
         if facts.device.present and find_spec("deepspeed") is None:
             return "DeepSpeed is not installed: pip install deepspeed"
         return None
@@ -87,7 +86,7 @@ class ZeRO2(Optimization):
         bucket = FP32 * _bucket(facts)
         if self.config.offload_optimizer and facts.device.kind == "cuda":
             kept = replace(standing, gradients=bucket, optimizer_state=0.0)
-            return replace(step, standing=kept, optimizer_workspace=0.0)
+            return replace(step, standing=kept, optimizer_workspace=0.0, gradients_stand=True)
         own = FP32 * facts.trainable_params / ranks
         parts = replace(
             standing,
@@ -95,7 +94,7 @@ class ZeRO2(Optimization):
             optimizer_state=standing.optimizer_state / ranks,
             trainable_copy=standing.trainable_copy + own,
         )
-        return replace(step, standing=parts, optimizer_workspace=step.optimizer_workspace / ranks)
+        return replace(step, standing=parts, optimizer_workspace=step.optimizer_workspace / ranks, gradients_stand=True)
 
     def host_memory(self, step: Step, facts: Facts) -> float:
         if not self.config.offload_optimizer or facts.device.kind != "cuda":

@@ -2,11 +2,12 @@
 
 What:   each rank keeps a part of every weight, frozen ones included; a module's weights are whole only while it is at work.
 How:    as ZeRO-2 (elite/optimizations/zero_2.py), by DeepSpeed's engine. Weights are loaded into host memory and divided one by one, so a
-        model may be larger than a device. A layer is gathered before it is called, the next one meanwhile, and again for its backward.
-        With `offload_parameters` the parts wait in host memory. Under the whole executor; the streamed one brings weights layer by layer
-        itself. No text is completed in the course of the run: that would take all ranks.
-Memory: R ranks: weights by R, and what is whole at once, two layers or the embedding; of what is trained state, gradients and fp32 weights
-        by R, as in ZeRO-2. With `offload_parameters` the parts are the host's.
+        model may be larger than a device. Under the whole executor a layer is gathered before it is called, the next one meanwhile, and
+        again for its backward; under the streamed one (elite/executor/streamed/divided.py) once for each pass over its chunks, however
+        many these are, forward and backward. With `offload_parameters` the parts wait in host memory. No text is completed in the course
+        of the run: that would take all ranks.
+Memory: R ranks: weights by R, and what is whole at once, two layers (one under the streamed executor) or the embedding; of what is trained
+        state, gradients and fp32 weights by R, as in ZeRO-2. With `offload_parameters` the parts are the host's.
 Source: Rajbhandari et al. 2020, arXiv:1910.02054; Rajbhandari et al. 2021, arXiv:2104.07857 (offload); DeepSpeed.
 """
 
@@ -50,8 +51,10 @@ class ZeRO3(ZeRO2):
             return (
                 "one rank has no other to divide weights with: executor=streamed brings them from host memory (executor.weights=streamed)"
             )
-        if facts.executor == "streamed":
-            return "the streamed executor brings weights itself, layer by layer (executor.weights=streamed)"
+        if facts.executor == "streamed" and facts.host_weights:
+            return "weights wait whole in host memory (executor.weights=streamed); offload_parameters keeps their parts there"
+        if facts.journal:
+            return "ranks cannot be cut off alike within a step (training.mid_step_checkpoint), and each layer takes all of them"
         if facts.adapter == "converted":
             return "maps that are trained in the midst of frozen ones are not divided: adapter.method=lora or full"
         return super().check(facts)
@@ -64,26 +67,27 @@ class ZeRO3(ZeRO2):
         of_two = super().memory(step, facts)
         standing, model = of_two.standing, facts.model
         weights = standing.linear_weights + standing.other_weights
-        whole = weights / model.total_params * max(2 * model.layer_params, model.embedding_params)
-        kept = 0.0 if self.config.offload_parameters and facts.device.kind == "cuda" else 1 / facts.device.count
-        runtime = standing.runtime + min(whole, weights * (1 - kept))
+        adapters = FP32 * facts.trainable_params if facts.adapter == "lora" else 0.0
+        layer = weights / model.total_params * model.layer_params + adapters / model.num_hidden_layers
+        at_once = (1 if facts.executor == "streamed" else 2) * layer
+        whole = max(at_once, weights / model.total_params * model.embedding_params)
+        part, offloaded = 1 / facts.device.count, self.config.offload_parameters and facts.device.kind == "cuda"
+        kept = 0.0 if offloaded else part
         parts = replace(
-            standing, linear_weights=standing.linear_weights * kept, other_weights=standing.other_weights * kept, runtime=runtime
+            standing,
+            linear_weights=standing.linear_weights * kept,
+            other_weights=standing.other_weights * kept,
+            trainable_copy=standing.trainable_copy - adapters * (1 - kept),
+            runtime=standing.runtime + min(whole, (weights + adapters) * (1 - kept)),
         )
-        return replace(of_two, standing=parts)
+        return replace(of_two, standing=parts, offloaded_weights=(weights + adapters) * part if offloaded else 0.0)
 
     def host_memory(self, step: Step, facts: Facts) -> float:
-        found = super().host_memory(step, facts)
-        if self.config.offload_parameters and facts.device.kind == "cuda":
-            width = FP32 if facts.adapter == "full" else step.value
-            found += width * facts.model.total_params / facts.device.count
-        return found
+        return super().host_memory(step, facts) + step.offloaded_weights
 
     def exchange(self, passes: Passes, facts: Facts) -> Exchange:
-        """Weights besides, for each forward and each backward."""
-        width = FP32 if facts.adapter == "full" else passes.value
-        weights = width * facts.model.total_params * passes.count * (passes.forwards + 1)
-        return divided(super().exchange(passes, facts).handed_bytes + weights, facts)
+        """Weights besides, for each pass."""
+        return divided(super().exchange(passes, facts).handed_bytes + passes.weights * passes.count, facts)
 
     def settings(self, facts: Facts, dtype: str) -> dict[str, Any]:
         made, layer = super().settings(facts, dtype), facts.model.layer_params

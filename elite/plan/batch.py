@@ -10,6 +10,7 @@ from elite.optimizations.gqa_conversion import GQAConversion
 from elite.optimizations.ring_attention import RingAttention
 from elite.optimizations.tensor_parallel import divided, refusal
 from elite.optimizations.zero_3 import ZeRO3
+from elite.streaming import WeightPlace
 
 CONTEXT_MULTIPLE = 8
 """Tensor cores and 8-byte aligned rows want it."""
@@ -52,6 +53,8 @@ def facts_of(config: RunConfig, device: Device, shape: ModelShape, executor: str
         adapter=config.adapter.method.value,
         executor=executor,
         accumulation=max(1, sequences_of_a_rank(config, device) // config.training.sequences),
+        host_weights=config.executor.weights is WeightPlace.streamed,
+        journal=config.training.mid_step_checkpoint,
         generates=config.training.completion_tokens > 0,
         sharing=sharing(config, device),
         dividing=ranks,

@@ -6,7 +6,8 @@ which gradients are sent as they come; beside the ring's, attention, which works
 the next operation reads, nothing.
 
     gradients           4 bytes a trained parameter, or PowerSGD's factors; each rank sends 2(R − 1)/R of that. ZeRO: (R − 1)/R in every
-                        backward, as much for stepped weights, and the weights for each pass where they are divided
+                        backward, as much for stepped weights, and where they are divided the weights: a layer's for each pass over it,
+                        under the streamed executor those before and after the layers forward, and backward if they are trained
     keys and values     of one rank's tokens, key/value heads alone (elite/distributed/ring.py)
     partial results     a hidden state for each map divided by inputs (forward) and by outputs (backward), of which a rank sends 2(R − 1)/R
 
@@ -18,26 +19,42 @@ from collections.abc import Iterable
 from elite.facts import Device, Facts
 from elite.optimizations.contract import Behind, Decision, Exchange, Passes, Site, summed
 from elite.optimizations.parts import FP32
+from elite.optimizations.zero_3 import ZeRO3
+from elite.plan.memory import folded
 from elite.plan.traffic import active
 
 LINK_SHARE = 0.8
 """Of the data sheet's rate between GPUs that exchanges reach (assumption)."""
 
 
-def exchanges(facts: Facts, decisions: tuple[Decision, ...], forwards: float, passes: int) -> tuple[Exchange, ...]:
+def exchanges(facts: Facts, decisions: tuple[Decision, ...], forwards: float, passes: int, sweeps: float) -> tuple[Exchange, ...]:
     """What one rank exchanges in a step.
 
     Args:
         forwards: through the layers' attention in one micro-batch, repeated ones included.
         passes: micro-batches.
+        sweeps: over each layer in one micro-batch, forward and backward.
     """
     if facts.device.count == 1:
         return ()
-    step = Passes(passes, forwards, 2 if active(decisions, Site.COMPUTE_DTYPE) else FP32)
+    step = Passes(passes, forwards, 2 if active(decisions, Site.COMPUTE_DTYPE) else FP32, _weights(facts, decisions, sweeps))
     found = [decision.optimization.exchange(step, facts) for decision in decisions if decision.active]
     if facts.dividing == 1 and not active(decisions, Site.GRADIENT_EXCHANGE):
         found.append(summed("gradients", FP32 * facts.trainable_params, facts.device.count, Behind.last_backward))
     return tuple(one for one in found if one is not None)
+
+
+def _weights(facts: Facts, decisions: tuple[Decision, ...], sweeps: float) -> float:
+    """Bytes of weights that one micro-batch needs whole, each time that it does."""
+    model, streamed, full = facts.model, facts.executor == "streamed", facts.adapter == "full"
+    # As they would stand on one device.
+    standing = folded(facts, (decision for decision in decisions if not isinstance(decision.optimization, ZeRO3))).standing
+    width = standing.other_weights / (model.total_params - model.linear_params)
+    inner = model.num_hidden_layers * model.layer_params
+    layers = standing.linear_weights + width * (inner - model.linear_params) + (FP32 * facts.trainable_params if not full else 0)
+    if not streamed:
+        return sweeps * (layers + width * (model.total_params - inner))
+    return sweeps * layers + (2 if full else 1) * width * 2 * model.embedding_params
 
 
 def exposed_s(found: Iterable[Exchange], device: Device, behind: dict[Behind, float]) -> float:

@@ -9,6 +9,7 @@ from elite.errors import PlanError
 from elite.facts import Device, Facts, ModelShape
 from elite.optimizations import decide
 from elite.optimizations.contract import Decision, Estimate, Exchange
+from elite.optimizations.zero_3 import divides_weights
 from elite.plan import streamed
 from elite.plan.batch import dividing, facts_of, sharing
 from elite.plan.exchange import exchanges
@@ -110,7 +111,7 @@ def _whole(config: RunConfig, device: Device, shape: ModelShape, accumulation: i
     decisions = decide(config.optimizations, facts)
     estimate = predict(facts, decisions)
     again = recomputed(decisions)
-    found = exchanges(facts, decisions, 1 + again[1], accumulation)
+    found = exchanges(facts, decisions, 1 + again[1], accumulation, 2 + again[0])
     flops, time = step_flops(facts, again, accumulation), step_time(facts, decisions, again, accumulation, exchanges=found)
     on_host = host(facts, decisions)
     fits = _fits(config, device, estimate, on_host)
@@ -148,7 +149,7 @@ class _Layouts:
             check_layout(layout)
             if layout.keys_values is Place.host and facts.model.sliding_window:
                 continue
-            if facts.adapter == "full" and layout.weights is WeightPlace.streamed:
+            if layout.weights is WeightPlace.streamed and (facts.adapter == "full" or divides_weights(self.decisions)):
                 continue
             yield self._candidate(layout, of_switches)
 
@@ -182,7 +183,8 @@ def _streamed(config: RunConfig, device: Device, shape: ModelShape, accumulation
     def predicted(candidate: _Candidate) -> Prediction:
         facts, decisions, layout = layouts.facts, layouts.decisions, candidate.layout
         again = streamed.recomputed(facts, layout)
-        found = exchanges(facts, decisions, 1 + again[1], accumulation)
+        # A layer is computed once more in the pass that goes back over it.
+        found = exchanges(facts, decisions, 1 + again[1], accumulation, 1 + again[0])
         flops = step_flops(facts, again, accumulation)
         time = step_time(facts, decisions, again, accumulation, layout, found)
         taken = candidate.estimate, candidate.host_bytes, layouts.memory.disk(layout), candidate.fits

@@ -92,7 +92,7 @@ def moments(step: Step, facts: Facts) -> Iterator[Estimate]:
     standing = _plus(step.standing, batch=angles, runtime=packed)
     # While it works forward, a layer that packs has its tensors beside their copies; while it goes back, what is read is there again.
     ahead, behind = _packing(step, facts, parts, forward=True), _packing(step, facts, parts, forward=False)
-    made = _first_made(facts)
+    made = _first_made(step, facts)
     before = _plus(standing, gradients=-made)
     # Autocast's copies of weights stay through the forward; those that a backward reads are among what parts save.
     copies = layers * sum(part.weights for part in parts) if step.recomputed else 0.0
@@ -130,9 +130,10 @@ def _forward(held: Estimate, step: Step, parts: tuple[Part, ...], copies: float)
         yield from _passing(_plus(held, trainable_copy=made), [replace(part, saved=part.saved - part.weights)], forward=True)
 
 
-def _first_made(facts: Facts) -> float:
+def _first_made(step: Step, facts: Facts) -> float:
     """Gradients that exist only once the backward has made them: of all weights, in the only pass of a step. Adapters' count throughout."""
-    return FP32 * facts.trainable_params if facts.adapter == "full" and facts.accumulation == 1 else 0.0
+    first = facts.adapter == "full" and facts.accumulation == 1 and not step.gradients_stand
+    return FP32 * facts.trainable_params if first else 0.0
 
 
 def _outer_params(facts: Facts) -> int:
@@ -256,7 +257,7 @@ def _loss(step: Step, facts: Facts, held: Estimate, copies: float) -> Iterator[E
     head = facts.model.embedding_params if full else 0
     # A trained head multiplies in a copy, where it is not in the compute dtype.
     copy = s.value * head if s.half else 0
-    made = FP32 * head if _first_made(facts) else 0.0
+    made = FP32 * head if _first_made(step, facts) else 0.0
     if step.loss_tile is None:
         read = s.value * s.d * s.tokens if full else 0
         yield _plus(kept, loss_workspace=LOSS_BYTES * s.tokens * vocab + copy + read)

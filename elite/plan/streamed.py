@@ -15,7 +15,8 @@ and the largest of
     the embedding       where it is trained, its gradient of a chunk beside the sum
     the update          what the optimizer needs meanwhile
 
-Where ranks share each sequence, n and S are a rank's part, and `across.py` says what else there is.
+Where ranks share each sequence, n and S are a rank's part, and `across.py` says what else there is. Where they divide weights, a part of
+these stands there, and what is whole at once is among the workspaces of libraries (elite/optimizations/zero_3.py).
 """
 
 from collections.abc import Iterable, Iterator
@@ -108,7 +109,7 @@ class StreamedMemory:
         facts, model, step = self._facts, self._facts.model, self._step
         full, every = facts.adapter == "full", self._whole.gradients
         # Of all weights, in the only pass of a step, gradients exist once the backward has made them.
-        once = full and facts.accumulation == 1
+        once = full and facts.accumulation == 1 and not step.gradients_stand
         hidden, embedding = self._stream_width * model.hidden_size * chunk, FP32 * model.embedding_params
         half, cuda, head = self._width < FP32, facts.device.kind == "cuda", 0.0
         if full:
@@ -122,6 +123,9 @@ class StreamedMemory:
         yield Estimate(loss_workspace=tile + head + self._around_loss(chunk, hidden), gradients=before)
         sums = 0.0 if once else FP32 * (model.layer_params if full else facts.trainable_params / model.num_hidden_layers)
         gradients = every - (embedding if once and not model.tied else 0)
+        if full and model.tied and step.gradients_stand:
+            # The head's waits for the embedding's.
+            gradients += embedding
         blocks = 0.0 if meeting else self._blocks(chunk, block, keys_leave)
         if meeting:
             yield Estimate(gradients=gradients, attention_workspace=meeting, layer_workspace=sums)

@@ -114,10 +114,10 @@ def optimizer_step(
         DivergedError: the judge says so; without one, loss or gradient is not finite. Nothing has been updated then.
     """
     loss = gradients(executor, window, scaler, ranks)
-    scaler.unscale_(optimizer)
+    exchange = gradient_exchange(executor.model)
+    exchange.unscale(optimizer, scaler)
     if before_clipping is not None:
         before_clipping()
-    exchange = gradient_exchange(executor.model)
     norm = exchange.clipped(parameters, max_grad_norm)
     verdict = (judge or _finite_or_stop)(loss, norm, math.isfinite(loss) and (math.isfinite(norm) or _overflowed(scaler)))
     (exchange.update if verdict is Verdict.take else exchange.drop)(optimizer, scaler)

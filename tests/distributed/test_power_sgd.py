@@ -182,7 +182,7 @@ def test_the_loss_goes_down_a_little_less(tmp_path: Path) -> None:
     assert plain["losses"][-1] < found["losses"][-1] < found["losses"][0] - 0.1
     # The lines of metrics.jsonl against what a plan says.
     facts = rig_facts()
-    (gradients,), (factors,) = (exchanges(facts, decisions, 1.0, 2) for decisions in ((), chosen(rank=2)))
+    (gradients,), (factors,) = (exchanges(facts, decisions, 1.0, 2, 2.0) for decisions in ((), chosen(rank=2)))
     assert [line["exchanged_bytes"] for line in found["lines"]] == [gradients.handed_bytes] * 2 + [factors.handed_bytes] * 8
     assert (gradients.what, factors.what) == ("gradients", "gradients as factors")
 

@@ -17,7 +17,7 @@ from elite import checkpoint, compose, modes
 from elite.attention import DOCUMENT_EAGER
 from elite.distributed.gradients import gradient_exchange
 from elite.distributed.ranks import Ranks
-from elite.distributed.zero import Sharded
+from elite.distributed.zero import Sharded, divide
 from elite.errors import CheckpointError, PlanError
 from elite.executor.whole import WholeExecutor
 from elite.model import LoadedModel
@@ -28,13 +28,14 @@ from elite.plan.memory import folded, host
 from elite.retention import CheckpointConfig
 from elite.runfolder import RunFolder
 from elite.training.saving import Saver
-from elite.training.step import accumulate, make_scaler
+from elite.training.step import accumulate, make_scaler, optimizer_step
 from tests.distributed.forked import together
 from tests.distributed.test_ddp import TINY, carried_out, off, window
 from tests.models import tiny
 from tests.optimizations.test_all import ALONE, BY_NAME, FACTS, on
 from tests.training.rig import TRAINING, adapted, fitted, rig, whole_model
 
+pytestmark = pytest.mark.usefixtures("engine")
 PAIR = replace(FACTS, device=replace(FACTS.device, count=2))
 TWO, THREE = ZeRO2.Config(enabled=True), ZeRO3.Config(enabled=True)
 TWO_OFFLOADED = ZeRO2.Config(enabled=True, offload_optimizer=True)
@@ -48,10 +49,10 @@ def switched(options: Any, *others: str) -> OptimizationsConfig:
     return replace(OptimizationsConfig(), **changes | {name: on(BY_NAME[name]) for name in others})
 
 
-def settings(options: Any, count: int) -> dict[str, Any]:
+def settings(options: Any, count: int, dtype: str = "float32") -> dict[str, Any]:
     zero = active_zero(decide(switched(options), replace(FACTS, device=replace(FACTS.device, count=count))))
     assert zero is not None
-    made = zero.settings(FACTS, "float32")
+    made = zero.settings(FACTS, dtype)
     if zero.number == 3:
         # Everything in a model this small would stay whole.
         made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -63,7 +64,11 @@ def gradients(ranks: Ranks, options: Any = None) -> dict[str, Any]:
     model: Any = tiny("llama", DOCUMENT_EAGER, hidden_size=32)
     loaded, before = LoadedModel(model, model, {}), model.get_input_embeddings().weight.detach().clone()
     optimizer, scaler = torch.optim.AdamW(loaded.trainable, lr=1e-2), make_scaler(ranks.device, torch.float32)
-    wrapped = model if options is None else Sharded(loaded, optimizer, settings(options, ranks.world), ranks)
+    wrapped = model
+    if options is not None:
+        made = settings(options, ranks.world)
+        divide(loaded, made, ranks)
+        wrapped = Sharded(loaded, optimizer, made, ranks)
     executor, exchange = WholeExecutor(wrapped, torch.float32), gradient_exchange(wrapped)
     loss = accumulate(executor, window(ranks.rank, ranks.world), scaler, ranks)
     found = [whole_gradient(parameter) for parameter in loaded.trainable]
@@ -114,6 +119,39 @@ def test_ranks_together_are_one_rank(name: str, world: int, tmp_path: Path, monk
         assert one["norm"] == pytest.approx(expected["norm"], rel=1e-5)
     assert expected["kept"] and found[0]["kept"], "a step that is dropped changes nothing"
     assert off(found[0]["weights"], expected["weights"]) <= 1e-5
+
+
+def half_steps(ranks: Ranks, options: Any = None) -> dict[str, Any]:
+    """Clipped steps in fp16, of which the first overflows: losses, norms, scales and the weights after them."""
+    model: Any = tiny("llama", DOCUMENT_EAGER, hidden_size=32)
+    loaded = LoadedModel(model, model, {})
+    optimizer = torch.optim.AdamW(loaded.trainable, lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, backoff_factor=2.0**-30, growth_interval=2)
+    wrapped = model
+    if options is not None:
+        made = settings(options, ranks.world, "float16")
+        divide(loaded, made, ranks)
+        wrapped = Sharded(loaded, optimizer, made, ranks)
+    executor, found = WholeExecutor(wrapped, torch.float16), list[tuple[float, float, float]]()
+    for _ in range(4):
+        mine = window(ranks.rank, ranks.world)[: 4 // ranks.world]
+        done = optimizer_step(executor, optimizer, scaler, mine, loaded.trainable, 0.1, ranks)
+        found.append((done.loss, done.grad_norm, scaler.get_scale()))
+    return {"steps": found, "weights": whole_weights(ranks, gradient_exchange(wrapped), loaded)}
+
+
+def test_losses_are_scaled_for_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = half_steps(ALONE)
+    losses, norms, scales = zip(*expected["steps"], strict=True)
+    assert scales == (2.0**10, 2.0**10, 2.0**11, 2.0**11), "an overflow, and after two steps without one as much again"
+    assert losses[0] == losses[1] > losses[2], "there is no update at an overflow"
+    for found in together(tmp_path / "two", 2, lambda ranks, _: [half_steps(ranks, options) for options in (TWO, THREE)])[0]:
+        of_ranks = list(zip(*found["steps"], strict=True))
+        assert of_ranks[0] == pytest.approx(losses, rel=1e-4) and of_ranks[2] == scales
+        assert of_ranks[1][1:] == pytest.approx(norms[1:], rel=1e-3)
+        assert not math.isfinite(norms[0]) and not math.isfinite(of_ranks[1][0])
+        assert off(found["weights"], expected["weights"]) <= 1e-5
 
 
 KINDS: dict[str, Callable[[], LoadedModel]] = {"adapters": lambda: adapted("llama"), "whole": lambda: whole_model("llama")}
@@ -221,8 +259,11 @@ def test_where_it_would_do_nothing_it_says_why() -> None:
     assert reason(TWO) == reason(THREE) == reason(TWO_OFFLOADED, device=alone) == ""
     assert reason(TWO, device=alone).startswith("one rank has no other to divide with")
     assert reason(THREE_OFFLOADED, device=alone).startswith("one rank has no other to divide weights with")
-    assert "no bf16" in reason(TWO, device=old)
-    assert reason(TWO, executor="streamed") == "" and "the streamed executor brings weights itself" in reason(THREE, executor="streamed")
+    assert reason(TWO, device=old) == reason(THREE, device=old) == "", "losses are scaled for fp16"
+    streamed = {"executor": "streamed"}
+    assert reason(TWO, **streamed) == reason(THREE, **streamed) == reason(THREE, host_weights=True) == ""
+    assert "weights wait whole in host memory" in reason(THREE, **streamed, host_weights=True)
+    assert reason(TWO, **streamed, journal=True) == "" and "cut off alike" in reason(THREE, **streamed, journal=True)
     assert reason(TWO, adapter="converted") == "" and "in the midst of frozen ones" in reason(THREE, adapter="converted")
 
 
@@ -256,8 +297,9 @@ def prepared(*overrides: str) -> tuple[RunFolder, int]:
     [
         ("optimizations.zero_2.enabled=true", "optimizations.zero_2.offload_optimizer=true", "executor=streamed", "executor.chunk=48"),
         ("optimizations.zero_3.enabled=true", "optimizations.zero_3.offload_parameters=true", "adapter.method=full"),
+        ("optimizations.zero_3.enabled=true", "adapter.method=full", "executor=streamed", "executor.chunk=48"),
     ],
-    ids=["2 streamed", "3 whole"],
+    ids=["2 streamed", "3 whole", "3 streamed"],
 )
 def test_a_run_saved_on_two_ranks_goes_on_on_one_and_on_four(
     words: tuple[str, ...], tmp_path: Path, repository: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
@@ -269,7 +311,8 @@ def test_a_run_saved_on_two_ranks_goes_on_on_one_and_on_four(
     assert processes == 2
     whole = carried_out(begun, 2, tmp_path / "pair")
     applied = json.loads(begun.summary.read_text())["applied"]
-    assert "trained parameters divided, in host memory" in applied[words[0].split(".")[1]]
+    offloaded = ", in host memory" if "offload_" in words[1] else ""
+    assert f"trained parameters divided{offloaded}" in applied[words[0].split(".")[1]]
     for world in (1, 4):
         folder = RunFolder(Path(shutil.copytree(begun.path, tmp_path / f"on_{world}")))
         folder.summary.unlink()
@@ -285,17 +328,25 @@ def test_a_run_saved_on_two_ranks_goes_on_on_one_and_on_four(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("executor=whole",), {"gradient_checkpointing", "fused_loss"}),
+        (("executor=streamed", "executor.chunk=48", "optimizations.ring_attention.enabled=true"), {"ring_attention"}),
+    ],
+    ids=["whole", "streamed, shared"],
+)
 def test_the_extreme_preset_composes_it_on_two_ranks(
-    tmp_path: Path, repository: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    words: tuple[str, ...], parts: set[str], tmp_path: Path, repository: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four-bit weights, 8-bit moments and everything else of it under ZeRO-3; its 8-bit state stays with as many ranks."""
     monkeypatch.chdir(tmp_path)
     where = (f"data.repo={repository}", f"output.cache={cache}", "hardware=cpu")
-    extreme = (*(word for word in TINY if word != "optimizations=none"), "optimizations=extreme", "adapter.rank=64", "executor=whole")
+    extreme = (*(word for word in TINY if word != "optimizations=none"), "optimizations=extreme", "adapter.rank=64", *words)
     begun, _ = prepared(*extreme, *where, "hardware.gpus=2")
     found = carried_out(begun, 2, tmp_path / "pair")
     applied = json.loads(begun.summary.read_text())["applied"]
-    assert {"zero_3", "qlora", "adamw_8bit", "fused_lora", "gradient_checkpointing", "fused_loss", "mixed_precision"} <= applied.keys()
+    assert {"zero_3", "qlora", "adamw_8bit", "fused_lora", "mixed_precision", *parts} <= applied.keys()
     assert found["losses"][4] < found["losses"][1] + 0.1
     begun.summary.unlink()
     shutil.rmtree(begun.checkpoints / "step_000004")

@@ -17,7 +17,7 @@ from elite.data.tokens import TokenFile, TokenStore
 from elite.data.validation import validation_batches
 from elite.distributed.gradients import gradient_exchange
 from elite.distributed.ranks import Ranks
-from elite.distributed.zero import Sharded
+from elite.distributed.zero import Sharded, divide
 from elite.executor.whole import WholeExecutor
 from elite.model import LoadedModel, apply_stage
 from elite.optimizations.contract import Decision, Stage
@@ -68,6 +68,7 @@ def loop_build(
     """
     model: Any = loaded.model
     if settings is not None:
+        divide(loaded, settings, ranks)
         model = Sharded(loaded, optimizer, settings, ranks)
     elif ranks.world > 1:
         # Small enough that gradients are exchanged in several parts.

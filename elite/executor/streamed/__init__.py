@@ -8,6 +8,7 @@
     rows.py          memory at a place                  stem.py        the model's own calls around its layers
     transfers.py     copies between places              encoding.py    boundaries in fewer bits
     unread.py        what a recomputation leaves out    weights.py     frozen weights, one layer ahead
+    ends.py          passes before and after layers     divided.py     weights that ranks divide
     probe.py         a step measured by its ends        draws.py       random state for each chunk
 
 How tokens are cut (`elite/chunks.py`) and which boundaries are kept (`elite/revolve.py`) is arithmetic that the planner shares.

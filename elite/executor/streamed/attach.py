@@ -52,7 +52,7 @@ def attach(model: Any, layout: Streaming, device: torch.device | None = None, ch
         model: a causal language model of transformers, possibly with peft adapters. Only its instance is changed.
         layout: see `Streaming`; its defaults suit most.
         device: where it computes; unset: where its embedding is. With streamed weights the model may lie in host memory: what is
-            not streamed moves to `device`.
+            not streamed moves to `device`. Weights that ranks divide (elite/distributed/zero.py) stay divided.
         choice: names the attention kernel for a shape; unset: the fastest here, measured once a machine.
 
     Raises:
@@ -94,7 +94,7 @@ def attach(model: Any, layout: Streaming, device: torch.device | None = None, ch
 
 
 def _settle(core: PreTrainedModel, runner: Runner, device: torch.device) -> None:
-    """Move to `device` what is not streamed to it layer by layer."""
+    """Move to `device` what is not brought to it layer by layer."""
     for parameter in core.parameters():
         if not runner.weights.holds(parameter) and parameter.device != device:
             parameter.data = parameter.data.to(device)

@@ -1,16 +1,18 @@
 """A streamed pass as autograd sees it: an embedding, one Function per segment of layers, a head.
 
 Boundaries never enter the graph: they wait in the store. What links the Functions is a *ticket*, a scalar that carries no value;
-parameters are inputs, so their gradients, hooks and DDP's buckets come about as always, segment by segment.
+parameters are inputs, so their gradients, hooks and DDP's buckets come about as always, segment by segment. Where ranks divide them,
+something stands for them (`Weights.inputs`).
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from elite.executor.streamed import ends
 from elite.executor.streamed.journal import EMBED, EMBED_BACKWARD, HEAD, backward_stage, forward_stage
 from elite.executor.streamed.runner import Runner
 from elite.executor.streamed.step import Step
@@ -21,13 +23,15 @@ Gradients = tuple[Tensor | None, ...]
 
 class _Embed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, runner: Runner, step: Step, *parameters: nn.Parameter) -> Tensor:
+    def forward(ctx: Any, runner: Runner, step: Step, *_inputs: Tensor) -> Tensor:
         if step.record is not None and (state := step.record.store) is not None:
             runner.take_up(step, state)
-        _done_once(runner, step, EMBED, lambda: runner.embed(step))
-        ctx.pass_, ctx.parameters = (runner, step), parameters
+        with runner.weights.before_layers():
+            _done_once(runner, step, EMBED, lambda: ends.embed(runner, step))
+            step.trains_embedding = ends.trains_embedding(runner, step)
+        ctx.pass_ = (runner, step)
         ticket = torch.zeros((), device=runner.device)
-        if parameters and not runner.stem.trains_embedding(step.part(step.order[0])):
+        if not step.trains_embedding:
             # Only the norm or the head is trained: the backward need not come down to here.
             ctx.mark_non_differentiable(ticket)
         return ticket
@@ -36,32 +40,33 @@ class _Embed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _ticket: Tensor) -> Gradients:
         runner, step = _current(ctx)
-        with hooks_aside(ctx.parameters):
-            return None, None, *_once(runner, step, EMBED_BACKWARD, lambda: runner.embed_backward(step, ctx.parameters))
+        with hooks_aside(runner.early_parameters):
+            return None, None, *_once(runner, step, EMBED_BACKWARD, lambda: ends.embed_backward(runner, step))
 
 
 class _Segment(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, runner: Runner, step: Step, segment: int, *parameters: nn.Parameter) -> Tensor:
+    def forward(ctx: Any, ticket: Tensor, runner: Runner, step: Step, segment: int, *_inputs: Tensor) -> Tensor:
         layers = runner.store.segment(segment)
         _done_once(runner, step, forward_stage(segment), lambda: runner.forward(step, layers))
-        ctx.pass_, ctx.segment, ctx.parameters = (runner, step), segment, parameters
+        ctx.pass_, ctx.segment = (runner, step), segment
         return ticket.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, ticket: Tensor) -> Gradients:
         runner, step = _current(ctx)
-        with hooks_aside(ctx.parameters):
-            found = _once(runner, step, backward_stage(ctx.segment), lambda: runner.backward(step, ctx.segment, ctx.parameters))
+        with hooks_aside([p for layer in runner.store.segment(ctx.segment) for p in runner.layer_parameters[layer]]):
+            found = _once(runner, step, backward_stage(ctx.segment), lambda: runner.backward(step, ctx.segment))
             return ticket, None, None, None, *found
 
 
 class _Head(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, runner: Runner, step: Step, *parameters: nn.Parameter) -> Tensor:
+    def forward(ctx: Any, ticket: Tensor, runner: Runner, step: Step, *_inputs: Tensor) -> Tensor:
+        parameters = runner.outer_parameters
         with hooks_aside(parameters):
-            loss, *ctx.gradients = _once(runner, step, HEAD, lambda: _joined(*runner.head(step, parameters, ctx.needs_input_grad[0])))
+            loss, *ctx.gradients = _once(runner, step, HEAD, lambda: _joined(*ends.head(runner, step, parameters, ctx.needs_input_grad[0])))
         ctx.pass_ = (runner, step)
         assert loss is not None
         return loss
@@ -69,13 +74,14 @@ class _Head(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Gradients:
-        _, step = _current(ctx)
+        runner, step = _current(ctx)
         if step.upstream is not None:
             raise RuntimeError("a streamed pass has one backward: gradients take the place of what a second one would need")
         step.upstream = upstream
         # Handed on, not kept: the head's is as large as the head.
         gradients, ctx.gradients = ctx.gradients, None
-        return torch.zeros_like(upstream), None, None, *(None if g is None else g.mul_(upstream) for g in gradients)
+        scaled = [None if gradient is None else gradient.mul_(upstream) for gradient in gradients]
+        return torch.zeros_like(upstream), None, None, *ends.head_backward(runner, step, scaled)
 
 
 def _current(ctx: Any) -> tuple[Runner, Step]:
@@ -114,9 +120,9 @@ def _joined(loss: Tensor, gradients: list[Tensor | None]) -> list[Tensor | None]
 
 def loss_sum(runner: Runner, step: Step) -> Tensor:
     """Sum of the token losses in nats, an fp32 scalar with a gradient for everything that is trained."""
-    ticket = _Embed.apply(runner, step, *runner.outer_parameters)
+    ticket = _Embed.apply(runner, step, *runner.weights.inputs(runner.early_parameters))
     for segment in range(runner.store.segments):
         layers = runner.store.segment(segment)
-        ticket = _Segment.apply(ticket, runner, step, segment, *(p for layer in layers for p in runner.layer_parameters[layer]))
-    loss: Tensor = _Head.apply(ticket, runner, step, *runner.outer_parameters)
+        ticket = _Segment.apply(ticket, runner, step, segment, *runner.inputs(layers))
+    loss: Tensor = _Head.apply(ticket, runner, step, *runner.weights.inputs(runner.outer_parameters))
     return loss

@@ -15,6 +15,7 @@ import torch
 
 from elite.chunks import Chunk
 from elite.distributed.exchange import Exchange
+from elite.executor.streamed import ends
 from elite.executor.streamed.attention import Phase
 from elite.executor.streamed.rounds import cut_rows
 from elite.executor.streamed.runner import Runner
@@ -73,10 +74,10 @@ class Probe:
         """Allocate, run the ends, extrapolate."""
         runner, step, layers = self._runner, self._step, len(self._runner.layers)
         order = step.order
-        embed = self._timed(lambda chunks: runner.embed(step, chunks), order)
-        runner.record_arguments(step)
+        embed = self._timed(lambda chunks: ends.embed(runner, step, chunks), order)
+        ends.record_arguments(runner, step)
         forward = sum(map(self._sweep, in_parts(step, [forward_sweep(runner.store, 0, step.groups, trains=True)])))
-        head = self._timed(lambda chunks: runner.head(step, runner.outer_parameters, descend=True, chunks=chunks), order)
+        head = self._timed(lambda chunks: ends.head(runner, step, runner.outer_parameters, descend=True, chunks=chunks), order)
         step.upstream = torch.ones((), device=runner.device)
         runner.find_unread(step)
         last = in_parts(step, backward_sweeps(runner.store, len(runner.store.kept) - 1, step.groups))

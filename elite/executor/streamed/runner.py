@@ -18,6 +18,7 @@ from elite.distributed.watchdog import Beat, no_beat
 from elite.errors import ModelError
 from elite.executor.streamed import split
 from elite.executor.streamed.attention import Phase, Work
+from elite.executor.streamed.divided import DividedWeights, are_divided
 from elite.executor.streamed.draws import Draws
 from elite.executor.streamed.journal import Journal
 from elite.executor.streamed.kernels import AttentionShape, Kernel
@@ -30,7 +31,7 @@ from elite.executor.streamed.step import GradientSum, Step, in_parts
 from elite.executor.streamed.store import Boundary, Store
 from elite.executor.streamed.sweeps import Sweep, backward_sweeps, forward_sweep
 from elite.executor.streamed.transfers import Fields, Transfers
-from elite.executor.streamed.weights import ResidentWeights, StreamedWeights
+from elite.executor.streamed.weights import StreamedWeights, Weights
 from elite.optimizations.functions.hooks import hooks_aside
 from elite.optimizations.functions.unread import UnreadOutputs
 from elite.streaming import Streaming, WeightPlace
@@ -40,6 +41,8 @@ FEW = 16
 
 MEETING = (Phase.project, Phase.above)
 """After these, ranks that share a sequence meet."""
+DESCENDING = (Phase.backward, Phase.below)
+"""The last of these over a layer makes its gradients whole."""
 
 KernelChoice = Callable[[AttentionShape], Kernel]
 
@@ -64,7 +67,7 @@ class Runner:
         self._choose = cache(choose)
         self.stem = Stem(core)
         self.layers = self.stem.layers
-        self.weights = StreamedWeights(self.layers, device) if layout.weights is WeightPlace.streamed else ResidentWeights()
+        self.weights = self._new_weights()
         self.allocator = Allocator(device, Path(layout.folder) if layout.folder else None)
         self.unread = UnreadOutputs(self.layers)
         self.transfers = Transfers(device, layout.chunk, self.allocator.disk)
@@ -78,15 +81,23 @@ class Runner:
         """What is trained in each layer."""
         self.outer_parameters: list[nn.Parameter]
         """What is trained before and after the layers."""
+        self.early_parameters: list[nn.Parameter]
+        """Of these, all but the head's own."""
         self._keys_values = KeyValues(layout.keys_values, 0, layout.block, self.allocator, device)
         self._rounds = self._new_rounds()
-        self._draws = Draws(device)
+        self.draws = Draws(device)
 
     def find_trained(self) -> None:
         """Note which parameters are trained; adapters may come after this was made."""
         inner = {id(p) for layer in self.layers for p in layer.parameters()}
         self.layer_parameters = [[p for p in layer.parameters() if p.requires_grad] for layer in self.layers]
         self.outer_parameters = [p for p in self._core.parameters() if p.requires_grad and id(p) not in inner]
+        alone = self.stem.alone(self.stem.head)
+        self.early_parameters = [p for p in self.outer_parameters if id(p) not in alone]
+
+    def inputs(self, layers: range) -> list[Tensor]:
+        """What autograd sees of what is trained in these layers."""
+        return [tensor for layer in layers for tensor in self.weights.inputs(self.layer_parameters[layer])]
 
     def begin(self, step: Step, width: int, dtype: torch.dtype) -> None:
         """Make the rows that `step` needs; what an earlier step left in them is lost."""
@@ -114,35 +125,6 @@ class Runner:
         # What they hold is not what the step's last layer has left there.
         self._keys_values.holds = None
 
-    def embed(self, step: Step, chunks: Sequence[Chunk] | None = None) -> None:
-        """Write the first boundary, of all chunks unless told which."""
-        with torch.no_grad(), self._as_in(step):
-            for chunk in step.order if chunks is None else chunks:
-                self._draws.seed(step, 0, chunk)
-                with step.autocast():
-                    hidden = self.stem.embed(step.part(chunk))
-                if self.current is not step:
-                    self.begin(step, hidden.shape[-1], hidden.dtype)
-                self._write(self.store.sinks(0, step.trains), chunk, hidden[0])
-
-    def record_arguments(self, step: Step) -> None:
-        """Have what the decoder hands to its layers at hand for all chunks, as far as it is kept."""
-        with self._as_in(step), step.autocast():
-            for chunk in step.order:
-                self.stem.calls(step.part(chunk))
-
-    def embed_backward(self, step: Step, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
-        """Gradients of what stands before the layers."""
-        total = GradientSum(parameters)
-        with self._as_in(step):
-            upstream = self.store.gradient(0)
-            for chunk, data in self.transfers.read(step.order, {"g": upstream.rows}):
-                self._draws.seed(step, 0, chunk)
-                with torch.enable_grad(), step.autocast():
-                    hidden = self.stem.embed(step.part(chunk))[0]
-                total.add(torch.autograd.grad(hidden, parameters, upstream.decode(data["g"]), allow_unused=True))
-        return total.result()
-
     def forward(self, step: Step, layers: range) -> None:
         """The first sweep of these layers."""
         sweeps = in_parts(step, [forward_sweep(self.store, layer, step.groups, step.trains) for layer in layers])
@@ -152,7 +134,7 @@ class Runner:
         with torch.no_grad():
             self.run(step, sweeps, after, {})
 
-    def backward(self, step: Step, segment: int, parameters: Sequence[nn.Parameter]) -> list[Tensor | None]:
+    def backward(self, step: Step, segment: int) -> list[Tensor | None]:
         """Gradients of one segment's parameters; the gradient of its input replaces that of its output."""
         if segment == self.store.segments - 1 or step.record is not None:
             self.find_unread(step)
@@ -163,40 +145,12 @@ class Runner:
         after = in_parts(step, backward_sweeps(self.store, segment - 1, step.groups))[0] if segment else None
         totals = {sweep.layer: GradientSum(self.layer_parameters[sweep.layer]) for sweep in sweeps}
         with torch.no_grad():
-            self.run(step, sweeps, after, totals)
-        found = {p: g for layer, total in totals.items() for p, g in zip(self.layer_parameters[layer], total.result(), strict=True)}
-        return [found[p] for p in parameters]
+            found = self.run(step, sweeps, after, totals)
+        return [gradient for layer in self.store.segment(segment) for gradient in found[layer]]
 
     def find_unread(self, step: Step) -> None:
         """Find out, before the first backward, what recomputing layers may leave out."""
-        self.unread.find(lambda layer: self._few_gradients(step, layer))
-
-    def head(
-        self, step: Step, parameters: Sequence[nn.Parameter], descend: bool, chunks: Sequence[Chunk] | None = None
-    ) -> tuple[Tensor, list[Tensor | None]]:
-        """Sum of the token losses (fp32 scalar), and its gradients; that of the last boundary goes to its place if `descend`."""
-        live, descent = self.store.live, self.store.gradient(len(self.layers))
-        loss, total = torch.zeros((), device=self.device), GradientSum(parameters)
-        with self._as_in(step):
-            for chunk, data in self.transfers.read(step.order if chunks is None else chunks, {"h": live.rows}):
-                hidden = live.decode(data["h"]).detach().requires_grad_(descend)
-                if not step.scored[chunk.index]:
-                    gradient = torch.zeros_like(hidden)
-                else:
-                    with torch.set_grad_enabled(step.trains), step.autocast():
-                        part = self.stem.loss(step.part(chunk), hidden, step.labels[chunk.start : chunk.stop], step.label_smoothing)
-                    loss += part.detach()
-                    if not step.trains:
-                        continue
-                    found = torch.autograd.grad(part, [*([hidden] if descend else []), *parameters], allow_unused=True)
-                    total.add(found[1:] if descend else found)
-                    gradient = found[0]
-                    # The head's is as large as the head, and the next chunk's would be made beside it.
-                    del found, part
-                if descend:
-                    descent.write(self.transfers, chunk, gradient)
-                del gradient
-        return loss, total.result()
+        self.unread.find(lambda layer: self._few_gradients(step, layer), self._tried)
 
     def host_bytes(self) -> int:
         """Pinned host memory of rows and of streamed weights."""
@@ -223,20 +177,40 @@ class Runner:
         self.release(self.layout)
         self.weights.undo()
 
+    def write(self, sinks: Sequence[Boundary], chunk: Chunk, hidden: Tensor) -> None:
+        """A layer's output [n, d], to where it is kept."""
+        for sink in sinks:
+            sink.write(self.transfers, chunk, hidden)
+
+    @contextmanager
+    def as_in(self, step: Step) -> Iterator[None]:
+        """Streamed attention, and random state that is left as it was."""
+        cuda = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(cuda, enabled=step.seed is not None), self.stem.streaming():
+            yield
+
     def _new_rounds(self) -> Rounds:
         return Rounds(self.layout, self.allocator, self.transfers, self.device, self._choose, lambda words: self.beat(words))
 
-    def run(self, step: Step, sweeps: Sequence[Sweep], after: Sweep | None, totals: dict[int, GradientSum]) -> None:
-        """Carry sweeps out one after another.
+    def _new_weights(self) -> Weights:
+        if are_divided(self._core.parameters()):
+            return DividedWeights(self._core.parameters(), self.stem, self.device)
+        return StreamedWeights(self.layers, self.device) if self.layout.weights is WeightPlace.streamed else Weights()
+
+    def run(
+        self, step: Step, sweeps: Sequence[Sweep], after: Sweep | None, totals: dict[int, GradientSum]
+    ) -> dict[int, list[Tensor | None]]:
+        """Carry sweeps out one after another; returns what autograd hands on, by layer.
 
         Args:
             after: the sweep that comes next, whose first copies may begin.
-            totals: where gradients of each layer's parameters go.
+            totals: where gradients of each layer's parameters are added up.
         """
+        found = {}
         for sweep, following in zip(sweeps, [*sweeps[1:], after], strict=True):
             # What comes after ranks have met is not there before.
             then = (following.chunks, self._fields(following)) if following is not None and sweep.phase not in MEETING else None
-            with self._as_in(step), self.weights.use(sweep.layer, following.layer if following else None):
+            with self.as_in(step), self.weights.use(sweep.layer, following.layer if following else None):
                 self._prepare_keys(sweep)
                 for chunk, data in self.transfers.read(sweep.chunks, self._fields(sweep), then):
                     self.beat(f"the {sweep.phase.name} of layer {sweep.layer}")
@@ -249,6 +223,9 @@ class Runner:
                     self._rounds.attend(sweep.layer, sweep.chunks)
                 elif sweep.phase is Phase.above:
                     self._rounds.descend(sweep.layer, sweep.chunks, self._outputs(sweep))
+                if sweep.phase in DESCENDING and (following is None or following.layer != sweep.layer):
+                    found[sweep.layer] = self.weights.take(self.layer_parameters[sweep.layer], totals[sweep.layer].result())
+        return found
 
     def _prepare_keys(self, sweep: Sweep) -> None:
         """Have a document's keys and values at hand for its backward."""
@@ -309,7 +286,7 @@ class Runner:
             out = self._layer(step, sweep.layer, chunk, hidden, work)
             if work.made is None:
                 raise _without_attention(sweep.layer)
-            self._write(sweep.sinks, chunk, out)
+            self.write(sweep.sinks, chunk, out)
             if sweep.keeps:
                 self.store.keep_attention(self.transfers, sweep.layer, chunk, work)
             return
@@ -358,11 +335,17 @@ class Runner:
         with step.autocast():
             # Before the seed: what records the arguments may draw random numbers itself.
             arguments = self.stem.calls(step.part(chunk))[layer]
-            self._draws.seed(step, layer + 1, chunk)
+            self.draws.seed(step, layer + 1, chunk)
             out: Tensor = self.layers[layer](hidden[None], **arguments, work=work)[0]
         if out.dtype is not hidden.dtype:
             raise ModelError(f"layer {layer} turns {hidden.dtype} into {out.dtype}: boundaries need one dtype", "executor=whole")
         return out
+
+    @contextmanager
+    def _tried(self, layer: int) -> Iterator[None]:
+        """Within, a layer can be called on tokens. It is often the next one at work."""
+        with self.weights.use(layer, following=layer), self.weights.before_layers():
+            yield
 
     def _few_gradients(self, step: Step, layer: int) -> list[Tensor | None]:
         """Gradients of one layer on the first few tokens."""
@@ -370,22 +353,11 @@ class Runner:
         chunk = Chunk(-1, 0, few, 0, (few,), few, shares=False)
         work = Work(Phase.backward, chunk, self._keys_values, lambda _shape: MATH)
         parameters = [p for p in self.layers[layer].parameters() if p.requires_grad]
-        with self.weights.use(layer, None), hooks_aside(parameters), torch.enable_grad(), self._as_in(step):
+        with hooks_aside(parameters), torch.enable_grad(), self.as_in(step):
             hidden = self.stem.embed(step.part(chunk))[0].detach().requires_grad_()
             out = self._layer(step, layer, chunk, hidden, work)
             upstream = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out).to(out.dtype)
             return list(torch.autograd.grad(out, [hidden, *parameters], upstream, allow_unused=True))
-
-    def _write(self, sinks: Sequence[Boundary], chunk: Chunk, hidden: Tensor) -> None:
-        for sink in sinks:
-            sink.write(self.transfers, chunk, hidden)
-
-    @contextmanager
-    def _as_in(self, step: Step) -> Iterator[None]:
-        """Streamed attention, and random state that is left as it was."""
-        cuda = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(cuda, enabled=step.seed is not None), self.stem.streaming():
-            yield
 
 
 def _without_attention(layer: int) -> ModelError:

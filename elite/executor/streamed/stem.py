@@ -53,7 +53,8 @@ class Stem:
             raise ModelError(f"{type(core).__name__} keeps its decoder layers elsewhere than in get_decoder().layers", "executor=whole")
         self.layers = layers
         self.embedding: Any = core.get_input_embeddings()
-        self._head: Any = core.get_output_embeddings()
+        self.head: Any = core.get_output_embeddings()
+        self._token: Tensor | None = None
         self._calls: OrderedDict[int, list[dict[str, Any]]] = OrderedDict()
         self._calls_bytes = 0
 
@@ -62,6 +63,11 @@ class Stem:
         """Whether dropout would act."""
         return bool(self._decoder.training)
 
+    def alone(self, module: nn.Module) -> set[int]:
+        """Parameters, by id, that are the embedding's or the head's alone: not those of both, where these are tied."""
+        both = {id(p) for p in self.embedding.parameters()} & {id(p) for p in self.head.parameters()}
+        return {id(p) for p in module.parameters()} - both
+
     def forget(self) -> None:
         """Drop kept layer arguments: the positions have changed."""
         self._calls.clear()
@@ -69,7 +75,9 @@ class Stem:
 
     def embed(self, chunk: Positions) -> Tensor:
         """The first layer's input [1, n, d]."""
-        return self.prologue(chunk, self.embedding(chunk.ids))
+        embedded: Tensor = self.embedding(chunk.ids)
+        self._token = embedded[:, :1].detach().clone()
+        return self.prologue(chunk, embedded)
 
     def prologue(self, chunk: Positions, embedded: Tensor) -> Tensor:
         """The first layer's input [1, n, d] from embedded tokens [1, n, d]."""
@@ -103,22 +111,28 @@ class Stem:
                 raise _Enough
             return hidden
 
+        if self._token is None:
+            self._token = self.embedding(chunk.ids[:, :1])
+        # One token's stands for all: nobody reads them, and the embedding need not be at hand for the layers.
+        embedded = self._token.expand(*chunk.ids.shape, -1)
         with self._replaced(record), self._until_enough():
-            self._decoder(input_ids=chunk.ids, position_ids=chunk.positions, use_cache=False)
+            self._decoder(inputs_embeds=embedded, position_ids=chunk.positions, use_cache=False)
         self._keep(chunk.index, recorded)
         return recorded
 
     def epilogue(self, chunk: Positions, hidden: Tensor) -> Tensor:
         """What the decoder makes of its last layer's output `hidden` [1, n, d]: the final norm."""
         with self._replaced(lambda _, **_arguments: hidden):
-            out: Tensor = self._decoder(input_ids=chunk.ids, position_ids=chunk.positions, use_cache=False).last_hidden_state
+            # What comes in is not read: its size and dtype are.
+            entering = hidden.detach()
+            out: Tensor = self._decoder(inputs_embeds=entering, position_ids=chunk.positions, use_cache=False).last_hidden_state
         return out
 
     def loss(self, chunk: Positions, hidden: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
         """Sum of the token losses, fp32 scalar, of the last layer's output `hidden` [n, d] and labels [n]; `IGNORE` scores none."""
         normed = self.epilogue(chunk, hidden[None])[0]
         return linear_cross_entropy(
-            *(normed, self._head.weight, self._head.bias, labels),
+            *(normed, self.head.weight, self.head.bias, labels),
             ignore_index=IGNORE,
             label_smoothing=label_smoothing,
         )

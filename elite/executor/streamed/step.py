@@ -32,6 +32,8 @@ class Step:
     label_smoothing: float = 0.0
     seed: int | None = None
     """Random state is set from it before each layer and chunk, so that a recomputation draws the same masks; None draws nothing."""
+    trains_embedding: bool = False
+    """Whether anything before the layers is trained, once its forward pass has begun."""
     upstream: Tensor | None = None
     """Gradient of the loss, once the backward has begun."""
     shared: Shared | None = None
@@ -94,5 +96,6 @@ class GradientSum:
                 self._sums[i] = gradient.to(wide) if known is None else known.add_(gradient)
 
     def result(self) -> list[Tensor | None]:
-        """The sums, in the parameters' dtype."""
-        return [None if total is None else total.to(p.dtype) for total, p in zip(self._sums, self._parameters, strict=True)]
+        """The sums, in the parameters' dtype; the next ones begin anew."""
+        sums, self._sums = self._sums, [None] * len(self._sums)
+        return [None if total is None else total.to(p.dtype) for total, p in zip(sums, self._parameters, strict=True)]

@@ -1,11 +1,11 @@
-"""Where the frozen weights of the decoder layers wait: on the device, or in pinned host memory, copied one layer ahead.
+"""Where the weights wait: on the device, or frozen ones of the decoder layers in pinned host memory, copied one layer ahead.
 
 Streamed weights change place only through `Parameter.data`, so the model keeps its modules, names and state dict. What is trained
-stays on the device: its gradients and optimizer state are there.
+stays on the device: its gradients and optimizer state are there. Weights that ranks divide: divided.py.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,27 +21,47 @@ ALIGNMENT = 256
 """Bytes at which each weight begins, as the device's allocator aligns them."""
 
 
-class ResidentWeights:
+class Weights:
     """All weights are on the device already."""
 
     host_bytes = 0
     """Pinned host memory."""
 
-    @contextmanager
-    def use(self, layer: int, following: int | None) -> Iterator[None]:
-        """Within, this layer's weights are on the device; those of the following one are on their way."""
-        yield
+    def before_layers(self) -> AbstractContextManager[Any]:
+        """Within, the embedding is at hand, and whatever else stands before the layers."""
+        return nullcontext()
 
-    @contextmanager
-    def on_demand(self) -> Iterator[None]:
+    def after_layers(self) -> AbstractContextManager[Any]:
+        """Within, final norm and head are at hand."""
+        return nullcontext()
+
+    def use(self, layer: int, following: int | None) -> AbstractContextManager[Any]:
+        """Within, this layer's weights are on the device; those of the following one are on their way."""
+        return nullcontext()
+
+    def on_demand(self) -> AbstractContextManager[Any]:
         """Within, layers may be called in any order."""
-        yield
+        return nullcontext()
+
+    def inputs(self, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+        """What autograd sees of these, which are trained."""
+        return list(parameters)
+
+    def take(
+        self, parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None], later: Collection[nn.Parameter] = ()
+    ) -> list[Tensor | None]:
+        """Gradients of a pass, while their parameters are at hand; returns what autograd hands on, one for each of `inputs`.
+
+        Args:
+            later: more is to come for these in the same pass.
+        """
+        return list(gradients)
 
     def refresh(self) -> None:
         """Nothing is cached."""
 
     def holds(self, parameter: nn.Parameter) -> bool:
-        """Whether it waits in host memory."""
+        """Whether it waits elsewhere, and comes when it is needed."""
         return False
 
     def undo(self) -> None:
@@ -65,7 +85,7 @@ class _Piece:
         return buffer[self.offset : self.offset + size].view(self.dtype).view(self.shape)
 
 
-class StreamedWeights:
+class StreamedWeights(Weights):
     """Frozen weights in pinned host memory, and two buffers on the device that take layers in turn.
 
     Args:

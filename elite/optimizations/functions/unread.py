@@ -8,7 +8,7 @@ with those after a map's output was replaced by something else.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,8 +34,12 @@ class UnreadOutputs:
         self._maps: list[list[Any]] | None = None
         self._known: tuple[int, ...] = ()
 
-    def find(self, gradients: Gradients) -> None:
-        """Try every map of one layer of each kind, unless that has been done and no module has changed since."""
+    def find(self, gradients: Gradients, at_hand: Callable[[int], AbstractContextManager[Any]] = lambda _layer: nullcontext()) -> None:
+        """Try every map of one layer of each kind, unless that has been done and no module has changed since.
+
+        Args:
+            at_hand: within what it returns for a layer, its gradients can be asked for.
+        """
         modules = tuple(id(module) for module in self._layers.modules())
         if modules == self._known:
             return
@@ -45,7 +49,8 @@ class UnreadOutputs:
         for index, layer in reversed(list(enumerate(self._layers))):
             kind = tuple((name, type(module)) for name, module in layer.named_modules())
             if kind not in found:
-                found[kind] = _unread_in(layer, self._plain, partial(gradients, index))
+                with at_hand(index):
+                    found[kind] = _unread_in(layer, self._plain, partial(gradients, index))
             maps.append([layer.get_submodule(name) for name in found[kind]])
         self._maps, self._known = maps[::-1], modules
 
