@@ -52,8 +52,8 @@ class Run:
 
     @property
     def carriers(self) -> Ranks:
-        """This process among those that carry other sequences: it is alone where ranks divide each layer, who carry the same."""
-        return replace(self.ranks, rank=0, world=1) if self.facts.dividing > 1 else self.ranks
+        """This process among those that carry other sequences."""
+        return carriers_of(self.ranks, self.facts)
 
     @property
     def layout(self) -> Streaming | None:
@@ -130,6 +130,11 @@ def completed(plan: dict[str, Any], config: RunConfig, device: Device) -> dict[s
     # The first version had the whole executor alone.
     begun = replace(config, executor=replace(config.executor, name=Executor(plan.get("executor", Executor.whole.value))))
     return make_plan(begun, device, geometry.shape(config.model), Corpus(**plan["corpus"])).to_dict() | plan
+
+
+def carriers_of(ranks: Ranks, facts: Facts) -> Ranks:
+    """This process among those that carry other sequences: it is alone where ranks divide each layer, who carry the same."""
+    return replace(ranks, rank=0, world=1) if facts.dividing > 1 else ranks
 
 
 def compute_dtype(decisions: tuple[Decision, ...], device: Device) -> tuple[torch.dtype, dict[str, Applied]]:

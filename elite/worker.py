@@ -6,7 +6,6 @@ Started by the launcher with the folder as its argument, or called in process un
 import json
 import statistics
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from elite.data.validation import Completion, completion_example, validation_bat
 from elite.distributed.launch import leave_last_words, left_behind
 from elite.distributed.ranks import Ranks, joined
 from elite.distributed.watchdog import Beat, Watchdog, deadline_seconds
+from elite.distributed.zero import loading_device, wrapping
 from elite.errors import CheckpointError, EliteError
 from elite.executor.build import build, streams_weights
 from elite.executor.streamed.attach import Attached
@@ -35,8 +35,6 @@ from elite.jsonfile import read_object
 from elite.model import LoadedModel, load
 from elite.optimizations.contract import Applied
 from elite.optimizations.ring_attention import active_variant
-from elite.optimizations.zero_2 import active_zero
-from elite.optimizations.zero_3 import divides_weights
 from elite.plan import model_flops_per_token
 from elite.plan.words import duration, gib
 from elite.prepared import Run, corpus_of, prepared
@@ -76,8 +74,7 @@ def train(folder: RunFolder, ranks: Ranks) -> None:
 def _loaded(run: Run) -> LoadedModel:
     # Each rank would write the same base.
     base = run.folder.base if run.ranks.is_main else None
-    # What ranks divide is divided out of host memory: no device need hold it whole.
-    device = torch.device("cpu") if divides_weights(run.decisions) else run.ranks.device
+    device = loading_device(run.decisions, run.ranks)
     loaded = load(run.config, run.decisions, run.dtype, device, streams_weights(run.layout), base)
     if base is not None and base.is_dir():
         uptraining.with_tokenizer(run, base)
@@ -170,7 +167,8 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter, be
     config, tier, ranks, steps, carriers = run.config, run.config.tier, run.ranks, run.plan["steps"], run.carriers
     shared = active_variant(run.decisions)
     optimizer, applied = build_optimizer(loaded.trainable, run.plan["learning_rate"], config.training, run.decisions, loaded.model)
-    wrapped, cache = _divided(run, loaded, optimizer), Path(config.output.cache).expanduser()
+    wrapped = wrapping(loaded, run.layout, run.decisions, run.facts, run.dtype, optimizer, ranks)
+    cache = Path(config.output.cache).expanduser()
     executors = build(loaded, run.layout, run.dtype, run.device, carriers, cache, shared, wrapped)
     attached = executors.attached
     if attached is not None:
@@ -210,19 +208,6 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter, be
         beat=beat,
     )
     return trainer, attached
-
-
-def _divided(run: Run, loaded: LoadedModel, optimizer: torch.optim.Optimizer) -> Callable[[LoadedModel], torch.nn.Module] | None:
-    """What divides gradients among ranks, and weights, which it does at once; None where nothing does."""
-    zero = active_zero(run.decisions)
-    if zero is None:
-        return None
-    from elite.distributed.zero import Sharded, divide
-
-    settings = zero.settings(run.facts, str(run.dtype).removeprefix("torch."))
-    # What streams weights is to find them so.
-    divide(loaded, settings, run.ranks)
-    return lambda loaded: Sharded(loaded, optimizer, settings, run.ranks, gathers=run.layout is None)
 
 
 def _held_out(run: Run, store: TokenStore) -> tuple[list[Batch], list[Batch]]:

@@ -15,7 +15,9 @@ import torch
 from elite import geometry, hardware
 from elite.config import RunConfig
 from elite.data.batches import random_batch
+from elite.distributed.gradients import gradient_exchange
 from elite.distributed.ranks import Ranks, joined
+from elite.distributed.zero import loading_device, wrapping
 from elite.errors import PlanError
 from elite.executor.build import Executors, build, streams_weights
 from elite.facts import NO_CORPUS, Device
@@ -27,7 +29,7 @@ from elite.optimizations.ring_attention import active_variant
 from elite.plan import Plan, facts_of, make_plan
 from elite.plan.batch import with_micro_batch
 from elite.plan.words import gib
-from elite.prepared import compute_dtype, prepare_process
+from elite.prepared import carriers_of, compute_dtype, prepare_process
 from elite.streaming import Streaming
 from elite.training.ahead import Taking
 from elite.training.around import hooked_step, loop_hooks
@@ -52,6 +54,8 @@ class Assembled:
     executors: Executors
     optimizer: torch.optim.Optimizer
     ranks: Ranks
+    carriers: Ranks
+    """This process among those that carry other sequences; alone where ranks divide each layer, who carry the same."""
     sharing: int = 1
     """Ranks that carry each row together."""
     hooks: Sequence[Hook] = ()
@@ -67,7 +71,7 @@ class Assembled:
         """One optimizer step over one micro-batch of random tokens: seconds and peaks."""
         device, number = self.ranks.device, next(self.numbers)
         # Ranks that share rows draw the same ones.
-        seed = self.config.seed + number * self.ranks.world + self.ranks.rank // self.sharing
+        seed = self.config.seed + number * self.carriers.world + self.carriers.rank // self.sharing
         batch = random_batch(self.plan.micro_batch, self.plan.context, self.vocab, torch.Generator().manual_seed(seed))
         batch = batch.shared(self.ranks.rank % self.sharing, self.sharing)
         reset_peak(device)
@@ -75,7 +79,7 @@ class Assembled:
         began = time.perf_counter()
         scaler, norm = make_scaler(device, self.dtype), self.config.training.max_grad_norm
         around = (number, self.hooks, self.executors.training, self.optimizer)
-        done = hooked_step(*around, scaler, [batch], self.loaded.trainable, norm, self.ranks)
+        done = hooked_step(*around, scaler, [batch], self.loaded.trainable, norm, self.carriers)
         synchronise(device)
         seconds = time.perf_counter() - began
         return {"step_s": seconds, "tokens_per_s": batch.input_ids.numel() / seconds, "loss": done.loss} | peaks(device)
@@ -99,15 +103,19 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
     decisions = decide(config.optimizations, facts)
     layout = Streaming.from_dict(plan.layout) if plan.layout else None
     with joined() as ranks, ExitStack() as undone:
+        carriers = carriers_of(ranks, facts)
         prepare_process(config, ranks, device)
         dtype, of_runtime = compute_dtype(decisions, device)
         _undo_after(undone, of_runtime)
-        loaded = load(config, decisions, dtype, ranks.device, streams_weights(layout))
+        loaded = load(config, decisions, dtype, loading_device(decisions, ranks), streams_weights(layout))
         _undo_after(undone, loaded.applied)
-        executors = build(loaded, layout, dtype, device, ranks, Path(config.output.cache).expanduser(), active_variant(decisions))
+        optimizer, _ = build_optimizer(loaded.trainable, plan.learning_rate, config.training, decisions, loaded.model)
+        wrapped = wrapping(loaded, layout, decisions, facts, dtype, optimizer, ranks)
+        cache = Path(config.output.cache).expanduser()
+        executors = build(loaded, layout, dtype, device, carriers, cache, active_variant(decisions), wrapped)
+        undone.callback(gradient_exchange(executors.training.model).close)
         if executors.attached is not None:
             undone.callback(executors.attached.undo)
-        optimizer, _ = build_optimizer(loaded.trainable, plan.learning_rate, config.training, decisions, loaded.model)
         parts = (config, decisions, executors.training, optimizer, loaded.trainable, STEPS, ranks.device)
         taking = Taking.of(plan.ahead_bytes, plan.memory)
         vocab = int(loaded.core.config.get_text_config().vocab_size)
@@ -119,7 +127,7 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
             torch.cuda.empty_cache()
         for hook in hooks:
             hook.begin()
-        made = Assembled(config, plan, dtype, loaded, executors, optimizer, ranks, facts.sharing, hooks)
+        made = Assembled(config, plan, dtype, loaded, executors, optimizer, ranks, carriers, facts.sharing, hooks)
         with settled():
             yield made
 

@@ -40,6 +40,7 @@ from elite.executor.build import build
 from elite.executor.contract import Executor
 from elite.model import LoadedModel, load
 from elite.optimizations import decide
+from elite.optimizations.ring_attention import Variant
 from elite.plan import facts_of
 from elite.runfolder import environment
 from elite.streaming import Keep, Place, Streaming, WeightPlace
@@ -98,19 +99,26 @@ class Bench:
             _spread(loaded.trainable, config.seed)
         return loaded
 
-    def errors(self, loaded: LoadedModel, layout: Streaming | None, reference: list[tuple[float, Gradients]]) -> Errors:
-        """Of the ordinary pass, or of the streamed one in a layout; the model is left as it was."""
+    def errors(
+        self, loaded: LoadedModel, layout: Streaming | None, reference: list[tuple[float, Gradients]], shared: Variant | None = None
+    ) -> Errors:
+        """Of the ordinary pass, or of the streamed one in a layout; the model is left as it was.
+
+        Args:
+            shared: how all ranks exchange keys and values of each row; None: a row is one rank's.
+        """
         cache = Path(self.config.output.cache).expanduser()
-        executors = build(loaded, layout, self.dtype, hardware.device(self.config.hardware), self.ranks, cache)
+        executors = build(loaded, layout, self.dtype, hardware.device(self.config.hardware), self.ranks, cache, shared)
         try:
-            return errors(self._rows(loaded, executors.training, self.dtype), reference)
+            return errors(self._rows(loaded, executors.training, self.dtype, shared is not None), reference)
         finally:
             if executors.attached is not None:
                 executors.attached.undo()
             _free(self.ranks.device)
 
-    def _rows(self, loaded: LoadedModel, executor: Executor, dtype: torch.dtype) -> Iterator[tuple[float, Gradients]]:
-        for batch in self.batches:
+    def _rows(self, loaded: LoadedModel, executor: Executor, dtype: torch.dtype, shared: bool = False) -> Iterator[tuple[float, Gradients]]:
+        for whole in self.batches:
+            batch = whole.shared(self.ranks.rank, self.ranks.world) if shared else whole
             loss = accumulate(executor, [batch], make_scaler(self.ranks.device, dtype), self.ranks)
             yield loss, {name: p.grad for name, p in loaded.model.named_parameters() if p.grad is not None}
             loaded.model.zero_grad(set_to_none=True)

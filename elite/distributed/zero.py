@@ -21,7 +21,12 @@ from torch.utils._pytree import tree_map_only
 
 from elite.distributed.gradients import GradientExchange, State
 from elite.distributed.ranks import Ranks
+from elite.facts import Facts
 from elite.model import LoadedModel, TrainedCopy, copy_trained, load_trained
+from elite.optimizations.contract import Decision
+from elite.optimizations.zero_2 import active_zero
+from elite.optimizations.zero_3 import divides_weights
+from elite.streaming import Streaming
 
 PARTS = "parts"
 """Under this name a checkpoint keeps state that is not a value for each weight: the optimizer's own, by rank."""
@@ -233,14 +238,53 @@ class Sharded(nn.Module, GradientExchange):
         safe_set_local_optimizer_state(parameter, whole.narrow(0, size * self._ranks.rank, size), name)
 
 
+def wrapping(
+    loaded: LoadedModel,
+    layout: Streaming | None,
+    decisions: Iterable[Decision],
+    facts: Facts,
+    dtype: torch.dtype,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
+) -> Callable[[LoadedModel], nn.Module] | None:
+    """What puts a model behind the engine, where these decisions divide gradients among ranks, or weights, which is done at once; None
+    where nothing does.
+
+    Args:
+        layout: of the streamed executor; None is the whole one.
+        dtype: of matrix products.
+    """
+    zero = active_zero(decisions)
+    if zero is None:
+        return None
+    settings = zero.settings(facts, str(dtype).removeprefix("torch."))
+    # What streams weights is to find them so.
+    divide(loaded, settings, ranks)
+    return lambda loaded: Sharded(loaded, optimizer, settings, ranks, gathers=layout is None)
+
+
+def loading_device(decisions: Iterable[Decision], ranks: Ranks) -> torch.device:
+    """Where a model is loaded: what ranks divide is divided out of host memory, so that no device need hold it whole."""
+    return torch.device("cpu") if divides_weights(decisions) else ranks.device
+
+
 def divide(loaded: LoadedModel, settings: dict[str, Any], ranks: Ranks) -> None:
     """Where these settings of DeepSpeed are stage 3's, leave each rank with its part of every weight, of frozen ones too.
 
     One weight after another: the model may lie in host memory, and a device never holds it whole.
     """
     if _divides_weights(settings):
-        _deepspeed(ranks).zero.Init(module=loaded.model, config_dict_or_path=settings)
+        _deepspeed(ranks).zero.Init(module=loaded.model, config_dict_or_path=while_dividing(settings, loaded))
         _bring(loaded.model, ranks.device)
+
+
+def while_dividing(settings: dict[str, Any], loaded: LoadedModel) -> dict[str, Any]:
+    """Settings for the division of weights: parts that are trained go on into pinned buffers of the engine's, and if they were pinned
+    before, torch would keep that memory locked for good."""
+    zero = settings["zero_optimization"]
+    if "offload_param" not in zero or not loaded.trains_everything:
+        return settings
+    return settings | {"zero_optimization": zero | {"offload_param": zero["offload_param"] | {"pin_memory": False}}}
 
 
 def _divides_weights(settings: dict[str, Any]) -> bool:
@@ -256,8 +300,9 @@ def _deepspeed(ranks: Ranks) -> Any:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # An exchange through shared memory, which would be compiled for a minute and more; gloo does it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Nothing is compiled, nor tried, which runs compilers in each rank: an exchange through shared memory would take a minute and more;
+    # gloo does it. The optimizer's step in host memory is torch's own.
+    deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 

@@ -196,6 +196,8 @@ class Step:
     """Bytes that the optimizer needs during its step."""
     corpus_resident: bool = True
     """All tokens of the corpus are in host memory."""
+    copies_stay: bool = True
+    """Copies of trained weights that autocast makes in the compute dtype stay until the forward is over."""
 
     def sizes(self, facts: Facts, tokens: int) -> Sizes:
         """What the formulas of a layer's parts read, for so many tokens."""

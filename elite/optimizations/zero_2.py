@@ -2,12 +2,12 @@
 
 What:   each rank keeps the gradients of its own part of what is trained, and takes the optimizer's step for that part.
 How:    DeepSpeed's engine (elite/distributed/zero.py) around the run's own optimizer, its configuration made from the run's. Gradients are
-        reduced to the rank that keeps them in every backward, in fp32; after the step ranks gather each other's weights. With
+        summed over ranks in every backward, in fp32, and each keeps its part; after the step ranks gather each other's weights. With
         `offload_optimizer` gradients, fp32 weights and state lie in host memory, and the step is taken there; that is of use on one rank,
-        too. Losses are scaled for fp16 by the run's own scaler. A checkpoint holds whole parameters' state, so any number of ranks goes on
-        from it.
-Memory: R ranks, P trained parameters: state 8P/R bytes, gradients 4P/R and the bucket that is being exchanged, a copy of the weights that
-        the step is taken on 4P/R; with `offload_optimizer` the bucket alone, and in host memory 20P/R.
+        too. A checkpoint holds whole parameters' state, so any number of ranks goes on from it.
+Memory: R ranks, P trained parameters: state 8P/R bytes, gradients 4P/R (twice with several micro-batches), a bucket of them and the copy of
+        it that is exchanged, a copy of the weights that the step is taken on 4P/R; with `offload_optimizer` bucket, copy and the largest
+        gradient, and in host memory 20P/R (24P/R with several micro-batches) and the latter.
 Source: Rajbhandari et al. 2020, arXiv:1910.02054; Ren et al. 2021, arXiv:2101.06840 (offload); DeepSpeed.
 """
 
@@ -31,12 +31,15 @@ from elite.optimizations.contract import (
     Step,
 )
 from elite.optimizations.parts import FP32
+from elite.optimizations.shapes import largest_trained
 from elite.optimizations.targets import LoopBuild
 
 BUCKET = 2**25
 """Values of gradients that are exchanged at once: larger messages are hardly faster."""
 ON_HOST = 20
 """Bytes of a trained parameter with `offload_optimizer`: fp32 weight, its copy on the way, gradient, two moments."""
+EXCHANGE = "divided gradients and weights"
+"""What ranks exchange; the engine waits for it."""
 PARTS = "gradients lie in parts on the ranks when it would act on them"
 
 
@@ -83,14 +86,14 @@ class ZeRO2(Optimization):
 
     def memory(self, step: Step, facts: Facts) -> Step:
         standing, ranks = step.standing, facts.device.count
-        bucket = FP32 * _bucket(facts)
+        bucket = 2 * FP32 * _bucket(facts)
         if self.config.offload_optimizer and facts.device.kind == "cuda":
-            kept = replace(standing, gradients=bucket, optimizer_state=0.0)
+            kept = replace(standing, gradients=bucket + self._on_the_way(facts), optimizer_state=0.0)
             return replace(step, standing=kept, optimizer_workspace=0.0, gradients_stand=True)
         own = FP32 * facts.trainable_params / ranks
         parts = replace(
             standing,
-            gradients=own + bucket,
+            gradients=own * self._sums(facts) + bucket,
             optimizer_state=standing.optimizer_state / ranks,
             trainable_copy=standing.trainable_copy + own,
         )
@@ -99,11 +102,21 @@ class ZeRO2(Optimization):
     def host_memory(self, step: Step, facts: Facts) -> float:
         if not self.config.offload_optimizer or facts.device.kind != "cuda":
             return 0.0
-        return ON_HOST * facts.trainable_params / facts.device.count
+        each = ON_HOST + FP32 * (self._sums(facts) - 1)
+        return each * facts.trainable_params / facts.device.count + self._on_the_way(facts)
+
+    def _sums(self, facts: Facts) -> int:
+        """How often a rank has its gradients: a pass's, and the sum of those of the passes before."""
+        return 1 if facts.accumulation == 1 else 2
+
+    def _on_the_way(self, facts: Facts) -> float:
+        """A gradient that goes to host memory waits on the device, and is added to others there."""
+        return FP32 * largest_trained(facts)
 
     def exchange(self, passes: Passes, facts: Facts) -> Exchange:
-        """Gradients to the rank that keeps them in every backward, stepped weights from it."""
-        return divided(FP32 * facts.trainable_params * (passes.count + 1), facts)
+        """Gradients in every backward, of which ranks have the sum before they keep a part; stepped weights from who keeps them."""
+        handed, ranks = FP32 * facts.trainable_params, facts.device.count
+        return Exchange(EXCHANGE, handed * (passes.count + 1), (ranks - 1) / ranks * handed * (2 * passes.count + 1), Behind.nothing)
 
     def settings(self, facts: Facts, dtype: str) -> dict[str, Any]:
         """DeepSpeed's configuration.
@@ -138,12 +151,6 @@ class ZeRO2(Optimization):
             return Applied(0, "trained parameters")
         where = ", in host memory" if self.offloads else ""
         return Applied(len(target.parameters), f"trained parameters divided{where}", lambda: None)
-
-
-def divided(handed_bytes: float, facts: Facts) -> Exchange:
-    """What is scattered or gathered: each rank sends (R − 1)/R of it, and the engine waits for it."""
-    ranks = facts.device.count
-    return Exchange("divided gradients and weights", handed_bytes, (ranks - 1) / ranks * handed_bytes, Behind.nothing)
 
 
 def _bucket(facts: Facts) -> int:

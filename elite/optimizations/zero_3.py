@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elite.facts import Facts
-from elite.optimizations.contract import Decision, Exchange, Passes, Site, Step
+from elite.optimizations.contract import Behind, Decision, Exchange, Passes, Site, Step
 from elite.optimizations.parts import FP32
-from elite.optimizations.zero_2 import ZeRO2, active_zero, divided
+from elite.optimizations.zero_2 import EXCHANGE, ZeRO2, active_zero
 
 PERSISTENT = 2**14
 """Values of a parameter that stays whole: gathering vectors is waiting for messages alone."""
@@ -80,14 +80,28 @@ class ZeRO3(ZeRO2):
             trainable_copy=standing.trainable_copy - adapters * (1 - kept),
             runtime=standing.runtime + min(whole, (weights + adapters) * (1 - kept)),
         )
-        return replace(of_two, standing=parts, offloaded_weights=(weights + adapters) * part if offloaded else 0.0)
+        # For the step the engine copies the gradients that it has added up.
+        copied = 0.0 if self.config.offload_optimizer and facts.device.kind == "cuda" else FP32 * facts.trainable_params * part
+        made = replace(of_two, standing=parts, optimizer_workspace=of_two.optimizer_workspace + copied)
+        # Its linear maps convert the weight at work, and again when they go back.
+        return replace(made, offloaded_weights=(weights + adapters) * part if offloaded else 0.0, copies_stay=False)
 
     def host_memory(self, step: Step, facts: Facts) -> float:
         return super().host_memory(step, facts) + step.offloaded_weights
 
+    def _sums(self, facts: Facts) -> int:
+        # Passes add to the same.
+        return 1
+
+    def _on_the_way(self, facts: Facts) -> float:
+        # Parts go straight from what was scattered.
+        return 0.0
+
     def exchange(self, passes: Passes, facts: Facts) -> Exchange:
-        """Weights besides, for each pass."""
-        return divided(super().exchange(passes, facts).handed_bytes + passes.weights * passes.count, facts)
+        """Gradients in every backward to who keeps them, and weights for each pass, under the whole executor less the last layer or two,
+        which a forward leaves for the backward."""
+        handed, ranks = passes.count * (FP32 * facts.trainable_params + passes.weights), facts.device.count
+        return Exchange(EXCHANGE, handed, (ranks - 1) / ranks * handed, Behind.nothing)
 
     def settings(self, facts: Facts, dtype: str) -> dict[str, Any]:
         made, layer = super().settings(facts, dtype), facts.model.layer_params

@@ -5,9 +5,10 @@ exchange takes its bytes over the rate of the link between GPUs. What goes on me
 which gradients are sent as they come; beside the ring's, attention, which works on one block while the next one comes; beside a sum that
 the next operation reads, nothing.
 
-    gradients           4 bytes a trained parameter, or PowerSGD's factors; each rank sends 2(R − 1)/R of that. ZeRO: (R − 1)/R in every
-                        backward, as much for stepped weights, and where they are divided the weights: a layer's for each pass over it,
-                        under the streamed executor those before and after the layers forward, and backward if they are trained
+    gradients           4 bytes a trained parameter, or PowerSGD's factors; each rank sends 2(R − 1)/R of that; ZeRO-2 in every backward,
+                        and (R − 1)/R for stepped weights. ZeRO-3: (R − 1)/R in every backward, and of weights, a layer's for each pass over
+                        it (the whole executor's engine keeps what is trained from a pass that computes it again to its backward); under
+                        the streamed executor those before and after the layers forward, and backward if they are trained
     keys and values     of one rank's tokens, key/value heads alone (elite/distributed/ring.py)
     partial results     a hidden state for each map divided by inputs (forward) and by outputs (backward), of which a rank sends 2(R − 1)/R
 
@@ -51,10 +52,11 @@ def _weights(facts: Facts, decisions: tuple[Decision, ...], sweeps: float) -> fl
     standing = folded(facts, (decision for decision in decisions if not isinstance(decision.optimization, ZeRO3))).standing
     width = standing.other_weights / (model.total_params - model.linear_params)
     inner = model.num_hidden_layers * model.layer_params
-    layers = standing.linear_weights + width * (inner - model.linear_params) + (FP32 * facts.trainable_params if not full else 0)
+    frozen, trained = standing.linear_weights + width * (inner - model.linear_params), 0.0 if full else FP32 * facts.trainable_params
     if not streamed:
-        return sweeps * (layers + width * (model.total_params - inner))
-    return sweeps * layers + (2 if full else 1) * width * 2 * model.embedding_params
+        frozen += width * (model.total_params - inner)
+        return 2 * frozen if full else sweeps * frozen + 2 * trained
+    return sweeps * (frozen + trained) + (2 if full else 1) * width * 2 * model.embedding_params
 
 
 def exposed_s(found: Iterable[Exchange], device: Device, behind: dict[Behind, float]) -> float:

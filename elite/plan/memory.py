@@ -27,6 +27,8 @@ LOSS_BYTES = 12
 """A logit when the loss goes back: its log-probability, the gradient of that and its own, in fp32 also where logits are bf16."""
 BATCH_BYTES = 24
 """Token ids, positions and labels, int64 each."""
+LEAVING = 2
+"""As how many tensors a gradient exists while ranks exchange it, where that is as soon as it has been made: itself and a copy."""
 CUDA_WORKSPACE_BYTES = 64 * 1024**2
 """cuBLAS and cuBLASLt workspaces, taken from the same allocator (assumption: 8 MiB before Hopper, 32 MiB and more since)."""
 
@@ -87,7 +89,7 @@ def predict(facts: Facts, decisions: Iterable[Decision]) -> Estimate:
 def moments(step: Step, facts: Facts) -> Iterator[Estimate]:
     """Memory at every moment that may be the peak, in the order of a step."""
     layers, parts = facts.model.num_hidden_layers, layer_parts(step, facts, facts.micro_tokens)
-    model, width = facts.model, step.hidden * facts.model.hidden_size
+    model, width, full = facts.model, step.hidden * facts.model.hidden_size, facts.adapter == "full"
     angles, packed = 2 * model.rotary_dim * step.hidden * facts.micro_tokens, step.beyond_activation(facts, facts.micro_tokens)
     standing = _plus(step.standing, batch=angles, runtime=packed)
     # While it works forward, a layer that packs has its tensors beside their copies; while it goes back, what is read is there again.
@@ -95,13 +97,17 @@ def moments(step: Step, facts: Facts) -> Iterator[Estimate]:
     made = _first_made(step, facts)
     before = _plus(standing, gradients=-made)
     # Autocast's copies of weights stay through the forward; those that a backward reads are among what parts save.
-    copies = layers * sum(part.weights for part in parts) if step.recomputed else 0.0
+    copies = layers * sum(part.weights for part in parts) if step.recomputed and step.copies_stay else 0.0
     yield from _forward(_plus(before, _kept(step, facts, parts, layers, True)), step, ahead, copies)
     yield from _loss(step, facts, _plus(before, _kept(step, facts, parts, layers, False)), copies)
     for layer in (layers, 1):
         above = FP32 * (_outer_params(facts) + (layers - layer) * model.layer_params)
-        held = _plus(before, _kept(step, facts, parts, layer, True), gradients=min(above, made))
-        if layer == 1 and facts.adapter != "full":
+        # A map's, where gradients leave as they are made.
+        leaving = (
+            FP32 * LEAVING * max(linear.inputs * linear.outputs for linear in model.layer_linears) if full and step.gradients_stand else 0.0
+        )
+        held = _plus(before, _kept(step, facts, parts, layer, True), gradients=min(above, made) + leaving)
+        if layer == 1 and not full:
             # No gradient passes the first norm where the embedding is frozen.
             behind = (replace(behind[0], saved=0.0, whole_input=0.0), *behind[1:])
             if step.inputs_at_once is not None:
@@ -111,11 +117,10 @@ def moments(step: Step, facts: Facts) -> Iterator[Estimate]:
             again = [*behind[:-1], replace(behind[-1], forward=behind[-1].forward - behind[-1].spared)]
             yield from _passing(_plus(held, layer_workspace=width * facts.micro_tokens), again, forward=True)
         yield from _passing(held, behind, forward=False, makes=made > 0)
-    if made:
+    if full and (made or step.gradients_stand):
         # The embedding's gradient is dense, and waits for nothing but itself, unless the head's is to be added to it.
-        yield _plus(
-            standing, layer_workspace=width * facts.micro_tokens + (FP32 * facts.model.embedding_params if facts.model.tied else 0.0)
-        )
+        beside = (LEAVING if step.gradients_stand else 0) + (1 if facts.model.tied else 0)
+        yield _plus(standing, layer_workspace=width * facts.micro_tokens + FP32 * facts.model.embedding_params * beside)
     yield replace(standing, optimizer_workspace=step.optimizer_workspace)
 
 
@@ -126,7 +131,7 @@ def _forward(held: Estimate, step: Step, parts: tuple[Part, ...], copies: float)
         return
     for index, part in enumerate(parts):
         # Where nothing stays for a backward, a part meets its input and no more, and those copies that have been made.
-        made = copies - sum(later.weights for later in parts[index + 1 :])
+        made = copies - sum(later.weights for later in parts[index + 1 :]) if step.copies_stay else part.weights
         yield from _passing(_plus(held, trainable_copy=made), [replace(part, saved=part.saved - part.weights)], forward=True)
 
 
@@ -266,7 +271,7 @@ def _loss(step: Step, facts: Facts, held: Estimate, copies: float) -> Iterator[E
         tile = loss_tile(step, facts, s.tokens, norm.hands)
         yield _plus(kept, loss_workspace=2 * hidden + tile + FP32 * head + copy, trainable_copy=copies)
         # The backward scales in place.
-        yield _plus(kept, loss_workspace=hidden + FP32 * head)
+        yield _plus(kept, loss_workspace=hidden + FP32 * head * (LEAVING if step.gradients_stand else 1))
     yield from _passing(_plus(held, gradients=made), [norm], forward=False)
 
 

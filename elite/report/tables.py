@@ -26,6 +26,7 @@ from elite.report import (
     kernels_plot,
     optimizations,
     plot,
+    ranks,
     streamed,
     times,
 )
@@ -128,6 +129,9 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "ablation_smollm2_4k": ablations.one_at_a_time_short,
     "none_extreme": ablations.extremes,
     "gqa_uptraining": ablations.conversion,
+    "ranks": ranks.against_one,
+    "ranks_divided": ranks.divided,
+    "ranks_gradients": ranks.gradients,
 }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from elite.bench.ranks import Case, member
+from elite.bench.ranks import ZERO3, Case, member
 from elite.distributed.ranks import Ranks
 from tests.distributed.forked import together
 
@@ -15,6 +15,8 @@ TINY = ("debug=tiny", "hardware=cpu", "tier.target_length=16", "executor.chunk=3
 CASES = {
     "ring": Case("smollm2_135m", TOKENS, ("executor=streamed", "optimizations.ring_attention.enabled=true")),
     "ddp": Case("smollm2_135m", TOKENS, ("executor=whole",)),
+    # As the bench has it, but for the machine and the model's size.
+    "zero3": Case("smollm2_135m", TOKENS, ZERO3[:-2], alone=False),
 }
 
 
@@ -32,8 +34,9 @@ def test_ranks_that_share_a_sequence_take_one_and_others_one_each(tmp_path: Path
             member(case, TOKENS, (*TINY, f"output.cache={folder}"), 2, folder / f"{name}.json")
 
     together(tmp_path, 2, work, launcher)
-    for name, sequences in (("ring", 1), ("ddp", 2)):
+    for name, sequences in (("ring", 1), ("ddp", 2), ("zero3", 2)):
         found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert ("zero_3" in found["active"]) == (name == "zero3") and found["cap_holds"] is None
         assert found["ranks"] == 2 and found["sharing"] == 2 // sequences and len(found["steps"]) == 3
         for step in found["steps"]:
             assert step["tokens_per_s"] * step["step_s"] == pytest.approx(sequences * TOKENS)

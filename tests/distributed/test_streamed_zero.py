@@ -178,7 +178,7 @@ def planned_bytes(case: Case, layout: Streaming, count: int) -> float:
     decisions = decide(switched(THREE, *(["qlora"] if case.packed else [])), facts)
     again = recomputed(facts, layout)
     (found,) = exchanges(facts, decisions, 1 + again[1], passes, 1 + again[0])
-    return found.handed_bytes - 4 * trained * (passes + 1)
+    return found.handed_bytes - 4 * trained * passes
 
 
 def tried_bytes(case: Case, layout: Streaming) -> int:

@@ -17,7 +17,7 @@ from elite import checkpoint, compose, modes
 from elite.attention import DOCUMENT_EAGER
 from elite.distributed.gradients import gradient_exchange
 from elite.distributed.ranks import Ranks
-from elite.distributed.zero import Sharded, divide
+from elite.distributed.zero import Sharded, divide, while_dividing
 from elite.errors import CheckpointError, PlanError
 from elite.executor.whole import WholeExecutor
 from elite.model import LoadedModel
@@ -276,15 +276,30 @@ def test_its_memory_is_divided_by_the_ranks() -> None:
         decisions = decide(switched(options), facts)
         return folded(facts, decisions).standing, host(facts, decisions)
 
+    # A bucket, which all gradients of so small a model fit into, and the copy of it that is exchanged; the embedding's on its way.
+    buckets, largest = 2 * 4 * params, 4 * facts.model.embedding_params
     two, on_host = planned(TWO)
-    assert (two.optimizer_state, two.gradients, on_host) == (none.optimizer_state / 4, 4 * params / 4 + 4 * params, 0)
+    assert (two.optimizer_state, two.gradients, on_host) == (none.optimizer_state / 4, 4 * params / 4 + buckets, 0)
     two, on_host = planned(TWO_OFFLOADED)
-    assert (two.optimizer_state, two.gradients, on_host) == (0, 4 * params, 20 * params / 4)
+    assert (two.optimizer_state, two.gradients, on_host) == (0, buckets + largest, 20 * params / 4 + largest)
     three, _ = planned(THREE)
     assert three.linear_weights == none.linear_weights / 4 and three.other_weights == none.other_weights / 4
     assert three.runtime > none.runtime, "what is whole at once"
     three, on_host = planned(THREE_OFFLOADED)
     assert (three.linear_weights, three.other_weights, on_host) == (0, 0, (20 + 4) * params / 4)
+
+
+def test_parts_are_pinned_once() -> None:
+    """What is trained is copied into the engine's pinned buffers; frozen parts stay as they are made."""
+    card = replace(PAIR, device=replace(PAIR.device, kind="cuda"))
+    zero = active_zero(decide(switched(THREE_OFFLOADED), card))
+    assert zero is not None
+    made = zero.settings(card, "bfloat16")
+
+    def pinned(kind: str) -> Any:
+        return while_dividing(made, KINDS[kind]())["zero_optimization"]["offload_param"]["pin_memory"]
+
+    assert (pinned("whole"), pinned("adapters"), made["zero_optimization"]["offload_param"]["pin_memory"]) == (False, True, True)
 
 
 def prepared(*overrides: str) -> tuple[RunFolder, int]:

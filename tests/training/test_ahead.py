@@ -37,7 +37,8 @@ def parameters(*sizes: int) -> list[nn.Parameter]:
         ((4 * MIB + 1024,), 2, 0),
         ((MIB,), 0, 2 * MIB),
         # ZeRO-3: between steps a parameter has no bytes here.
-        ((0,), 0, 0),
+        ((0, 0), 2, 0),
+        ((0, MIB), 2, 4 * MIB),
     ],
 )
 def test_small_tensors_come_besides(sizes: tuple[int, ...], state_share: float, expected: float) -> None:
