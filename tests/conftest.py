@@ -6,6 +6,7 @@ Imports torch and what uses it where they act: the process that hands tests to o
 from __future__ import annotations
 
 import gc
+import importlib.util
 import multiprocessing
 import os
 import runpy
@@ -16,15 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
 
 if TYPE_CHECKING:
     from elite.runfolder import RunFolder
 
 pytest_plugins = ["tests.disks"]
-# How long an example takes says more of the machine than of the code.
-settings.register_profile("unhurried", deadline=None)
-settings.load_profile("unhurried")
+# Tests on a GPU do without it.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    # How long an example takes says more of the machine than of the code.
+    settings.register_profile("unhurried", deadline=None)
+    settings.load_profile("unhurried")
 ROOT = Path(__file__).parents[1]
 Program = Callable[..., subprocess.CompletedProcess[str]]
 Trained = Callable[..., "RunFolder"]
