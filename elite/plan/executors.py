@@ -20,6 +20,9 @@ from elite.streaming import Place, Streaming, WeightPlace, check_layout
 STREAMED_GAIN = 1.05
 """A streamed step must be predicted this much faster before it is preferred to a whole one that fits."""
 
+NEARLY = 1.02
+"""Of layouts whose steps are predicted to take no longer than this beside the fastest, the one that takes least of the device is taken."""
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -153,13 +156,11 @@ class _Layouts:
                 continue
             yield self._candidate(layout, of_switches)
 
-    def longer(self, layout: Streaming) -> list[_Candidate]:
-        """What fits with longer chunks than two to a sequence: where the host has more to do than the device, fewer are faster."""
-        if self._config.executor.chunk is not None:
-            return []
+    def others(self, layout: Streaming) -> list[_Candidate]:
+        """What fits beside this one, and may be faster."""
         of_switches = host(self.facts, self.decisions)
-        tried = (replace(layout, chunk=chunk) for chunk in streamed.longer(layout.chunk, self.facts.micro_tokens))
-        return [made for made in (self._candidate(one, of_switches) for one in tried) if made.fits]
+        tried = (self._candidate(one, of_switches) for one in streamed.others(self._config.executor, layout, self.facts))
+        return [made for made in tried if made.fits]
 
     def _candidate(self, layout: Streaming, of_switches: float) -> _Candidate:
         estimate, on_host = self.memory.device(layout), self.memory.host(layout) + of_switches
@@ -191,8 +192,9 @@ def _streamed(config: RunConfig, device: Device, shape: ModelShape, accumulation
         return Prediction(Executor.streamed, layout, facts, decisions, *taken, flops, time, found)
 
     best = made[-1] if made[-1].fits else min(made, key=excess)
-    others = layouts.longer(best.layout) if best.fits else ()
-    return min(map(predicted, (best, *others)), key=lambda one: one.step_s)
+    found = [predicted(candidate) for candidate in (best, *(layouts.others(best.layout) if best.fits else ()))]
+    fastest = min(one.step_s for one in found)
+    return min((one for one in found if one.step_s <= NEARLY * fastest), key=lambda one: one.estimate.total)
 
 
 def _fits(config: RunConfig, device: Device, estimate: Estimate, on_host: float) -> bool:

@@ -70,7 +70,6 @@ class StreamedMemory:
         chunk, before = longest_chunk(*(alone if self._variant is None else (tokens, 1)), layout.chunk)
         streamed = layout.weights is WeightPlace.streamed
         arguments = min(ARGUMENT_BYTES, 2 * width * model.head_dim * tokens)
-        rows_here = facts.device.kind == "cpu" or layout.boundaries is Place.device
         if self._variant is None:
             work = self._peak(chunk, min(layout.block, before), layout.keys_values is Place.host, 0.0)
         else:
@@ -83,7 +82,7 @@ class StreamedMemory:
             optimizer_state=whole.optimizer_state,
             layer_workspace=work.layer_workspace + arguments,
             keys_values=self._keys_values(layout, chunk),
-            staging=self.host(layout) if rows_here else 2 * chunk * self._moved_row(layout),
+            staging=self._staging(layout, chunk),
             batch=whole.batch,
             runtime=whole.runtime + self._step.beyond_activation(facts, chunk),
         )
@@ -161,16 +160,27 @@ class StreamedMemory:
         key = 2 * (heads + (keys if shared else 0)) * self._width + (8 * keys if keys_leave else 0)
         return max(own, block * key + chunk * 2 * heads * 4 if block else 0)
 
+    def _staging(self, layout: Streaming, chunk: int) -> float:
+        """Rows that lie on the device, or buffers for those under way."""
+        if self._facts.device.kind == "cpu":
+            return self.host(layout)
+        return self._near(layout) if layout.boundaries is Place.device else 2 * chunk * self._moved_row(layout)
+
     def host(self, layout: Streaming) -> float:
-        """Pinned host memory of one rank; device memory of rows for `boundaries=device`."""
+        """Pinned host memory of one rank; on a CPU all that would be."""
         facts, keys = self._facts, across.keys_row(self._facts, self._width)
-        rows = 0.0 if layout.boundaries is Place.disk else self._rows(layout)
+        near = 0.0 if layout.boundaries is Place.device and facts.device.kind != "cpu" else self._near(layout)
         weights = self._whole.linear_weights if layout.weights is WeightPlace.streamed else 0.0
         at_hand = 0.0
         if layout.keys_values is Place.host:
             at_hand = keys * (1 + 4 / self._width) * facts.context if self._variant is None else keys * facts.micro_tokens
-        waiting = 0.0 if self._variant is None else across.waiting_row(facts, self._width) * facts.micro_tokens
-        return rows + weights + at_hand + waiting
+        return near + weights + at_hand
+
+    def _near(self, layout: Streaming) -> float:
+        """Rows where the boundaries are, or on the host if those are on disk."""
+        rows = 0.0 if layout.boundaries is Place.disk else self._rows(layout)
+        waiting = 0.0 if self._variant is None else across.waiting_row(self._facts, self._width) * self._facts.micro_tokens
+        return rows + waiting
 
     def disk(self, layout: Streaming) -> float:
         """Disk space of one rank."""
@@ -258,10 +268,19 @@ def _sizes(config: ExecutorConfig, tokens: int) -> Iterator[tuple[int, int, Plac
                         yield chunk, block, keys_values, weights
 
 
-def longer(chunk: int, tokens: int) -> list[int]:
-    """Longer chunks than this, up to the first that holds all tokens of a micro-batch."""
+def others(config: ExecutorConfig, layout: Streaming, facts: Facts) -> Iterator[Streaming]:
+    """Layouts that take more of the device and may be faster: longer chunks than two to a sequence, where the host has more to do than the
+    device; rows on the device, where copies hold it up, and then blocks may be shorter, which is less that is under way between ranks."""
     every = sorted(one for chunks in CHUNKS for one in chunks)
-    return [one for before, one in zip([0, *every], every, strict=False) if one > chunk and before < tokens]
+    chunks = [one for before, one in zip([0, *every], every, strict=False) if one > layout.chunk and before < facts.micro_tokens]
+    places = [] if config.boundaries or layout.journal or facts.device.kind == "cpu" else [Place.device]
+    blocks = [layout.block] if config.block or facts.sharing == 1 else [block for block in BLOCKS if block <= layout.block]
+    for chunk in [layout.chunk, *(chunks if config.chunk is None else [])]:
+        for place in [layout.boundaries, *places]:
+            for block in blocks:
+                other = replace(layout, chunk=chunk, boundaries=place, block=block)
+                if other != layout:
+                    yield other
 
 
 def _open(asked: Any, choices: Iterable[Any]) -> list[Any]:
