@@ -300,7 +300,8 @@ def test_an_inactive_one_says_why() -> None:
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.name)
 def test_nothing_grows_but_copies_of_what_is_trained_and_a_mask(kind: type[Optimization]) -> None:
     everything = Step(Estimate(**dict.fromkeys(Estimate().by_component(), 1000000000.0)), optimizer_workspace=1e9)
-    made = kind(on(kind)).memory(everything, FACTS)
+    # On one rank ZeRO-3 is refused: what its step copies is the half of two at most.
+    made = kind(on(kind)).memory(everything, replace(FACTS, device=replace(FACTS.device, count=2)) if kind.name == "zero_3" else FACTS)
     assert replace(made.standing, trainable_copy=0.0, batch=0.0).total <= replace(everything.standing, trainable_copy=0.0, batch=0.0).total
     assert made.standing.batch == everything.standing.batch or kind.name == "sliding_window"
     assert made.standing.trainable_copy <= everything.standing.trainable_copy + 2 * FACTS.trainable_params * everything.value
