@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -32,13 +33,18 @@ SOURCES = sorted((ROOT / "elite").rglob("*.py"))
 OWN = [*SOURCES, ROOT / "train.py", *sorted((ROOT / "tests").rglob("*.py"))]
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def part(path: Path) -> str:
     return path.relative_to(ROOT / "elite").parts[0].removesuffix(".py")
 
 
 def imports(path: Path) -> list[str]:
     names = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ImportFrom) and node.module:
             names += [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
@@ -73,14 +79,14 @@ def test_only_the_edge_knows_hydra() -> None:
 def test_files_and_functions_stay_small(path: Path) -> None:
     text = path.read_text()
     assert text.count("\n") <= 400
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno is not None and node.end_lineno - node.lineno < 60, node.name
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_module_says_what_it_is(path: Path) -> None:
-    assert ast.get_docstring(ast.parse(path.read_text()))
+    assert ast.get_docstring(parsed(path))
 
 
 def _interpolates(node: ast.AST) -> TypeGuard[Any]:
@@ -89,7 +95,7 @@ def _interpolates(node: ast.AST) -> TypeGuard[Any]:
 
 def test_every_field_of_the_configuration_is_read() -> None:
     """A field that nothing reads is a switch that does nothing."""
-    nodes = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text()))]
+    nodes = [node for path in SOURCES for node in ast.walk(parsed(path))]
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     # Defaults that are another field's value: II("tier.lora_rank").
     read |= {str(node.args[0].value).split(".")[-1] for node in nodes if _interpolates(node)}
