@@ -46,7 +46,7 @@ NEAR = ("executor.boundaries=device", "executor.block=16384")
 """Short blocks, of which little is under way between ranks; where rows are on the device, too, they are not copied for each of them."""
 DDP = (*COMMON, "executor=whole", "optimizations=standard")
 ZERO3 = (
-    *("model.weights=random", "adapter.method=full", "training.max_steps=1", "training.preflight=false", "executor=whole"),
+    *(*COMMON, "adapter.method=full", "executor=whole"),
     *("optimizations=extreme", "optimizations.adamw_8bit.enabled=false", "optimizations.zero_3.offload_optimizer=true"),
     *("hardware=rtx3090", "hardware.cap=memory"),
 )

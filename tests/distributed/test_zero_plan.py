@@ -149,10 +149,10 @@ def test_it_exchanges_and_holds_what_the_plan_says(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(zero_2, "BUCKET", 2**15)
     monkeypatch.setattr(zero_3, "PERSISTENT", 128)
     for name, found in together(tmp_path, RANKS, each)[0].items():
-        compared(name, *CASES[name], found)
+        assert_as_planned(name, *CASES[name], found)
 
 
-def compared(name: str, case: Case, options: Any, found: dict[str, int]) -> None:
+def assert_as_planned(name: str, case: Case, options: Any, found: dict[str, int]) -> None:
     plan = planned(case, options)
     words = f"{name}: {plan}, found {found}"
     gathered, scattered = found["allgather_base"], found.get("reduce_scatter_base", 0)
