@@ -119,10 +119,12 @@ class _RingAttention(torch.autograd.Function):
                 # No two runs overlap, and so the first pair of a run is this one.
                 itself = queries.first == keys.first
                 part = _forward(call, q[row, queries.here], block[:, row, keys.here], itself)
-                there = o[row, queries.here], lse[row, :, queries.here]
-                made = part if itself else merge(*there, *part)
-                there[0].copy_(made[0])
-                there[1].copy_(made[1])
+                outputs, logs = o[row, queries.here], lse[row, :, queries.here]
+                if itself:
+                    outputs.copy_(part[0])
+                    logs.copy_(part[1])
+                else:
+                    logs.copy_(merge(outputs, logs, *part, out=outputs)[1])
         out = o.to(q.dtype)
         ctx.save_for_backward(q, own, out, lse)
         ctx.call = call

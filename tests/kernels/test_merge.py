@@ -30,6 +30,9 @@ def test_reference_is_attention_over_all_keys(shape: tuple[int, int, int]) -> No
     halves, whole = parts(*shape)
     for made, expected in zip(reference.merge(*halves), whole, strict=True):
         torch.testing.assert_close(made, expected)
+    o, lse = reference.merge(*halves, out=halves[0])
+    assert o is halves[0]
+    torch.testing.assert_close((o, lse), whole)
 
 
 def check_kernel(device: str) -> None:
@@ -44,6 +47,12 @@ def check_kernel(device: str) -> None:
             o, lse = merge(by_head, lse_a.float(), o_b.to(dtype), lse_b.float())
             torch.testing.assert_close(o.cpu().double(), whole[0], rtol=tolerance, atol=tolerance)
             torch.testing.assert_close(lse.cpu().double(), whole[1], rtol=1e-5, atol=1e-5)
+            # In place, in rows of a larger tensor.
+            around = o_a.new_zeros(len(o_a) + 2, *o_a.shape[1:], dtype=dtype)
+            within = around[1:-1].copy_(o_a)
+            again, _ = merge(within, lse_a.float(), o_b.to(dtype), lse_b.float(), out=within)
+            torch.testing.assert_close(again, o, rtol=0, atol=0)
+            assert again.data_ptr() == within.data_ptr() and not around[0].any() and not around[-1].any()
         nothing = torch.full_like(lse_b, -torch.inf).float()
         kept, _ = merge(o_a.float(), lse_a.float(), torch.zeros_like(o_b).float(), nothing)
         torch.testing.assert_close(kept, o_a.float())

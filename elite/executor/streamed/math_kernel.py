@@ -77,13 +77,17 @@ class Kernel(ABC):
         """As `backward`, in q's dtype or wider, and dk and dv [m, H, D] where the kernel leaves a group's sum to the caller."""
 
 
-def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two sets of keys from attention over each: o [n, H, D] in o_a's dtype and L [H, n], computed in fp32 at least."""
+def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Attention over two sets of keys from attention over each: o [n, H, D] in o_a's dtype and L [H, n], computed in fp32 at least.
+
+    Args:
+        out: takes o, of contiguous head dimensions; may be `o_a` itself.
+    """
     if o_a.is_cuda and o_a.dtype is not torch.float64:
         from elite.kernels.merge.kernel import merge as merged
     else:
         from elite.kernels.merge.reference import merge as merged
-    return merged(o_a, lse_a, o_b, lse_b)
+    return merged(o_a, lse_a, o_b, lse_b, out)
 
 
 def group_sum(more: Tensor, kv_heads: int, base: Tensor | None = None, out: Tensor | None = None) -> Tensor:

@@ -150,7 +150,9 @@ class Rounds:
         """Of the last `attend`."""
 
         def decode(data: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            return self._typed("o", data).to(self._kinds["q"].dtype), self._typed("lse", data).t().contiguous()
+            # Copies: what is kept leaves the device, and must not be a buffer that the next chunk comes into.
+            o = self._typed("o", data).to(self._kinds["q"].dtype, copy=True)
+            return o, self._typed("lse", data).t().clone(memory_format=torch.contiguous_format)
 
         return Outputs({kind: self._rows(kind) for kind in ("o", "lse")}, decode)
 
@@ -167,29 +169,25 @@ class Rounds:
 
     def _attend_block(self, lap: int, owner: int, block: Tensor, chunks: Sequence[Chunk], first: bool) -> None:
         """Merge a block's part into the outputs of the chunks that see it; the first one begins the outputs of all."""
-        fields = {"q": self._rows("q")} | ({} if first else self.outputs.rows)
-        for chunk, data, pairs in self._seeing(lap, owner, chunks, fields, first):
-            q = self._typed("q", data)
-            if first:
-                o = torch.zeros(q.shape, dtype=self._kinds["o"].dtype, device=self._device)
-                lse = torch.full((q.shape[1], len(q)), -torch.inf, dtype=o.dtype, device=self._device)
-            else:
-                # What leaves must not be a buffer that the next chunk comes into.
-                o, lse = self._typed("o", data).clone(), self._typed("lse", data).t().clone()
+        for chunk, data, pairs in self._seeing(lap, owner, chunks, self._fields(("q",), ("o", "lse"), first), first):
+            q, o = self._typed("q", data), self._sum("o", data, first, 0.0)
+            lse = self._sum("lse", data, first, -torch.inf)
+            logs = lse.t().contiguous()
             for pair in pairs:
                 part = self._kernel.forward(q[pair.queries], block[0, pair.keys], block[1, pair.keys], pair.causal, None, self._scale)
-                o[pair.queries], lse[:, pair.queries] = merge(o[pair.queries], lse[:, pair.queries], *part)
-            self._write("o", chunk, o)
-            self._write("lse", chunk, lse.t())
+                here = o[pair.queries]
+                logs[:, pair.queries] = merge(here, logs[:, pair.queries], *part, out=here)[1]
+            self._keep("o", chunk, o)
+            self._keep("lse", chunk, lse.copy_(logs.t()))
 
     def _descend_block(
         self, lap: int, owner: int, block: Tensor, sums: Tensor, chunks: Sequence[Chunk], outputs: Outputs, first: bool
     ) -> None:
         """Add a block's part to dQ of the chunks that see it, and theirs to its own `sums`; the first one begins dQ of all."""
-        fields = {kind: self._rows(kind) for kind in (("q", "do") if first else ("q", "do", "dq"))} | outputs.rows
+        fields = self._fields(("q", "do"), ("dq",), first) | outputs.rows
         for chunk, data, pairs in self._seeing(lap, owner, chunks, fields, first):
             q, do, (o, lse) = self._typed("q", data), self._typed("do", data), outputs.decode(data)
-            dq = torch.zeros(q.shape, dtype=self._kinds["dq"].dtype, device=self._device) if first else self._typed("dq", data).clone()
+            dq = self._sum("dq", data, first, 0.0)
             for pair in pairs:
                 here, keys = pair.queries, (block[0, pair.keys], block[1, pair.keys])
                 of_queries = o[here], lse[:, here].contiguous()
@@ -198,7 +196,7 @@ class Rounds:
                 for total, part in zip(sums[:, pair.keys], parts[1:], strict=True):
                     group_sum(part, total.shape[1], total, total)
                 del parts
-            self._write("dq", chunk, dq)
+            self._keep("dq", chunk, dq)
 
     def _seeing(
         self, lap: int, owner: int, chunks: Sequence[Chunk], fields: Fields, every: bool
@@ -234,6 +232,29 @@ class Rounds:
     def _rows(self, kind: str) -> Rows:
         of, rank = self._kinds[kind], self._shared.exchange.rank
         return self._allocator.rows(f"shared_{kind}", of.place, self._shared.dealing.tokens(rank), math.prod(of.shape) * of.dtype.itemsize)
+
+    def _fields(self, kinds: tuple[str, ...], sums: tuple[str, ...], first: bool) -> Fields:
+        """What a pass over the chunks reads; of sums, before there are any, only places that they are worked out at."""
+        return {kind: self._rows(kind) for kind in (*kinds, *(kind for kind in sums if not first or self._is_near(kind)))}
+
+    def _sum(self, kind: str, data: dict[str, Tensor], first: bool, start: float) -> Tensor:
+        """A chunk's sum so far, to be added to: where it lies on the device itself, elsewhere what `_keep` is to take there."""
+        if first and not self._is_near(kind):
+            of = self._kinds[kind]
+            return torch.full((len(next(iter(data.values()))), *of.shape), start, dtype=of.dtype, device=self._device)
+        there = self._typed(kind, data)
+        if first:
+            return there.fill_(start)
+        # What leaves must not be a buffer that the next chunk comes into.
+        return there if self._is_near(kind) else there.clone()
+
+    def _keep(self, kind: str, chunk: Chunk, total: Tensor) -> None:
+        """A sum that has been added to."""
+        if not self._is_near(kind):
+            self._write(kind, chunk, total)
+
+    def _is_near(self, kind: str) -> bool:
+        return self._kinds[kind].place is Place.device
 
     def _typed(self, kind: str, data: dict[str, Tensor]) -> Tensor:
         of = self._kinds[kind]

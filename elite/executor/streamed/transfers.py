@@ -34,9 +34,9 @@ class _Buffer:
     """One staging buffer [rows, row_bytes] on the device, and its like on the host for rows on disk."""
 
     device: Tensor
-    host: Tensor | None = None
-    free: Any = None
+    free: Any
     """Event after which the device buffer may be overwritten."""
+    host: Tensor | None = None
     host_free: Any = None
     """Event or future after which the host buffer may be."""
 
@@ -151,10 +151,11 @@ class Transfers:
         self._compute_waits(self._copied_in)
 
     def reset(self) -> None:
-        """Forget what has been asked for ahead."""
+        """Forget what has been asked for ahead. Its copies are waited for: buffers may be given up now."""
         for request in self._early:
             for load in request.loads:
                 load.result()
+            self._compute_waits(request.loaded)
         self._early.clear()
 
     def _requests(
@@ -210,9 +211,7 @@ class Transfers:
         self._compute_waits(request.loaded)
 
     def _consumed(self, request: _Request) -> None:
-        if not self._cuda:
-            return
-        event = torch.cuda.current_stream(self._device).record_event()
+        event = self._computed()
         for buffer in request.buffers:
             buffer.free = event
 
@@ -230,7 +229,9 @@ class Transfers:
     def _next_buffer(self, kind: str, rows: Rows) -> _Buffer:
         ring = self._buffers.setdefault(f"{kind}/{rows.row_bytes}", deque())
         if len(ring) < AHEAD:
-            ring.append(_Buffer(torch.empty(self._most, rows.row_bytes, dtype=torch.uint8, device=self._device)))
+            made = torch.empty(self._most, rows.row_bytes, dtype=torch.uint8, device=self._device)
+            # The computation may still have to come to who had this memory before.
+            ring.append(_Buffer(made, free=self._computed()))
         else:
             ring.rotate(-1)
         buffer = ring[-1]
@@ -243,6 +244,10 @@ class Transfers:
 
     def _event(self, stream: Any) -> Any:
         return stream.record_event() if self._cuda else None
+
+    def _computed(self) -> Any:
+        """Event after all that the computation has been given so far."""
+        return self._event(torch.cuda.current_stream(self._device)) if self._cuda else None
 
     def _wait(self, stream: Any, event: Any) -> None:
         if self._cuda and event is not None:

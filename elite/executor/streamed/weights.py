@@ -113,7 +113,8 @@ class StreamedWeights(Weights):
         self._buffers = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(2)]
         self._holds: list[int | None] = [None, None]
         self._arrived: list[Any] = [None, None]
-        self._free: list[Any] = [None, None]
+        # The computation may still have to come to who had this memory before.
+        self._free: list[Any] = [torch.cuda.current_stream(device).record_event() if self._cuda else None for _ in range(2)]
         self._stream = torch.cuda.Stream(device) if self._cuda else None
 
     @contextmanager
@@ -183,8 +184,7 @@ class StreamedWeights(Weights):
         host = self._host[layer]
         if self._cuda:
             assert self._stream is not None
-            if self._free[slot] is not None:
-                self._stream.wait_event(self._free[slot])
+            self._stream.wait_event(self._free[slot])
             with torch.cuda.stream(self._stream):
                 self._buffers[slot][: len(host)].copy_(host, non_blocking=True)
                 self._arrived[slot] = self._stream.record_event()

@@ -47,12 +47,15 @@ def _kernel(
     tl.store(target, merged.to(o.dtype.element_ty), mask=cells)
 
 
-def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As `reference.merge`, for fp32, bf16 and fp16 with contiguous head dimensions."""
     queries, heads, head_dim = o_a.shape
     o_a, o_b = (t if t.stride(2) == 1 else t.contiguous() for t in (o_a, o_b))
     lse_a, lse_b = lse_a.contiguous(), lse_b.contiguous()
-    o, lse = torch.empty_like(o_a, memory_format=torch.contiguous_format), torch.empty_like(lse_a)
+    # A program has read its cells before it writes them.
+    o = torch.empty_like(o_a, memory_format=torch.contiguous_format) if out is None else out
+    assert o.stride(2) == 1
+    lse = torch.empty_like(lse_a)
     _kernel[(triton.cdiv(queries, ROWS), heads)](
         *(o_a, o_b, lse_a, lse_b, o, lse, queries),
         *(stride for t in (o_a, o_b, o) for stride in t.stride()[:2]),
