@@ -1,6 +1,7 @@
 """Three steps of a tiny model in one of the ways in which several GPUs train together, assembled as a run is: one rank of them.
 
-`python -m torch.distributed.run --nproc-per-node=2 -m tests.distributed.on_gpus NAME FILE`; a name of `ALONE` with one process.
+`python -m torch.distributed.run --nproc-per-node=2 -m tests.distributed.on_gpus NAME MODEL FILE`; a name of `ALONE` with one process.
+MODEL is what `save_model` has written: weights drawn on a GPU are others than those drawn in host memory, which some ways load to.
 """
 
 import dataclasses
@@ -9,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM
 
+from elite import geometry
 from elite.bench.assemble import Assembled, assembled, write
 from elite.compose import from_overrides
 from elite.data.batches import Batch, random_batch
@@ -84,10 +87,17 @@ def _own(made: Assembled) -> list[Batch]:
     return batches[made.carriers.rank :: made.carriers.world]
 
 
-def main(name: str, file: Path) -> None:
+def save_model(folder: Path) -> None:
+    """The model that all ways begin with."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(geometry.hf_config(from_overrides(*COMMON).config.model)).save_pretrained(folder)
+
+
+def main(name: str, model: Path, file: Path) -> None:
     """One rank's part."""
     way = WAYS.get(name) or Way(name)
-    config = from_overrides(*COMMON, *ALONE[way.alone], *way.overrides, f"hardware.gpus={place()[2]}").config
+    loaded = ("model.weights=pretrained", f"model.path={model}")
+    config = from_overrides(*COMMON, *loaded, *ALONE[way.alone], *way.overrides, f"hardware.gpus={place()[2]}").config
     # A kernel that is being measured beside others is not to be remembered.
     config = dataclasses.replace(config, output=dataclasses.replace(config.output, cache=str(file.with_suffix(f".{place()[1]}"))))
     with assembled(config) as made:
@@ -100,4 +110,4 @@ def main(name: str, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], *map(Path, sys.argv[2:]))

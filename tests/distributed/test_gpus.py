@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.on_gpus import ALONE, WAYS
+from tests.distributed.on_gpus import ALONE, WAYS, save_model
 
 pytestmark = pytest.mark.gpu
 LONGEST_SECONDS = 120
@@ -38,13 +38,13 @@ class Started:
     log: Path
 
     @classmethod
-    def ranks(cls, name: str, count: int, folder: Path) -> "Started":
+    def ranks(cls, name: str, count: int, model: Path, folder: Path) -> "Started":
         """Of one way."""
         file, log = folder / f"{name}.json", folder / f"{name}.log"
         launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}")
         environment = os.environ | {"NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "1"}
         with log.open("wb") as said:
-            command = (*launcher, "-m", "tests.distributed.on_gpus", name, str(file))
+            command = (*launcher, "-m", "tests.distributed.on_gpus", name, str(model), str(file))
             process = subprocess.Popen(command, stdout=said, stderr=said, env=environment, start_new_session=True)
         return cls(process, file, log)
 
@@ -75,9 +75,10 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str
     """All of them, and when the last must be done."""
     if torch.cuda.device_count() < 2:
         pytest.skip("two GPUs")
-    folder = tmp_path_factory.mktemp("gpus")
+    folder, model = tmp_path_factory.mktemp("gpus"), tmp_path_factory.mktemp("model")
+    save_model(model)
     counts = dict.fromkeys(ALONE, 1) | dict.fromkeys(WAYS, 2)
-    made = {name: Started.ranks(name, count, folder) for name, count in counts.items()}
+    made = {name: Started.ranks(name, count, model, folder) for name, count in counts.items()}
     yield made, time.monotonic() + LONGEST_SECONDS
     for one in made.values():
         one.end()
