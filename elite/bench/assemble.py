@@ -14,7 +14,7 @@ import torch
 
 from elite import geometry, hardware
 from elite.config import RunConfig
-from elite.data.batches import random_batch
+from elite.data.batches import Batch, random_batch
 from elite.distributed.gradients import gradient_exchange
 from elite.distributed.ranks import Ranks, joined
 from elite.distributed.zero import loading_device, wrapping
@@ -67,22 +67,25 @@ class Assembled:
         """Size of the vocabulary."""
         return int(self.loaded.core.config.get_text_config().vocab_size)
 
-    def step(self) -> dict[str, float]:
-        """One optimizer step over one micro-batch of random tokens: seconds and peaks."""
+    def step(self, passes: int = 1) -> dict[str, float]:
+        """One optimizer step over so many micro-batches of random tokens: seconds and peaks."""
         device, number = self.ranks.device, next(self.numbers)
-        # Ranks that share rows draw the same ones.
-        seed = self.config.seed + number * self.carriers.world + self.carriers.rank // self.sharing
-        batch = random_batch(self.plan.micro_batch, self.plan.context, self.vocab, torch.Generator().manual_seed(seed))
-        batch = batch.shared(self.ranks.rank % self.sharing, self.sharing)
+        window = [self._batch((number * passes + i) * self.carriers.world + self.carriers.rank // self.sharing) for i in range(passes)]
         reset_peak(device)
         synchronise(device)
         began = time.perf_counter()
         scaler, norm = make_scaler(device, self.dtype), self.config.training.max_grad_norm
         around = (number, self.hooks, self.executors.training, self.optimizer)
-        done = hooked_step(*around, scaler, [batch], self.loaded.trainable, norm, self.carriers)
+        done = hooked_step(*around, scaler, window, self.loaded.trainable, norm, self.carriers)
         synchronise(device)
         seconds = time.perf_counter() - began
-        return {"step_s": seconds, "tokens_per_s": batch.input_ids.numel() / seconds, "loss": done.loss} | peaks(device)
+        return {"step_s": seconds, "tokens_per_s": sum(batch.slots for batch in window) / seconds, "loss": done.loss} | peaks(device)
+
+    def _batch(self, seed: int) -> Batch:
+        """This rank's part of a micro-batch; ranks that share rows draw the same ones."""
+        generator = torch.Generator().manual_seed(self.config.seed + seed)
+        batch = random_batch(self.plan.micro_batch, self.plan.context, self.vocab, generator)
+        return batch.shared(self.ranks.rank % self.sharing, self.sharing)
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """What several GPUs of one machine bring, against one of them: `python -m elite.bench.ranks FILE [--ranks 2] [--only NAME …]`.
 
 Each case is taken by one rank alone and by all, in processes of their own, on random weights and tokens, LoRA of rank 8 on every linear
-map. Under `ring` all ranks carry one sequence together; under `ddp` and `zero3` each has its own. Steps after the first count. The bytes of
-keys and values are what lies on one device for them: their rows, and those that are on their way between ranks.
+map. Under `ring` all ranks carry one sequence together; under `ddp` and `zero3` each has its own, or several, one a pass: `window` is the
+step that a run takes unless it is told otherwise, of 65,536 tokens for two ranks, and the other exchanges gradients after each pass. Steps
+after the first count. The bytes of keys and values are what lies on one device for them: their rows, and those that are on their way
+between ranks.
 
 `zero3_llama8b` trains all weights of a model that one rank alone has no room for, in the memory of a smaller card (`hardware.cap=memory`):
 it is taken by all ranks only. That the cap holds is tried, by asking for more.
@@ -67,10 +69,13 @@ class Case:
     """One rank has room for it."""
     threads: int = THREADS
     """Of a rank on the host."""
+    passes: int = 1
+    """Of a rank in a step, where it has sequences of its own."""
 
 
 CASES = {
     "ddp_qwen_8k": Case("qwen25_coder_1_5b", 2**13, DDP),
+    "ddp_qwen_8k_window": Case("qwen25_coder_1_5b", 2**13, DDP, passes=4),
     "ring_qwen_128k": Case("qwen25_coder_1_5b", 2**17, (*RING, *NEAR)),
     "ring_phi2_128k": Case("phi2", 2**17, (*RING, *NEAR)),
     "ring_qwen_256k": Case("qwen25_coder_1_5b", 2**18, RING),
@@ -129,13 +134,14 @@ def member(case: Case, tokens: int, further: tuple[str, ...], count: int, file: 
     """One rank's part of a case; the first writes what all found."""
     began = time.perf_counter()
     config = from_overrides(f"model={case.model}", *case.overrides, f"hardware.gpus={count}", *further).config
-    with assembled(_scaled(config, tokens, count)) as made:
+    with assembled(_scaled(config, tokens, count * case.passes)) as made:
         ready_s, holds = time.perf_counter() - began, cap_holds(made)
-        steps = [_step(made)]
+        steps = [_step(made, case.passes)]
         while len(steps) < (2 if steps[0]["step_s"] > LONG_STEP_S else STEPS):
-            steps.append(_step(made))
+            steps.append(_step(made, case.passes))
         if made.ranks.is_main:
-            kept = {"ranks": made.ranks.world, "sharing": made.sharing, "ready_s": ready_s, "cap_holds": holds, "steps": steps}
+            kept = {"ranks": made.ranks.world, "sharing": made.sharing, "passes": case.passes}
+            kept |= {"ready_s": ready_s, "cap_holds": holds, "steps": steps}
             write(file, described(made) | kept)
         # None leaves while another still needs it.
         made.ranks.barrier()
@@ -152,23 +158,23 @@ def cap_holds(made: Assembled) -> bool | None:
     return False
 
 
-def _scaled(config: RunConfig, tokens: int, count: int) -> RunConfig:
-    """One sequence a step, or one for each rank where they do not share it."""
+def _scaled(config: RunConfig, tokens: int, sequences: int) -> RunConfig:
+    """One sequence a step, or so many where ranks do not share it."""
     config = with_context(config, tokens)
     if config.optimizations.ring_attention.enabled:
         return config
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_tokens=tokens * count))
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_tokens=tokens * sequences))
 
 
-def _step(made: Assembled) -> dict[str, float]:
+def _step(made: Assembled, passes: int) -> dict[str, float]:
     """Figures of all ranks: the slowest's time, the highest peaks, the tokens of the whole step."""
-    ranks, one = made.ranks, made.step()
+    ranks, one = made.ranks, made.step(passes)
     if ranks.device.type == "cuda":
         # By the driver's account; torch gives nothing back meanwhile.
         free, total = torch.cuda.mem_get_info(ranks.device)
         one |= {"device_bytes": total - free, "host_pinned_bytes": pinned_bytes(0, ranks.device)}
     found = {name: ranks.max(value) for name, value in one.items()}
-    found["tokens_per_s"] = made.plan.context * made.plan.micro_batch * (ranks.world // made.sharing) / found["step_s"]
+    found["tokens_per_s"] = made.plan.context * made.plan.micro_batch * passes * (ranks.world // made.sharing) / found["step_s"]
     executor = made.executors.training
     if isinstance(executor, StreamedExecutor):
         assert made.executors.attached is not None

@@ -38,7 +38,7 @@ def against_one(folder: Path) -> str:
             (
                 all_of_them["model"]["name"],
                 f"{all_of_them['context']:,}",
-                f"{all_of_them['ranks']}, one sequence" if shared else f"{all_of_them['ranks']}, one sequence each",
+                f"{all_of_them['ranks']}, {'one sequence' if shared else _own(all_of_them['passes'])}",
                 *(f"{speed:,.0f}" for speed in speeds),
                 _judged(speeds[1] / speeds[0], SHARED_SPEED if shared else OWN_SPEED, "≥"),
                 _judged(_held(all_of_them) / _held(one), KEYS_VALUES, "≤") if shared else NONE,
@@ -76,7 +76,8 @@ def divided(folder: Path) -> str:
             )
         )
     device = ("usable GiB of a GPU", "peak planned", "allocated", "reserved", "the driver shows")
-    head = ("model, trained", "context", "GPUs", *device, "host, pinned GiB planned", "measured", "resident", "step s", "until the first s")
+    host = ("host GiB planned", "pinned", "resident")
+    head = ("model, trained", "context", "GPUs", *device, *host, "step s", "until the first s")
     return grid(head, rows) + f"\n\nRandom weights and tokens; memory of one rank, of the one that has most. {_origin(found)}."
 
 
@@ -95,7 +96,7 @@ def gradients(folder: Path) -> str:
             rows.append((run["adapter"], name, f"{found['ranks']}" if shared else "1", mean, *rest))
     head = ("trained", "pass", "GPUs", "error over one GPU's, mean", "median", "worst", "above 1.1×", "below 1 / 1.1×", "tensors")
     said = (
-        f"{found['model']['name']}, {found['rows']} rows of {found['context']:,} tokens, {found['dtype']}, against fp32. Passes of one GPU "
+        f"{found['model']['name']}, {found['rows']} × {found['context']:,} tokens, {found['dtype']}, against fp32. Passes of one GPU "
         "are held against its ordinary one, those of all against one GPU's with the same executor"
     )
     return grid(head, rows) + f"\n\n{said}. {origin([found['environment']], [found['device']])}."
@@ -105,6 +106,11 @@ def _read(folder: Path, name: str) -> dict[str, Any] | None:
     path = folder / f"{name}.json"
     found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
     return found
+
+
+def _own(passes: int) -> str:
+    """What a rank goes through by itself in a step."""
+    return "one sequence each" if passes == 1 else f"{passes} sequences each, one a pass"
 
 
 def _judged(ratio: float, target: float, sign: str) -> str:
