@@ -140,9 +140,8 @@ def member(case: Case, tokens: int, further: tuple[str, ...], count: int, file: 
         while len(steps) < (2 if steps[0]["step_s"] > LONG_STEP_S else STEPS):
             steps.append(_step(made, case.passes))
         if made.ranks.is_main:
-            kept = {"ranks": made.ranks.world, "sharing": made.sharing, "passes": case.passes}
-            kept |= {"ready_s": ready_s, "cap_holds": holds, "steps": steps}
-            write(file, described(made) | kept)
+            shared = {"ranks": made.ranks.world, "sharing": made.sharing, "passes": case.passes}
+            write(file, described(made) | shared | {"ready_s": ready_s, "cap_holds": holds, "steps": steps})
         # None leaves while another still needs it.
         made.ranks.barrier()
 

@@ -52,7 +52,7 @@ STREAMED = Cost(8.0, 20.0)
 """A value of one layer's attention output, besides, where chunks are merged and gradients of keys added up in fp32 (kernels.json, `merge`
 and `group_sum`: each part read and written)."""
 DEQUANTISED = 5.0
-"""A four-bit weight, each time it is needed (fitted to all steps with QLoRA of calibration_fit, calibration_first and calibration_second.json)."""
+"""A four-bit weight, each time it is needed (fitted to all steps with QLoRA of calibration_fit, _first and _second.json)."""
 OPTIMIZER = 40.0
 """A trained parameter: gradient, weight and two moments in fp32, and the norm of all gradients."""
 OPTIMIZER_8BIT = 100.0
