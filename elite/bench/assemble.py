@@ -150,6 +150,7 @@ def described(made: Assembled, device: Device | None = None) -> dict[str, Any]:
         "model": {name: model[name] for name in kept} | {"weights": made.config.model.weights.value, "adapter": plan.adapter},
         "device": plan.device,
         "context": plan.context,
+        "micro_batch": plan.micro_batch,
         "executor": plan.executor,
         "layout": plan.layout,
         "active": [switch.name for switch in plan.decisions if switch.active],

@@ -2,11 +2,12 @@
 
 LoRA of rank 8 on every linear map, random weights and tokens, gradient checkpointing. Phi-2's geometry with the preset `standard` with and
 without `fused_kernels`; Qwen2.5-1.5B's besides against Liger's kernels in the same run and against what people run without this project:
-transformers and peft with liger-kernel's own patch, its fused loss included. A profile of one further step says how much of it the GPU
-waits for the host.
+transformers and peft with liger-kernel's own patch, its fused loss included. One sequence a step; of short ones, with which the GPU waits
+for the host, several in one pass as well. A profile of one further step says how much of it that wait is.
 """
 
 import argparse
+import dataclasses
 import gc
 import time
 from collections.abc import Callable
@@ -34,19 +35,21 @@ FUSED = "optimizations.fused_kernels.enabled=true"
 UNFUSED = "optimizations.fused_kernels.enabled=false"
 LIGER = "optimizations.liger_kernels.enabled=true"
 CASES = (
-    ("phi2", 4096, {"unfused": (UNFUSED,), "fused": (FUSED,)}),
-    ("phi2", 16384, {"unfused": (UNFUSED,), "fused": (FUSED,)}),
-    ("qwen25_coder_1_5b", 16384, {"unfused": (UNFUSED,), "fused": (FUSED,), "liger": (UNFUSED, LIGER)}),
+    ("phi2", 4096, 1, {"unfused": (UNFUSED,), "fused": (FUSED,)}),
+    ("phi2", 4096, 4, {"unfused": (UNFUSED,), "fused": (FUSED,)}),
+    ("phi2", 16384, 1, {"unfused": (UNFUSED,), "fused": (FUSED,)}),
+    ("qwen25_coder_1_5b", 16384, 1, {"unfused": (UNFUSED,), "fused": (FUSED,), "liger": (UNFUSED, LIGER)}),
 )
+"""Model, tokens of a sequence, sequences of a pass, and what is compared."""
 PEER = "transformers, peft, liger-kernel"
 
 
 def compare() -> dict[str, Any]:
     """Every case and the peer; what the file gets."""
     runs = []
-    for model, tokens, choices in CASES:
+    for model, tokens, sequences, choices in CASES:
         for name, overrides in choices.items():
-            runs.append({"name": name, **_measured((f"model={model}", *COMMON, *overrides), tokens)})
+            runs.append({"name": name, **_measured((f"model={model}", *COMMON, *overrides), tokens, sequences)})
             _said(runs[-1])
             # A model is a web of references, which only the collector undoes; it would count in the next one's peak.
             gc.collect()
@@ -57,8 +60,10 @@ def compare() -> dict[str, Any]:
     return {"environment": environment(), "runs": runs}
 
 
-def _measured(overrides: tuple[str, ...], tokens: int) -> dict[str, Any]:
-    with assembled(with_context(from_overrides(*overrides).config, tokens)) as made:
+def _measured(overrides: tuple[str, ...], tokens: int, sequences: int) -> dict[str, Any]:
+    config = with_context(from_overrides(*overrides).config, tokens)
+    training = dataclasses.replace(config.training, micro_batch=sequences, global_batch_tokens=sequences * tokens)
+    with assembled(dataclasses.replace(config, training=training)) as made:
         applied = {name: f"{one.count} {one.detail}" for name, one in made.loaded.applied.items()}
         steps = [made.step() for _ in range(STEPS)]
         return {**described(made), "applied": applied, "steps": steps, "profile": profiled(made.step)}
@@ -91,7 +96,7 @@ def _peer(model: str, tokens: int) -> dict[str, Any]:
     with settled():
         steps = [_timed(step, tokens, device) for _ in range(STEPS)]
     facts = {"name": model, "weights": "random", "adapter": f"lora, rank {RANK}", "num_hidden_layers": chosen.num_hidden_layers}
-    return {"model": facts, "device": torch.cuda.get_device_name(), "context": tokens, "active": [], "steps": steps}
+    return {"model": facts, "device": torch.cuda.get_device_name(), "context": tokens, "micro_batch": 1, "active": [], "steps": steps}
 
 
 def _timed(step: Callable[[], None], tokens: int, device: torch.device) -> dict[str, float]:
@@ -105,11 +110,9 @@ def _timed(step: Callable[[], None], tokens: int, device: torch.device) -> dict[
 
 
 def _said(run: dict[str, Any]) -> None:
-    seconds = median(step["step_s"] for step in run["steps"][1:])
-    peak = max(step["allocated_peak_bytes"] for step in run["steps"])
-    console.print(
-        f"{run['model']['name']:18} {run['context']:7,} {run['name']:34} {seconds:7.3f} s {run['context'] / seconds:9,.0f} {gib(peak)}"
-    )
+    seconds, rate = (median(step[name] for step in run["steps"][1:]) for name in ("step_s", "tokens_per_s"))
+    peak, batch = max(step["allocated_peak_bytes"] for step in run["steps"]), run["micro_batch"]
+    console.print(f"{run['model']['name']:18} {batch} × {run['context']:7,} {run['name']:34} {seconds:7.3f} s {rate:9,.0f} {gib(peak)}")
 
 
 def main() -> None:

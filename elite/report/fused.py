@@ -30,10 +30,11 @@ def steps(folder: Path) -> str:
             other = known.get((place, base))
             ratios.append(NONE if other is None else f"{_seconds(other) / seconds:.2f}×")
         peak = max(step["allocated_peak_bytes"] for step in run["steps"])
-        model, context = place
+        model, context, batch = place
         profile = run.get("profile")
         waits = f"{profile['host_s'] / profile['wall_s']:.0%}" if profile else NONE
-        rows.append((model, f"{context:,}", name, f"{seconds:.3f}", f"{context / seconds:,.0f}", *ratios, gibibytes(peak), waits))
+        length = f"{batch} × {context:,}" if batch > 1 else f"{context:,}"
+        rows.append((model, length, name, f"{seconds:.3f}", f"{batch * context / seconds:,.0f}", *ratios, gibibytes(peak), waits))
     said = origin([found["environment"]], [run["device"] for run in found["runs"]])
     head = ("model", "context", "run", "step s", "tokens/s", *BASES, "peak GiB allocated", "waiting for the host")
     how = "Random weights and tokens, LoRA of rank 8, gradient checkpointing; median of the steps after the first"
@@ -59,8 +60,9 @@ def curves(folder: Path) -> str:
     return grid(head, rows) + f"\n\nNats, {plain['dtype']}; {found['steps']} steps of {plain['context']:,} tokens; {said}."
 
 
-def _place(run: dict[str, Any]) -> tuple[str, int]:
-    return run["model"]["name"], run["context"]
+def _place(run: dict[str, Any]) -> tuple[str, int, int]:
+    # Files of before had passes of one sequence alone.
+    return run["model"]["name"], run["context"], run.get("micro_batch", 1)
 
 
 def _seconds(run: dict[str, Any]) -> float:

@@ -24,6 +24,10 @@ def test_steps(tmp_path: Path) -> None:
     assert [row["against transformers with Liger"] for row in rows] == ["–", "–", "0.75×", "1.50×", "1.00×"]
     assert rows[1]["tokens/s"] == "1,000" and rows[1]["peak GiB allocated"] == "4.50"
     assert [row["waiting for the host"] for row in rows] == ["–", "3%", "–", "–", "–"]
+    runs += [run("phi2", name, 9, seconds) | {"micro_batch": 4} for name, seconds in (("unfused", 6), ("fused", 2))]
+    samples.write(tmp_path, fused.STEPS, {"environment": samples.ENVIRONMENT, "runs": runs})
+    *_, fast = cells(fused.steps(tmp_path))
+    assert (fast["context"], fast["tokens/s"], fast["speed against unfused"]) == ("4 × 1,000", "2,000", "3.00×")
 
 
 def test_curves(tmp_path: Path) -> None:
