@@ -6,7 +6,7 @@ Symbols as in `streamed.py`; n tokens of a rank, all rows together, R ranks, b k
     keys and values     n·2KD·v, whose places their gradients take: those come home summed
     ranks that meet     a ring's two blocks, b·2KD·v each, of two ranks one: the last has no next; three of sums, b·2KD·4 each
                         (all_gather: R + 1 and R); a kernel's gradients of half a block, which has early and late keys, b·HD·v;
-                        of a chunk, dQ twice in fp32, O and a dQ
+                        of a chunk, dQ in fp32, O and a dQ; besides another O, or dQ in fp32 once more where rows leave the device
 """
 
 from math import ceil
@@ -45,7 +45,8 @@ def meeting(facts: Facts, value: int, layout: Streaming, chunk: int, variant: Va
     queries, keys = facts.model.num_attention_heads * facts.model.head_dim, facts.model.num_key_value_heads * facts.model.head_dim
     blocks, sums = (min(2, facts.sharing - 1), 3) if variant is Variant.ring else (facts.sharing + 1, facts.sharing)
     travelling = block * 2 * keys * (blocks * value + sums * FP32)
-    return travelling + block * queries * value + chunk * queries * (2 * FP32 + 2 * value)
+    another = value if layout.boundaries is Place.device else FP32
+    return travelling + block * queries * value + chunk * queries * (FP32 + 2 * value + another)
 
 
 def _laps(facts: Facts, layout: Streaming) -> int:
