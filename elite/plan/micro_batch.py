@@ -5,10 +5,17 @@ from dataclasses import dataclass, replace
 from elite.config import AUTO, RunConfig
 from elite.facts import Device, ModelShape
 from elite.plan.batch import accumulation_for, batch_geometry, sequences_of_a_rank, with_micro_batch
-from elite.plan.executors import choose_executor
+from elite.plan.executors import Prediction, choose_executor
+from elite.plan.words import duration
 
 SLOWER = 1e-3
 """A sequence may take this share longer in a larger micro-batch (times are sums of floating-point numbers)."""
+
+FULL_PASS_TOKENS = 16384
+"""Of a forward pass that keeps a device busy (fused_steps.json, phi2: at 4,096 tokens it waits for the host, at 16,384 it does not)."""
+ASKING = "training.micro_batch=auto"
+WORTH = 1.1
+"""Times as fast as this a larger micro-batch must make a step to be spoken of."""
 
 
 @dataclass(frozen=True)
@@ -58,3 +65,19 @@ def largest_micro_batch(config: RunConfig, device: Device, shape: ModelShape) ->
         middle = (low + high) // 2
         low, high = (middle, high) if serves(middle) else (low, middle)
     return low
+
+
+def faster(config: RunConfig, device: Device, shape: ModelShape, made: Prediction, accumulation: int) -> str:
+    """What a larger micro-batch would make of a step that is many short passes, in words; empty where that is not worth a word."""
+    if device.kind != "cuda" or accumulation == 1 or not made.fits:
+        return ""
+    sequences = max(1, FULL_PASS_TOKENS // config.tier.context)
+    larger = dealt(config, device, min(sequences, sequences_of_a_rank(config, device)))
+    if larger.training.sequences <= config.training.sequences:
+        return ""
+    fixed = replace(larger, executor=replace(config.executor, name=made.executor))
+    other = choose_executor(fixed, device, shape, batch_geometry(larger, device).accumulation)
+    if not other.fits or other.step_s * WORTH > made.step_s:
+        return ""
+    now, then = config.training.sequences, larger.training.sequences
+    return f"{then} sequences a pass instead of {now}: {duration(other.step_s)} a step instead of {duration(made.step_s)}: {ASKING}"

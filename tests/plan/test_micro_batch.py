@@ -4,13 +4,16 @@ from dataclasses import replace
 
 import pytest
 
+from elite.compose import from_overrides
 from elite.config import AUTO, Executor, RunConfig
 from elite.errors import ConfigError, PlanError
 from elite.facts import GIB, Device
+from elite.geometry import shape
 from elite.plan import make_plan
 from elite.plan.batch import accumulation_for, with_micro_batch
 from elite.plan.executors import choose_executor
 from elite.plan.micro_batch import largest_micro_batch
+from elite.plan.words import duration
 from elite.scaling import LrScaling
 from tests.plan.helpers import CORPUS, device, phi2, run_config
 
@@ -71,3 +74,19 @@ def test_the_learning_rate_follows_the_tokens_that_a_step_really_has() -> None:
     scaled = replace(config, training=replace(config.training, lr_scaling=LrScaling.sqrt))
     rates = [make_plan(one, device("rtx3090"), phi2(), CORPUS).learning_rate for one in (config, scaled)]
     assert rates == pytest.approx([2e-4, 4e-4])
+
+
+def test_a_step_of_many_short_passes_is_spoken_of() -> None:
+    """With what the plan itself says of the larger ones; not where it would bring nothing or is asked for already."""
+
+    def advice(config: RunConfig, machine: str) -> list[str]:
+        return [one for one in make_plan(config, device(machine), shape(config.model), CORPUS).warnings if "sequences a pass" in one]
+
+    small = from_overrides("model=smollm2_135m", "tier=tier1", "executor=whole").config
+    steps = [make_plan(with_micro_batch(small, n), device("h100"), shape(small.model), CORPUS).step_s for n in (1, 4)]
+    now, then = (duration(step) for step in steps)
+    assert steps[1] < steps[0] / 2
+    assert advice(small, "h100") == [f"4 sequences a pass instead of 1: {then} a step instead of {now}: training.micro_batch=auto"]
+    long = replace(small, tier=replace(small.tier, context=65536))
+    assert not any(advice(config, "h100") for config in (long, with_micro_batch(small, 4), with_micro_batch(small, 16)))
+    assert not advice(small, "cpu")
