@@ -44,8 +44,8 @@ class Ranks:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
 
-    def sum(self, value: float) -> float:
-        """Sum of `value` over all ranks, in fp64."""
+    def sum(self, value: float | torch.Tensor) -> float:
+        """Sum of `value`, one number, over all ranks, in fp64. One that a device has yet to compute is waited for once, with the sum."""
         return self._reduce(value, dist.ReduceOp.SUM)
 
     def max(self, value: float) -> float:
@@ -75,10 +75,11 @@ class Ranks:
             with self.meeting("barrier"):
                 dist.barrier()
 
-    def _reduce(self, value: float, operation: Any) -> float:
+    def _reduce(self, value: float | torch.Tensor, operation: Any) -> float:
         if self.world == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+            return float(value)
+        # A tensor's copy: the sum takes its place.
+        tensor = torch.as_tensor(value, dtype=torch.float64, device=self.device).clone()
         with self.meeting("all_reduce"):
             dist.all_reduce(tensor, operation)
             return tensor.item()

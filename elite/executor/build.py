@@ -87,7 +87,8 @@ def build(
 
 
 def _in_parallel(loaded: LoadedModel) -> torch.nn.Module:
-    return DistributedDataParallel(loaded.model, broadcast_buffers=False)
+    # Gradients lie where they are exchanged: nobody copies what comes back, one parameter after another.
+    return DistributedDataParallel(loaded.model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def _bare(loaded: LoadedModel) -> torch.nn.Module:

@@ -54,10 +54,12 @@ class FusedLoRA(Optimization):
 
         adapted: list[Any] = [module for module in target.modules() if isinstance(module, LoraLayer)]
         plain = [module for module in adapted if _is_plain(module)]
-        shared = {id(module): group for group in _groups(target, plain) for module in group.maps}
+        maps = {id(module): _Adapted(module) for module in plain}
+        shared = {map_: group for group in _groups(target, maps) for map_ in group.maps}
         for module in plain:
+            map_ = maps[id(module)]
             # The instance's attribute hides the class's method, so nothing but this model changes.
-            module.forward = _forward(module, shared.get(id(module)))
+            module.forward = _forward(map_, shared.get(map_))
             if _is_whole(module):
                 # Set where a recomputation needs the gradients of this map, but not what it returns.
                 module.output_unread = False
@@ -133,34 +135,72 @@ def _is_whole(module: Any) -> bool:
     return type(module.base_layer) is nn.Linear and not module.base_layer.weight.requires_grad
 
 
+class _Adapted:
+    """An adapted linear map and its parts, which to look up at every call would take as long as to launch a product."""
+
+    def __init__(self, module: Any) -> None:
+        from torch import nn
+
+        from elite.optimizations.functions.lora import Operands
+
+        name = module.active_adapters[0]
+        self.module, self.base, self._name = module, module.base_layer, name
+        self._a, self._b, self._dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+        self._drops = not isinstance(self._dropout, nn.Identity)
+        self.operands = Operands()
+
+    @property
+    def map(self) -> "AdaptedMap":
+        """Its tensors, as they are now."""
+        from elite.optimizations.functions.lora import AdaptedMap
+
+        return AdaptedMap(self.base.weight, self.base.bias, self._a.weight, self._b.weight, self.module.scaling[self._name])
+
+    @property
+    def rank(self) -> int:
+        """Of its adapter."""
+        return len(self._a.weight)
+
+    def dropped(self, x: "Tensor") -> "Tensor":
+        """x after dropout; the same tensor where there is none."""
+        # An inactive dropout is the identity, which returns the same tensor.
+        out: Tensor = self._dropout(x) if self._drops else x
+        return out
+
+    def alone(self) -> bool:
+        """Whether nothing but x and the map's own matrices determines what it returns."""
+        module, drops = self.module, self._drops and self._dropout.training and self._dropout.p
+        return not (module.disable_adapters or module.merged or module.output_unread or drops)
+
+
 class _SharedInput:
     """Sibling maps that are called on one tensor, one after another: the call of the first computes all.
 
     Args:
-        maps: adapted linear maps in the order in which they are called.
+        maps: in the order in which they are called.
     """
 
-    def __init__(self, maps: list[Any]) -> None:
+    def __init__(self, maps: list[_Adapted]) -> None:
         from elite.optimizations.functions.lora import Operands
 
         self.maps = maps
         self._operands = Operands()
         self._input: Any = None
         self._state: tuple[object, ...] = ()
-        self._outputs: dict[int, Tensor] = {}
+        self._outputs: dict[_Adapted, Tensor] = {}
 
-    def output(self, module: Any, x: "Tensor") -> "Tensor | None":
+    def output(self, adapted: _Adapted, x: "Tensor") -> "Tensor | None":
         """The output of one of the maps, None if it has to be computed on its own."""
         from elite.optimizations.functions.lora import adapted_linears
 
         state = _state(x)
-        if module is self.maps[0] and all(_alone(map_) for map_ in self.maps):
-            outputs = adapted_linears(x, [_tensors(map_) for map_ in self.maps], self._operands)
-            self._outputs = dict(zip(map(id, self.maps), outputs, strict=True))
+        if adapted is self.maps[0] and all(map_.alone() for map_ in self.maps):
+            outputs = adapted_linears(x, [map_.map for map_ in self.maps], self._operands)
+            self._outputs = dict(zip(self.maps, outputs, strict=True))
             self._input, self._state = x, state
         elif self._input is not x or self._state != state:
             return None
-        out = self._outputs.pop(id(module), None)
+        out = self._outputs.pop(adapted, None)
         if not self._outputs:
             self._input = None
         return out
@@ -173,51 +213,37 @@ def _state(x: "Tensor") -> tuple[object, ...]:
     return torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type), None if x.is_inference() else x._version
 
 
-def _alone(module: Any) -> bool:
-    """Whether nothing but x and the map's own matrices determines what it returns."""
-    dropout = module.lora_dropout[module.active_adapters[0]]
-    return not (module.disable_adapters or module.merged or module.output_unread or (dropout.training and getattr(dropout, "p", 0.0)))
-
-
-def _tensors(module: Any) -> "AdaptedMap":
-    from elite.optimizations.functions.lora import AdaptedMap
-
-    name, base = module.active_adapters[0], module.base_layer
-    return AdaptedMap(base.weight, base.bias, module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
-
-
-def _groups(target: Any, plain: list[Any]) -> list[_SharedInput]:
-    """Siblings among the whole maps of `plain` that a decoder layer calls on one tensor."""
+def _groups(target: Any, adapted: dict[int, _Adapted]) -> list[_SharedInput]:
+    """Siblings among the whole maps of `adapted`, by their modules' identities, that a decoder layer calls on one tensor."""
     from elite.optimizations.functions.lora import ALIGNMENT
 
-    usable, found = {id(module) for module in plain if _is_whole(module)}, []
+    found = []
     for parent in target.modules():
         for names in SIBLINGS:
-            maps: list[Any] = [getattr(parent, name, None) for name in names]
-            if all(id(module) in usable for module in maps) and sum(len(_tensors(module).a) for module in maps) % ALIGNMENT == 0:
-                found.append(_SharedInput(maps))
+            maps = [adapted.get(id(getattr(parent, name, None))) for name in names]
+            whole = [map_ for map_ in maps if map_ is not None and _is_whole(map_.module)]
+            if len(whole) == len(names) and sum(map_.rank for map_ in whole) % ALIGNMENT == 0:
+                found.append(_SharedInput(whole))
     return found
 
 
-def _forward(module: Any, shared: _SharedInput | None) -> Callable[..., "Tensor"]:
-    """The forward that replaces `module`'s; where the adapter is off or merged, or more is asked, peft's own answers."""
-    from elite.optimizations.functions.lora import Operands, adapted_linear, add_low_rank
+def _forward(adapted: _Adapted, shared: _SharedInput | None) -> Callable[..., "Tensor"]:
+    """The forward that replaces the module's; where the adapter is off or merged, or more is asked, peft's own answers."""
+    from elite.optimizations.functions.lora import adapted_linear, add_low_rank
 
-    peft_forward, base = module.forward, module.base_layer
-    dropout = module.lora_dropout[module.active_adapters[0]]
-    whole, operands = _is_whole(module), Operands()
+    module, base, peft_forward = adapted.module, adapted.base, adapted.module.forward
+    whole = _is_whole(module)
 
     def forward(x: "Tensor", *args: Any, **kwargs: Any) -> "Tensor":
         if module.disable_adapters or module.merged or args or kwargs:
             out: Tensor = peft_forward(x, *args, **kwargs)
             return out
-        # An inactive dropout is the identity, which returns the same tensor.
-        dropped = dropout(x)
-        together = shared.output(module, x) if shared is not None and dropped is x else None
+        dropped = adapted.dropped(x)
+        together = shared.output(adapted, x) if shared is not None and dropped is x else None
         if together is not None:
             return together
         if whole:
-            return adapted_linear(x, dropped, _tensors(module), operands, module.output_unread)
-        return add_low_rank(base(x), dropped, _tensors(module), operands)
+            return adapted_linear(x, dropped, adapted.map, adapted.operands, module.output_unread)
+        return add_low_rank(base(x), dropped, adapted.map, adapted.operands)
 
     return forward

@@ -44,8 +44,10 @@ NOT_MODELLED = (
 def unoptimized(facts: Facts) -> Step:
     """Everything off: fp32 weights, scores formed, every activation kept."""
     model = facts.model
-    # DDP keeps a second copy of the gradients in its buckets.
-    gradients = FP32 * facts.trainable_params * (2 if facts.device.count > facts.dividing else 1)
+    # DDP's buckets are there all the time. A gradient made in a step's last backward lies in them at once, what earlier ones have added up
+    # stands beside them until then.
+    buckets = facts.device.count > facts.dividing
+    gradients = FP32 * facts.trainable_params * (2 if buckets and facts.accumulation > 1 else 1)
     standing = Estimate(
         linear_weights=FP32 * model.linear_params,
         other_weights=FP32 * (model.total_params - model.linear_params),
@@ -57,7 +59,7 @@ def unoptimized(facts: Facts) -> Step:
     )
     # AdamW on CUDA takes the square roots of all second moments at once; on a CPU one tensor's after another's.
     together = facts.trainable_params if facts.device.kind == "cuda" else _one_by_one(facts)
-    return Step(standing, optimizer_workspace=FP32 * together)
+    return Step(standing, optimizer_workspace=FP32 * together, gradients_stand=buckets and facts.accumulation == 1)
 
 
 def folded(facts: Facts, decisions: Iterable[Decision]) -> Step:

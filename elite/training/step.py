@@ -80,7 +80,7 @@ def finish(pending: Pending, executor: Executor, scaler: torch.amp.GradScaler, r
     """The last backward; the mean token loss over the global batch."""
     with ranks.meeting("the exchange of gradients"):
         gradient_exchange(executor.model).last_backward(scaler.scale(pending.last * ranks.world))
-    return ranks.sum((pending.others + pending.last.detach()).item())
+    return ranks.sum(pending.others + pending.last.detach())
 
 
 def accumulate(executor: Executor, window: Sequence[Batch], scaler: torch.amp.GradScaler, ranks: Ranks) -> float:

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from elite import compose, modes, worker
 from elite.attention import DOCUMENT_EAGER
@@ -20,7 +19,9 @@ from elite.continued import flat
 from elite.data.batches import Batch
 from elite.distributed.ranks import Ranks
 from elite.errors import CheckpointError
+from elite.executor.build import _in_parallel
 from elite.executor.whole import WholeExecutor
+from elite.model import LoadedModel
 from elite.optimizations.power_sgd import PowerSGD
 from elite.plan import make_plan
 from elite.redealt import redealt
@@ -51,7 +52,7 @@ def step(ranks: Ranks) -> dict[str, Any]:
     exchanged = list[int]()
     wrapped: Any = model
     if ranks.world > 1:
-        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+        wrapped = _in_parallel(LoadedModel(model, model, {}))
 
         def counted(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
             exchanged.append(bucket.index())
@@ -60,7 +61,13 @@ def step(ranks: Ranks) -> dict[str, Any]:
         wrapped.register_comm_hook(None, counted)
     executor, scaler = WholeExecutor(wrapped, torch.float32), make_scaler(ranks.device, torch.float32)
     loss = accumulate(executor, window(ranks.rank, ranks.world), scaler, ranks)
-    return {"loss": loss, "gradients": [p.grad for p in model.parameters() if p.grad is not None], "exchanged": exchanged}
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    return {
+        "loss": loss,
+        "gradients": gradients,
+        "exchanged": exchanged,
+        "places": len({g.untyped_storage().data_ptr() for g in gradients}),
+    }
 
 
 def off(one: list[Tensor], two: list[Tensor]) -> float:
@@ -77,6 +84,7 @@ def test_ranks_together_are_one_rank(world: int, tmp_path: Path) -> None:
         assert one["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert off(one["gradients"], expected["gradients"]) <= 1e-5
         assert one["exchanged"] == [0], f"one exchange for {len(LENGTHS) // world} micro-batches"
+        assert one["places"] == 1 < expected["places"], "gradients stay where they have been exchanged"
 
 
 def run(ranks: Ranks, folder: Path, saved: Path | None = None) -> dict[str, Any]:

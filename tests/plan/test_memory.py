@@ -331,10 +331,14 @@ def test_full_fine_tuning_trains_the_weights_themselves() -> None:
     assert estimate.optimizer_state == 8 * shape.total_params
 
 
-def test_several_gpus_keep_gradients_twice() -> None:
+def test_several_gpus_keep_gradients_twice_where_passes_add_them_up() -> None:
     one = facts_phi2()
     two = replace(one, device=replace(one.device, count=2))
-    assert unoptimized(two).standing.gradients == 2 * unoptimized(one).standing.gradients
+    for accumulation, times in ((1, 1), (4, 2)):
+        step = unoptimized(replace(two, accumulation=accumulation))
+        assert step.standing.gradients == times * unoptimized(one).standing.gradients
+        # In the only pass there is room for them before they are made.
+        assert step.gradients_stand == (accumulation == 1)
 
 
 def test_fused_attention_keeps_a_log_sum_exp_and_no_scores() -> None:

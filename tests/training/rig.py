@@ -72,7 +72,7 @@ def loop_build(
         model = Sharded(loaded, optimizer, settings, ranks)
     elif ranks.world > 1:
         # Small enough that gradients are exchanged in several parts.
-        model = DistributedDataParallel(loaded.model, broadcast_buffers=False, bucket_cap_mb=0.01)
+        model = DistributedDataParallel(loaded.model, broadcast_buffers=False, bucket_cap_mb=0.01, gradient_as_bucket_view=True)
     executor = WholeExecutor(model, torch.float32, FusedLoss.name in loaded.applied)
     subject = Subject(executor, torch.float32, loaded.trainable, VOCAB, CONTEXT, ALONE.device, 1e9, 0.0)
     return LoopBuild(

@@ -4,10 +4,14 @@ Logits are read twice and written once in their own dtype, where plain torch mak
 second pass mostly comes from the cache. Formulas are those of `reference.py`. Source: Hsu et al. 2024, arXiv:2410.10989 (Liger).
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from elite.kernels.launch import Launch
 
 BLOCK = 4096
 """Logits a program holds at once."""
@@ -17,9 +21,9 @@ WARPS = 32
 @triton.jit
 def _kernel(
     logits,
-    row_stride,
     labels,
     losses,
+    row_stride,
     vocab,
     ignore_index,
     smoothing,
@@ -67,11 +71,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, label_smoot
     """As `reference.cross_entropy`, for fp32, bf16 and fp16 logits with contiguous rows."""
     tokens, vocab = logits.shape
     losses = torch.empty(tokens, dtype=torch.float32, device=logits.device)
-    block = min(BLOCK, triton.next_power_of_2(vocab))
-    _kernel[(tokens,)](
-        *(logits, logits.stride(0), labels, losses, vocab, ignore_index, label_smoothing, z_loss),
-        GRADIENT=gradient,
-        BLOCK=block,
-        num_warps=WARPS,
-    )
+    numbers = logits.stride(0), vocab, ignore_index
+    _launch_of(gradient, vocab)((tokens,), (logits, labels, losses), numbers, (float(label_smoothing), float(z_loss)))
     return losses
+
+
+@cache
+def _launch_of(gradient: bool, vocab: int) -> Launch:
+    return Launch(_kernel, GRADIENT=gradient, BLOCK=min(BLOCK, triton.next_power_of_2(vocab)), num_warps=WARPS)

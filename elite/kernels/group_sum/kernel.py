@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from elite.kernels.launch import Launch
+
 VALUES = 8
 """Values of a thread."""
 
@@ -50,15 +52,14 @@ def group_sum(more: Tensor, base: Tensor | None, out: Tensor) -> None:
     base = base if base is None or base.stride(2) == 1 else base.contiguous()
     assert out.stride(2) == 1
     read = out if base is None else base
-    options = sizes(head_dim)
-    _kernel[(kv_heads, ceil(keys / options["ROWS"]))](
-        *(more, read, out, keys),
-        *(stride for t in (more, read, out) for stride in t.stride()[:2]),
-        HAS_BASE=base is not None,
-        GROUP=more.shape[1] // kv_heads,
-        HEAD_DIM=head_dim,
-        **options,
-    )
+    launch = _launch_of(head_dim, more.shape[1] // kv_heads, base is not None)
+    numbers = keys, *more.stride()[:2], *read.stride()[:2], *out.stride()[:2]
+    launch((kv_heads, ceil(keys / launch.constants["ROWS"])), (more, read, out), numbers)
+
+
+@cache
+def _launch_of(head_dim: int, group: int, has_base: bool) -> Launch:
+    return Launch(_kernel, HAS_BASE=has_base, GROUP=group, HEAD_DIM=head_dim, **sizes(head_dim))
 
 
 @cache

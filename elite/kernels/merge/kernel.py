@@ -1,9 +1,14 @@
 """One pass over both outputs: plain torch makes two, with an fp32 copy between. Formulas are those of `reference.py`."""
 
+from functools import cache
+from math import ceil
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from elite.kernels.launch import Launch
 
 ROWS = 16
 """Queries of one head that a program merges."""
@@ -56,11 +61,11 @@ def merge(o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor, out: Tensor | 
     o = torch.empty_like(o_a, memory_format=torch.contiguous_format) if out is None else out
     assert o.stride(2) == 1
     lse = torch.empty_like(lse_a)
-    _kernel[(triton.cdiv(queries, ROWS), heads)](
-        *(o_a, o_b, lse_a, lse_b, o, lse, queries),
-        *(stride for t in (o_a, o_b, o) for stride in t.stride()[:2]),
-        HEAD_DIM=head_dim,
-        COLUMNS=triton.next_power_of_2(head_dim),
-        ROWS=ROWS,
-    )
+    numbers = queries, *o_a.stride()[:2], *o_b.stride()[:2], *o.stride()[:2]
+    _launch_of(head_dim)((ceil(queries / ROWS), heads), (o_a, o_b, lse_a, lse_b, o, lse), numbers)
     return o, lse
+
+
+@cache
+def _launch_of(head_dim: int) -> Launch:
+    return Launch(_kernel, HEAD_DIM=head_dim, COLUMNS=triton.next_power_of_2(head_dim), ROWS=ROWS)

@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from elite.kernels.launch import Launch
+
 MOST_WIDTH = 2**16
 """Values of a row that one program may hold."""
 PROGRAMS = 1024
@@ -98,60 +100,58 @@ def _backward(
 
 
 class _Norm(torch.autograd.Function):
+    """Weights are kept on the context, not among the saved tensors: each of those costs a layer that is recomputed calls into Python, and
+    nothing changes them between forward and backward."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, center: bool, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor | None]:
-        rows = x.contiguous().view(-1, x.shape[-1])
-        added = None if residual is None else residual.contiguous().view_as(rows)
+        x = x.contiguous()
+        added = None if residual is None else residual.contiguous()
         # A wide residual stream stays wide, whatever is added to it.
-        h = rows if added is None else torch.empty_like(rows, dtype=torch.promote_types(rows.dtype, added.dtype))
-        y = torch.empty_like(rows, dtype=dtype)
-        scale = torch.empty(len(rows), dtype=torch.float32, device=x.device)
+        h = x if added is None else torch.empty_like(x, dtype=torch.promote_types(x.dtype, added.dtype))
+        y = torch.empty_like(x, dtype=dtype)
+        width = x.shape[-1]
+        rows = x.numel() // width
+        scale = x.new_empty(rows, dtype=torch.float32)
         mean = torch.empty_like(scale) if center else scale
-        if rows.numel():
-            options = sizes(rows.shape[1], FORWARD_VALUES, TILE)
-            _forward[(ceil(len(rows) / options["ROWS"]),)](
-                *(rows, rows if added is None else added, weight, weight if bias is None else bias, y, h, mean, scale),
-                *(len(rows), rows.shape[1], eps),
-                CENTER=center,
-                ADDS=added is not None,
-                HAS_BIAS=bias is not None,
-                **options,
-            )
-        ctx.save_for_backward(h, weight, bias, mean, scale)
-        ctx.center, ctx.adds, ctx.dtype = center, added is not None, x.dtype
+        if rows:
+            launch = _forward_launch(width, center, added is not None, bias is not None)
+            tensors = x, x if added is None else added, weight, weight if bias is None else bias, y, h, mean, scale
+            launch((ceil(rows / launch.constants["ROWS"]),), tensors, (rows, width), (eps,))
+        ctx.save_for_backward(h, scale, mean if center else None)
+        ctx.weights, ctx.center, ctx.adds, ctx.dtype = (weight, bias), center, added is not None, x.dtype
         ctx.set_materialize_grads(False)
-        return y.view_as(x), None if added is None else h.view_as(x)
+        return y, None if added is None else h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        h, weight, bias, mean, scale = ctx.saved_tensors
-        dy, dh = (None if g is None else g.contiguous().view_as(h) for g in upstream)
-        shape = next(g.shape for g in upstream if g is not None)
+        h, scale, mean = ctx.saved_tensors
+        (weight, bias), width, rows = ctx.weights, h.shape[-1], len(scale)
+        dy, dh = (None if g is None else g.contiguous() for g in upstream)
         if dy is None:
             assert dh is not None
-            return dh.view(shape).to(ctx.dtype), dh.view(shape) if ctx.adds else None, *[None] * 5
+            return _in(dh, ctx.dtype), dh if ctx.adds else None, *[None] * 5
         trains = any(ctx.needs_input_grad[2:4])
-        options = sizes(h.shape[1], BACKWARD_VALUES, TILE if trains else 1)
-        tiles = ceil(len(h) / options["ROWS"])
+        launch = _backward_launch(width, ctx.center, dh is not None, trains, bias is not None)
+        tiles = ceil(rows / launch.constants["ROWS"])
         each = max(1, ceil(tiles / PROGRAMS)) if trains else 1
         programs, dx = ceil(tiles / each), torch.empty_like(h)
-        dw = torch.zeros(programs, h.shape[1], dtype=torch.float32, device=h.device) if trains else scale
+        dw = h.new_zeros(programs, width, dtype=torch.float32) if trains else scale
         db = torch.zeros_like(dw) if trains and bias is not None else dw
-        if h.numel():
-            _backward[(programs,)](
-                *(dy, dy if dh is None else dh, h, weight, mean, scale, dx, dw, db, len(h), each, h.shape[1]),
-                CENTER=ctx.center,
-                ADDS=dh is not None,
-                TRAINS=trains,
-                HAS_BIAS=bias is not None,
-                **options,
-            )
+        if rows:
+            tensors = dy, dy if dh is None else dh, h, weight, scale if mean is None else mean, scale, dx, dw, db
+            launch((programs,), tensors, (rows, each, width))
         grad_w = dw.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
         grad_b = db.sum(0).to(bias.dtype) if bias is not None and ctx.needs_input_grad[3] else None
-        return dx.view(shape).to(ctx.dtype), dx.view(shape) if ctx.adds else None, grad_w, grad_b, *[None] * 3
+        return _in(dx, ctx.dtype), dx if ctx.adds else None, grad_w, grad_b, *[None] * 3
+
+
+def _in(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in that dtype; a conversion that changes nothing is a call all the same."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def norm(
@@ -180,3 +180,14 @@ def sizes(width: int, values: int, tile: int) -> dict[str, int]:
     block = triton.next_power_of_2(max(width, 1))
     rows = max(1, tile // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(16, max(1, rows * block // (32 * values)))}
+
+
+@cache
+def _forward_launch(width: int, center: bool, adds: bool, has_bias: bool) -> Launch:
+    return Launch(_forward, CENTER=center, ADDS=adds, HAS_BIAS=has_bias, **sizes(width, FORWARD_VALUES, TILE))
+
+
+@cache
+def _backward_launch(width: int, center: bool, adds: bool, trains: bool, has_bias: bool) -> Launch:
+    options = sizes(width, BACKWARD_VALUES, TILE if trains else 1)
+    return Launch(_backward, CENTER=center, ADDS=adds, TRAINS=trains, HAS_BIAS=has_bias, **options)

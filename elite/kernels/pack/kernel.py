@@ -10,6 +10,7 @@
 position is written where the value will be. The bits between two ends are then a quotient.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from elite.kernels.launch import Launch
 from elite.kernels.pack import reference
 
 MOST_WIDTH = 2**14
@@ -128,7 +130,7 @@ def _quotient(code):
 
 @triton.jit
 def _encode_int4(
-    x, words, width, row_words, low_bytes, room, least, finer, coarser, x_stride, row_stride,
+    x, words, width, row_words, low_bytes, room, x_stride, row_stride, least, finer, coarser,
     WORDS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -220,17 +222,26 @@ def _decode_int4(
         tl.store(x + value, decoded.to(x.dtype.element_ty), mask=inside)
 
 
+_encode_int8_launch = Launch(_encode_int8, TILE=TILE, **UNFUSED)
+_decode_int8_launch = Launch(_decode_int8, TILE=TILE)
+_decode_int4_launch = Launch(_decode_int4, WORDS=WORDS, VALUES=VALUES)
+
+
+@cache
+def _encode_int4_launch(width: int) -> Launch:
+    return Launch(_encode_int4, **_sizes(width), **UNFUSED)
+
+
 def encode_int8(x: Tensor, out: Tensor) -> None:
     """As `reference.encode_int8`, for fp32, bf16 and fp16."""
     (n, width), groups = x.shape, triton.cdiv(x.shape[1], reference.GROUP)
     if n == 0:
         return
     x, rows = x if x.stride(1) == 1 else x.contiguous(), _aligned(out)
-    _encode_int8[(triton.cdiv(n * groups, TILE),)](
-        *(x, rows.view(torch.int8), rows.view(torch.int16), n * groups, groups, width, rows.shape[1], 2 * groups),
-        *(x.stride(0), rows.stride(0)),
-        TILE=TILE,
-        **UNFUSED,
+    _encode_int8_launch(
+        (triton.cdiv(n * groups, TILE),),
+        (x, rows.view(torch.int8), rows.view(torch.int16)),
+        (n * groups, groups, width, rows.shape[1], 2 * groups, x.stride(0), rows.stride(0)),
     )
     if rows is not out:
         out.copy_(rows)
@@ -242,10 +253,11 @@ def decode_int8(rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     x = torch.empty(n, width, dtype=dtype, device=rows.device)
     if n:
         rows = _aligned(rows)
-        _decode_int8[(triton.cdiv(n * groups, TILE),)](
-            *(rows.view(torch.int8), rows.view(torch.int16), x, n * groups, groups, width, 2 * groups, rows.stride(0)),
-            torch.finfo(dtype).max,
-            TILE=TILE,
+        _decode_int8_launch(
+            (triton.cdiv(n * groups, TILE),),
+            (rows.view(torch.int8), rows.view(torch.int16), x),
+            (n * groups, groups, width, 2 * groups, rows.stride(0)),
+            (torch.finfo(dtype).max,),
         )
     return x
 
@@ -262,11 +274,11 @@ def encode_int4(x: Tensor, out: Tensor) -> None:
         return
     low_bytes, _, room = reference.int4_layout(width)
     x, rows = x if x.stride(1) == 1 else x.contiguous(), _aligned(out)
-    _encode_int4[(n,)](
-        *(x, rows.view(torch.int32), width, rows.shape[1] // 4, low_bytes, room),
-        *(reference.SMALLEST * width, *reference.int4_bracket(width), x.stride(0), rows.stride(0)),
-        **_sizes(width),
-        **UNFUSED,
+    _encode_int4_launch(width)(
+        (n,),
+        (x, rows.view(torch.int32)),
+        (width, rows.shape[1] // 4, low_bytes, room, x.stride(0), rows.stride(0)),
+        (reference.SMALLEST * width, *reference.int4_bracket(width)),
     )
     if rows is not out:
         out.copy_(rows)
@@ -283,11 +295,11 @@ def decode_int4(rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     if len(x):
         rows, low_bytes = _aligned(rows), reference.int4_layout(width)[0]
         ends = x.view(torch.int16 if dtype.itemsize == 2 else torch.int32)
-        _decode_int4[(len(x),)](
-            *(rows.view(torch.int32), rows, rows.view(torch.int16), x, ends, width, rows.shape[1] // 4, low_bytes, rows.stride(0)),
-            torch.finfo(dtype).max,
-            WORDS=WORDS,
-            VALUES=VALUES,
+        _decode_int4_launch(
+            (len(x),),
+            (rows.view(torch.int32), rows, rows.view(torch.int16), x, ends),
+            (width, rows.shape[1] // 4, low_bytes, rows.stride(0)),
+            (torch.finfo(dtype).max,),
         )
     return x
 

@@ -5,6 +5,7 @@ seed drawn from torch's generator, and the backward makes them again. So whoever
 does, gets the same masks. Formulas are those of `reference.py`.
 """
 
+from functools import cache
 from math import ceil
 from typing import Any
 
@@ -13,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from elite.kernels.launch import Launch
 
 LANES = 512
 """Values of a program, over four: one counter gives four random numbers."""
@@ -47,7 +50,7 @@ def _add_one(residual, first, second, out, cells, count, keep_first, keep_second
 # Seeds are never the same twice: specialised, every sixteenth would be compiled anew.
 @triton.jit(do_not_specialize=["seed_first", "seed_second"])
 def _kernel(
-    residual, first, second, out, count, p, seed_first, seed_second,
+    residual, first, second, out, count, p, seed_first: tl.int64, seed_second: tl.int64,
     PARTS: tl.constexpr, DROPS: tl.constexpr, BACKWARD: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     lanes = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
@@ -101,14 +104,14 @@ def add_dropped(residual: Tensor, parts: tuple[Tensor, ...], p: float) -> Tensor
 
 def _launch(residual: Tensor, parts: list[Tensor], out: Tensor, p: float, seeds: list[int], backward: bool) -> None:
     if residual.numel():
-        _kernel[(ceil(residual.numel() / (4 * LANES)),)](
-            *(residual, parts[0], parts[-1], out, residual.numel(), p, seeds[0], seeds[-1]),
-            PARTS=len(parts),
-            DROPS=p > 0,
-            BACKWARD=backward,
-            LANES=LANES,
-            num_warps=WARPS,
-        )
+        launch = _launch_of(len(parts), p > 0, backward)
+        grid, tensors = (ceil(residual.numel() / (4 * LANES)),), (residual, parts[0], parts[-1], out)
+        launch(grid, tensors, (residual.numel(),), (float(p), seeds[0], seeds[-1]))
+
+
+@cache
+def _launch_of(parts: int, drops: bool, backward: bool) -> Launch:
+    return Launch(_kernel, PARTS=parts, DROPS=drops, BACKWARD=backward, LANES=LANES, num_warps=WARPS)
 
 
 def _draw(device: torch.device) -> int:

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from elite.kernels.launch import Launch
+
 HEADS_PER_WARP = 8
 MOST_WARPS = 4
 
@@ -75,14 +77,14 @@ class _Rotary(torch.autograd.Function):
         # Who has kept q or k for a backward of their own hears of it from autograd, rather than reading other values. What is returned is
         # a view, as autograd allows no function to change two views in place.
         torch.autograd.graph.increment_version((q, k))
-        ctx.save_for_backward(cos, sin)
-        ctx.spend = spend
+        # Not among the saved tensors, as weights of a norm are not.
+        ctx.angles, ctx.spend = (cos, sin), spend
         return q.view_as(q), k.view_as(k)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
+        cos, sin = ctx.angles
         dq, dk = (g if g.stride(-1) == 1 else g.contiguous() for g in upstream)
         if ctx.spend and dq.is_contiguous() and dk.is_contiguous():
             _launch(dq, dk, dq, dk, cos, sin, backward=True)
@@ -120,16 +122,16 @@ def _launch(q: Tensor, k: Tensor, q_out: Tensor, k_out: Tensor, cos: Tensor, sin
     half, kv_heads = cos.shape[-1] // 2, k.shape[2]
     if not rows * tokens:
         return
-    rest = head_dim - 2 * half
-    _kernel[(rows * tokens,)](
-        *(q, k, q_out, k_out, cos, sin, tokens),
-        *(stride for t in (q, k, q_out, k_out) for stride in t.stride()[:3]),
-        # One row of angles may serve all rows.
-        *(cos.stride(0) if len(cos) > 1 else 0, cos.stride(1)),
-        **sizes(heads, kv_heads, half, rest),
-        BACKWARD=backward,
-        COPIES=q_out is not q,
-    )
+    launch = _launch_of(heads, kv_heads, half, head_dim - 2 * half, backward, q_out is not q)
+    # One row of angles may serve all rows.
+    angles = cos.stride(0) if len(cos) > 1 else 0, cos.stride(1)
+    strides = *q.stride()[:3], *k.stride()[:3], *q_out.stride()[:3], *k_out.stride()[:3], *angles
+    launch((rows * tokens,), (q, k, q_out, k_out, cos, sin), (tokens, *strides))
+
+
+@cache
+def _launch_of(heads: int, kv_heads: int, half: int, rest: int, backward: bool, copies: bool) -> Launch:
+    return Launch(_kernel, BACKWARD=backward, COPIES=copies, **sizes(heads, kv_heads, half, rest))
 
 
 @cache

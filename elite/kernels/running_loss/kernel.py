@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from elite.kernels.launch import Launch
+
 VALUES = 16
 """Logits of a thread."""
 BLOCK = 1024
@@ -19,7 +21,7 @@ WARPS = 4
 
 @triton.jit
 def _absorb(
-    logits, row_stride, bias, labels, first, count, state, tokens, sums, width,
+    logits, bias, labels, state, sums, row_stride, first, count, tokens, width,
     HAS_BIAS: tl.constexpr, SMOOTH: tl.constexpr, SUMS: tl.constexpr, FIRST: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
@@ -57,7 +59,7 @@ def _absorb(
 
 @triton.jit
 def _finish(
-    state, tokens, labels, losses, sums, weight, mean, gradient, width, vocab, ignore_index, smoothing, z_loss,
+    state, labels, losses, sums, weight, mean, gradient, tokens, width, vocab, ignore_index, smoothing, z_loss,
     GRADIENT: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -85,15 +87,9 @@ def _finish(
 def absorb(logits: Tensor, bias: Tensor | None, labels: Tensor, first: int, state: Tensor, sums: Tensor | None) -> None:
     """As `reference.absorb`, for fp32, bf16 and fp16 logits with contiguous rows of a few thousand."""
     (tokens, count), spare = logits.shape, logits if sums is None else sums
-    _absorb[(tokens,)](
-        *(logits, logits.stride(0), logits if bias is None else bias, labels, first, count, state, tokens, spare, spare.shape[1]),
-        HAS_BIAS=bias is not None,
-        SMOOTH=len(state) == 4,
-        SUMS=sums is not None,
-        FIRST=first == 0,
-        BLOCK=BLOCK,
-        **sizes(count),
-    )
+    launch = _absorb_launch(count, bias is not None, len(state) == 4, sums is not None, first == 0)
+    tensors = logits, logits if bias is None else bias, labels, state, spare
+    launch((tokens,), tensors, (logits.stride(0), first, count, tokens, spare.shape[1]))
 
 
 def add_rows(sums: Tensor, shares: Tensor, rows: Tensor, fresh: bool) -> None:
@@ -114,14 +110,20 @@ def finish(
     tokens = len(labels)
     losses = torch.empty(tokens, dtype=torch.float32, device=state.device)
     matrices = [state if t is None else t for t in (sums, weight, mean, gradient)]
-    _finish[(tokens,)](
-        *(state, tokens, labels, losses, *matrices, matrices[0].shape[1], vocab, ignore_index, label_smoothing, z_loss),
-        GRADIENT=gradient is not None,
-        SMOOTH=len(state) == 4,
-        BLOCK=BLOCK,
-        num_warps=WARPS,
-    )
+    numbers = tokens, matrices[0].shape[1], vocab, ignore_index
+    launch = _finish_launch(gradient is not None, len(state) == 4)
+    launch((tokens,), (state, labels, losses, *matrices), numbers, (float(label_smoothing), float(z_loss)))
     return losses
+
+
+@cache
+def _absorb_launch(count: int, has_bias: bool, smooth: bool, sums: bool, first: bool) -> Launch:
+    return Launch(_absorb, HAS_BIAS=has_bias, SMOOTH=smooth, SUMS=sums, FIRST=first, BLOCK=BLOCK, **sizes(count))
+
+
+@cache
+def _finish_launch(gradient: bool, smooth: bool) -> Launch:
+    return Launch(_finish, GRADIENT=gradient, SMOOTH=smooth, BLOCK=BLOCK, num_warps=WARPS)
 
 
 @cache

@@ -18,7 +18,7 @@ calls into Python, and nothing changes them between forward and backward.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,8 @@ ALIGNMENT = 8
 """Tensor cores want inner dimensions that are a multiple of this many half-precision values."""
 
 
-@dataclass(frozen=True)
-class AdaptedMap:
-    """A frozen linear map and its adapter."""
+class AdaptedMap(NamedTuple):
+    """A frozen linear map and its adapter; made at every call of one, which a dataclass makes slowly."""
 
     weight: Tensor
     bias: Tensor | None

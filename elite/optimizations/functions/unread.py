@@ -32,7 +32,7 @@ class UnreadOutputs:
     def __init__(self, layers: nn.ModuleList, plain: bool = True) -> None:
         self._layers, self._plain = layers, plain
         self._maps: list[list[Any]] | None = None
-        self._known: tuple[int, ...] = ()
+        self._known: list[int] = []
 
     def find(self, gradients: Gradients, at_hand: Callable[[int], AbstractContextManager[Any]] = lambda _layer: nullcontext()) -> None:
         """Try every map of one layer of each kind, unless that has been done and no module has changed since.
@@ -40,7 +40,7 @@ class UnreadOutputs:
         Args:
             at_hand: within what it returns for a layer, its gradients can be asked for.
         """
-        modules = tuple(id(module) for module in self._layers.modules())
+        modules = _identities(self._layers)
         if modules == self._known:
             return
         found: dict[tuple[tuple[str, type], ...], list[str]] = {}
@@ -56,7 +56,7 @@ class UnreadOutputs:
 
     def nothing(self) -> None:
         """Take it that everything is read, until a module changes."""
-        self._maps, self._known = None, tuple(id(module) for module in self._layers.modules())
+        self._maps, self._known = None, _identities(self._layers)
 
     def names(self, layer: int) -> list[str]:
         """What was found in a layer, by name within it."""
@@ -83,6 +83,17 @@ class UnreadOutputs:
                     del module.forward
                 else:
                     module.forward = forward
+
+
+def _identities(layers: nn.ModuleList) -> list[int]:
+    """Of all modules within. Asked for at every step, and `modules()` makes names and a set of what may be thousands."""
+    found, ahead = list[int](), list[nn.Module | None]([layers])
+    while ahead:
+        module = ahead.pop()
+        found.append(id(module))
+        if module is not None:
+            ahead += module._modules.values()
+    return found
 
 
 def _unread_in(layer: nn.Module, plain: bool, gradients: Callable[[], Sequence[Tensor | None]]) -> list[str]:
