@@ -32,10 +32,10 @@ def core(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def step(model: Any) -> tuple[dict[str, Tensor], Tensor]:
+def step(model: Any, lengths: tuple[int, ...] = LENGTHS) -> tuple[dict[str, Tensor], Tensor]:
     """Every gradient, and the random state afterwards."""
     torch.manual_seed(7)
-    WholeExecutor(model, torch.bfloat16).loss_sum(row(*LENGTHS)).backward()
+    WholeExecutor(model, torch.bfloat16).loss_sum(row(*lengths)).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, torch.get_rng_state()
 
 
@@ -100,6 +100,14 @@ def test_longer_sequences_are_tried_on_their_beginning() -> None:
     made = Recomputed(layers)
     step(model)
     assert seen == {FEW, sum(LENGTHS)} and made.left_out(0)
+
+
+@pytest.mark.parametrize("size", ["hidden_size", "head_dim"])
+def test_as_many_tokens_as_a_vector_has_values(size: str) -> None:
+    model = make("llama", "fused")
+    made, config = Recomputed(core(model).get_decoder().layers), core(model).config
+    step(model, (FEW // 2, (config.hidden_size if size == "hidden_size" else config.head_dim) - FEW // 2))
+    assert made.left_out(1) == ["mlp.down_proj"]
 
 
 def test_a_layer_that_cannot_be_tried_is_recomputed_in_full(caplog: pytest.LogCaptureFixture) -> None:

@@ -101,9 +101,10 @@ class Recomputed:
 
 def _few(rows: int, tokens: int, t: Tensor) -> Tensor:
     """The part of a layer's argument that belongs to the first row's first tokens, whichever of its dimensions these are."""
-    for dim, size in enumerate(t.shape):
-        if size == tokens and (dim > 0 or t.dim() == 1):
-            t = t.narrow(dim, 0, min(FEW, tokens))
+    of_tokens = [dim for dim, size in enumerate(t.shape) if size == tokens and (dim > 0 or t.dim() == 1)]
+    # A mask [B, 1, S, S] has two such; elsewhere a later one has the size of a vector, which may be as many.
+    for dim in of_tokens if t.dim() == 4 else of_tokens[:1]:
+        t = t.narrow(dim, 0, min(FEW, tokens))
     return t[:1] if t.dim() > 1 and t.shape[0] == rows else t
 
 
