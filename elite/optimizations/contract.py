@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from elite.facts import Facts, ModelShape
 from elite.optimizations.parts import FP32, PLAIN, LayerForm, Sizes
-from elite.optimizations.shapes import mlp_width
 
 
 class Stage(Enum):
@@ -201,11 +200,7 @@ class Step:
 
     def sizes(self, facts: Facts, tokens: int) -> Sizes:
         """What the formulas of a layer's parts read, for so many tokens."""
-        return Sizes(facts, tokens, self.value, self.hidden)
-
-    def beyond_activation(self, facts: Facts, tokens: int) -> float:
-        """Of `map_at_work`, what exceeds an activation of the MLP for so many tokens: at the peak more of these are there, and no map."""
-        return max(0.0, self.map_at_work - self.value * tokens * mlp_width(facts))
+        return Sizes(facts, tokens, self.value, self.hidden, packed=self.map_at_work > 0)
 
     def beside_trained(self, facts: Facts) -> "Step":
         """With everything that is trained there once more, in fp32: an average of it, or what it returns to."""

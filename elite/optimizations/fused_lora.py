@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from elite.facts import Facts, LinearShape
 from elite.optimizations.contract import Applied, Exactness, Optimization, Site, Stage, Step
-from elite.optimizations.parts import FP32, Part, Sizes
-from elite.optimizations.shapes import adapter_rank
+from elite.optimizations.parts import FP32, Part, Sizes, let_go, unpacked
+from elite.optimizations.shapes import ALIGNMENT, adapter_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,8 @@ class FusedLoRA(Optimization):
         return None
 
     def memory(self, step: Step, facts: Facts) -> Step:
-        copies = (facts.trainable_params + _zeros(facts)) * step.value
+        # A quantised base is no function of siblings.
+        copies = (facts.trainable_params + (0 if step.map_at_work else _zeros(facts))) * step.value
         standing = replace(step.standing, trainable_copy=step.standing.trainable_copy + copies)
         return replace(step, standing=standing, form=replace(step.form, maps=fused_maps))
 
@@ -75,9 +76,14 @@ class FusedLoRA(Optimization):
 
 def fused_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool) -> Part:
     """Maps of one input; their products copy what stands beside the rank (elite/optimizations/functions/lora.py)."""
+    if s.packed:
+        return _added_maps(s, maps, read, kept)
     rank, into, tokens = adapter_rank(s.facts), maps[0].inputs, s.tokens
     ranks, outputs = rank * len(maps), [m.outputs for m in maps]
-    if len(maps) > 1:
+    if len(maps) > 1 and ranks % ALIGNMENT:
+        # Each map alone, and no product in one. Gradients of the input are added up, when nobody reads the last map's any more.
+        ahead, back = 0, 2 * into * tokens - outputs[-1] * tokens
+    elif len(maps) > 1:
         # Forward: the input beside its low-rank values, a weight beside the adapter's, made while the one before it is still there;
         # backward: what is narrower than the input.
         ahead = (into + ranks) * tokens + max(
@@ -90,7 +96,7 @@ def fused_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool) -
         back = _copied(outputs[0], tokens, into, rank)
     returned = sum(outputs) * s.value * tokens
     converted = (s.value if read != s.value else 0) * into * tokens
-    own = FP32 * rank * sum(into + out for out in outputs)
+    gradients = FP32 * rank * sum(into + out for out in outputs)
     return Part(
         "maps",
         saved=(0 if kept else into * read * tokens) + ranks * s.value * tokens,
@@ -101,20 +107,45 @@ def fused_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool) -
         leaves=into * read * tokens,
         keeps_input=True,
         # The gradient in the compute dtype goes into one as wide as the input was; the copies are gone by then.
-        work=max(s.value * back - (read - s.value) * into * tokens, converted) + ranks * s.value * tokens + own,
+        work=max(s.value * back - (read - s.value) * into * tokens, converted) + ranks * s.value * tokens + gradients,
+        gradients=gradients,
+    )
+
+
+def _added_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool) -> Part:
+    """Maps whose packed base keeps its own function, and another adds the adapter's product to what that gives."""
+    rank, into, tokens = adapter_rank(s.facts), maps[0].inputs * s.tokens, s.tokens
+    low, returned = len(maps) * rank * s.value * tokens, sum(m.outputs for m in maps) * s.value * tokens
+    converted, own = (s.value if read != s.value else 0) * into, 0 if kept else into * read
+    gradients, last = FP32 * rank * sum(m.inputs + m.outputs for m in maps), maps[-1].outputs * s.value * s.tokens
+    # The input's gradient through the base beside that through the adapter, then their sum, when nobody reads the map's output gradient any
+    # more; nor the input, if it is its only map's.
+    through = max(s.value * into + unpacked(s, maps), 2 * read * into - let_go(s, maps))
+    return Part(
+        "maps",
+        saved=own + low,
+        small=low,
+        forward=returned + max(unpacked(s, maps), last) + converted,
+        arrives=returned,
+        leaves=into * read,
+        keeps_input=True,
+        work=through - (own if len(maps) == 1 else 0) + low + gradients,
+        gradients=gradients,
     )
 
 
 def _copied(inner: int, rows: int, columns: int, rank: int) -> int:
     """Values that one product instead of two copies (`_sum_of_products`)."""
-    return (inner + rank) * (rows + columns) if inner * (rows + columns) < rows * columns else 0
+    return (inner + rank) * (rows + columns) if inner * (rows + columns) < rows * columns and rank % ALIGNMENT == 0 else 0
 
 
 def _zeros(facts: Facts) -> int:
-    """Zeros beside the B's of siblings, all layers: each has room for the values of all."""
+    """Zeros beside the B's of siblings that are one function, all layers: each has room for the values of all."""
     outputs = {linear.name.rsplit(".", 1)[-1]: linear.outputs for linear in facts.model.layer_linears}
-    groups = [[outputs[name] for name in names] for names in SIBLINGS if outputs.keys() >= set(names)]
-    return facts.model.num_hidden_layers * adapter_rank(facts) * sum((len(group) - 1) * sum(group) for group in groups)
+    rank = adapter_rank(facts)
+    together = [names for names in SIBLINGS if outputs.keys() >= set(names) and rank * len(names) % ALIGNMENT == 0]
+    groups = [[outputs[name] for name in names] for names in together]
+    return facts.model.num_hidden_layers * rank * sum((len(group) - 1) * sum(group) for group in groups)
 
 
 def _is_plain(module: Any) -> bool:
@@ -215,8 +246,6 @@ def _state(x: "Tensor") -> tuple[object, ...]:
 
 def _groups(target: Any, adapted: dict[int, _Adapted]) -> list[_SharedInput]:
     """Siblings among the whole maps of `adapted`, by their modules' identities, that a decoder layer calls on one tensor."""
-    from elite.optimizations.functions.lora import ALIGNMENT
-
     found = []
     for parent in target.modules():
         for names in SIBLINGS:

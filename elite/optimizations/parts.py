@@ -76,6 +76,8 @@ class Sizes:
     """v."""
     hidden: int
     """h."""
+    packed: bool = False
+    """Whether linear maps are stored in few bits: each stands there in the compute dtype while its product is formed."""
 
     @property
     def d(self) -> int:
@@ -170,6 +172,21 @@ def plain_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool) -
     return _trained_maps(s, maps, read, kept) if s.trains_weights else _adapted_maps(s, maps, read, kept)
 
 
+def unpacked(s: Sizes, maps: Sequence[LinearShape]) -> float:
+    """Of maps that go back last to first, what the highest moment holds of a packed weight, less the gradients that are gone by then."""
+    highest, gone = 0.0, 0.0
+    for linear in reversed(maps) if s.packed else ():
+        highest = max(highest, s.value * linear.inputs * linear.outputs - gone)
+        gone += s.value * linear.outputs * s.tokens
+    return highest
+
+
+def let_go(s: Sizes, maps: Sequence[LinearShape]) -> float:
+    """Gradient of the output that is gone when the input's is added up: the last map's, unless the residual stream has the same tensor."""
+    joins = len(maps) == 1 and maps[0].outputs == s.d and not s.facts.model.residual_dropout
+    return 0.0 if joins else s.value * maps[-1].outputs * s.tokens
+
+
 def _inputs(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool) -> float:
     """Inputs that maps keep: each its own conversion, or all the one tensor."""
     copies = len(maps) if read != s.value else 0 if kept else 1
@@ -186,9 +203,14 @@ def _adapted_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool
     converted = s.value * rank * sum(m.inputs + m.outputs for m in maps) if s.half else 0
     arrives = _outputs(s, maps)
     own = _inputs(s, maps, read, kept)
+    # Of the map that goes back first: its gradients in fp32, and what it kept.
+    first = rank * (maps[-1].inputs + maps[-1].outputs)
+    kept_by_first = own / len(maps) + s.value * (rank * tokens + (first if s.half else 0))
     # First the scaled gradient. Then the input's gradients through base and adapter and their sum, when nobody reads the map's output
-    # gradient any more, which the residual stream still holds if this is its only map, nor what it kept.
-    work = max(last, 3 * into - own / len(maps) - (last if len(maps) > 1 else 0)) - into
+    # gradient any more, nor what it kept.
+    work = max(last, 3 * into - kept_by_first - let_go(s, maps)) - into
+    # A packed weight is unpacked for the base's, once the adapter's is there.
+    work = max(work, into + unpacked(s, maps) - kept_by_first) if s.packed else work
     return Part(
         "maps",
         saved=own + len(maps) * rank * s.value * tokens + converted,
@@ -200,7 +222,8 @@ def _adapted_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool
         spared=last,
         arrives=arrives,
         leaves=into,
-        work=work,
+        work=work + FP32 * first,
+        gradients=FP32 * rank * sum(m.inputs + m.outputs for m in maps),
         keeps_input=read == s.value,
     )
 

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 from elite.facts import Facts, LinearShape
 
+ALIGNMENT = 8
+"""Tensor cores want inner dimensions that are a multiple of this many half-precision values."""
 PARALLEL_BLOCKS = frozenset({"phi", "cohere", "cohere2"})
 """Architectures whose attention and MLP read the same norm."""
 

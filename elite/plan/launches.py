@@ -11,7 +11,7 @@ from elite.facts import FORMULA_GELU, Facts
 from elite.optimizations.contract import Decision, Site
 from elite.plan.across import passes
 from elite.plan.traffic import Cost, active
-from elite.streaming import Streaming
+from elite.streaming import Place, Streaming
 
 PLAIN = {"gated": Cost(55, 88), "phi": Cost(57, 80)}
 """Norms, maps, rotary embedding, attention, activation and sums of one layer, no gradients of weights."""
@@ -28,6 +28,9 @@ FUSED_ELEMENTWISE = Cost(25, 40)
 ten times an ordinary operation (fused_steps.json: Phi-2 at 4,096 tokens waits longer for the host with them than without)."""
 STREAMED = Cost(62, 5)
 """A chunk in a layer under the streamed executor, besides: staging, attention in parts, gradients added up."""
+STAGED = Cost(36, 0)
+"""The same where rows come from host memory or disk to a GPU: copies, streams and events, which no CPU's count has (fitted to all streamed
+steps of calibration, _fit, _first and _second.json)."""
 BLOCK = 6
 """A further block of keys in the backward of a chunk; where ranks share sequences, any block, forward and backward (assumption)."""
 AROUND = Cost(55, 20)
@@ -58,6 +61,8 @@ def operations(facts: Facts, decisions: tuple[Decision, ...], layout: Streaming 
         layer += DEQUANTISED * maps
     if layout is not None:
         layer += STREAMED
+        if layout.boundaries is not Place.device and facts.device.kind == "cuda":
+            layer += STAGED
         if facts.sharing > 1:
             layer += Cost(BLOCK, BLOCK) * passes(facts, layout)
         else:

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from elite.facts import Facts
-from elite.optimizations.activation_quantization import TILE_VALUES
 from elite.optimizations.contract import Decision, Estimate, Site, Step
 from elite.optimizations.parts import FP32, Part, Sizes
-from elite.optimizations.shapes import PARALLEL_BLOCKS, adapter_rank, is_gated, layer_maps, mlp_width
+from elite.optimizations.shapes import PARALLEL_BLOCKS, adapter_rank, layer_maps
+from elite.plan.packing import packed_bytes, packing
 
 ADAM_STATE_BYTES = 8
 """Two fp32 moments a trained parameter."""
@@ -27,6 +27,8 @@ LOSS_BYTES = 12
 """A logit when the loss goes back: its log-probability, the gradient of that and its own, in fp32 also where logits are bf16."""
 BATCH_BYTES = 24
 """Token ids, positions and labels, int64 each."""
+OUTPUT_MAP = 4
+"""The attention's output map among a layer's parts."""
 LEAVING = 2
 """As how many tensors a gradient exists while ranks exchange it, where that is as soon as it has been made: itself and a copy."""
 CUDA_WORKSPACE_BYTES = 64 * 1024**2
@@ -92,18 +94,18 @@ def moments(step: Step, facts: Facts) -> Iterator[Estimate]:
     """Memory at every moment that may be the peak, in the order of a step."""
     layers, parts = facts.model.num_hidden_layers, layer_parts(step, facts, facts.micro_tokens)
     model, width, full = facts.model, step.hidden * facts.model.hidden_size, facts.adapter == "full"
-    angles, packed = 2 * model.rotary_dim * step.hidden * facts.micro_tokens, step.beyond_activation(facts, facts.micro_tokens)
-    standing = _plus(step.standing, batch=angles, runtime=packed)
+    standing = _plus(step.standing, batch=2 * model.rotary_dim * step.hidden * facts.micro_tokens)
     # While it works forward, a layer that packs has its tensors beside their copies; while it goes back, what is read is there again.
-    ahead, behind = _packing(step, facts, parts, forward=True), _packing(step, facts, parts, forward=False)
+    ahead, behind = packing(step, facts, parts, forward=True), packing(step, facts, parts, forward=False)
     made = _first_made(step, facts)
     before = _plus(standing, gradients=-made)
     # Autocast's copies of weights stay through the forward; those that a backward reads are among what parts save.
     copies = layers * sum(part.weights for part in parts) if step.recomputed and step.copies_stay else 0.0
     yield from _forward(_plus(before, _kept(step, facts, parts, layers, True)), step, ahead, copies)
     yield from _loss(step, facts, _plus(before, _kept(step, facts, parts, layers, False)), copies)
-    for layer in (layers, 1):
-        above = FP32 * (_outer_params(facts) + (layers - layer) * model.layer_params)
+    # The lowest passes no gradient on, unless the embedding is trained: the one above it may hold more.
+    for layer in (layers, min(layers, 2), 1):
+        above = FP32 * _outer_params(facts) + (layers - layer) * gradients_of_layer(facts)
         # A map's, where gradients leave as they are made.
         leaving = (
             FP32 * LEAVING * max(linear.inputs * linear.outputs for linear in model.layer_linears) if full and step.gradients_stand else 0.0
@@ -138,14 +140,22 @@ def _forward(held: Estimate, step: Step, parts: tuple[Part, ...], copies: float)
 
 
 def _first_made(step: Step, facts: Facts) -> float:
-    """Gradients that exist only once the backward has made them: of all weights, in the only pass of a step. Adapters' count throughout."""
-    first = facts.adapter == "full" and facts.accumulation == 1 and not step.gradients_stand
+    """Gradients that exist only once the backward has made them: in the only pass of a step. Those of converted maps count throughout."""
+    first = facts.adapter != "converted" and facts.accumulation == 1 and not step.gradients_stand
     return FP32 * facts.trainable_params if first else 0.0
 
 
-def _outer_params(facts: Facts) -> int:
-    """Parameters above the layers: the final norm's, and the head's also where it is the embedding."""
+def gradients_of_layer(facts: Facts) -> float:
+    """Gradients of what is trained in one layer."""
     model = facts.model
+    return FP32 * (model.layer_params if facts.adapter == "full" else facts.trainable_params / model.num_hidden_layers)
+
+
+def _outer_params(facts: Facts) -> int:
+    """Parameters that are trained above the layers: the final norm's, and the head's also where it is the embedding."""
+    model = facts.model
+    if facts.adapter != "full":
+        return 0
     outer = model.total_params - model.num_hidden_layers * model.layer_params
     return outer if model.tied else outer - model.embedding_params
 
@@ -168,7 +178,7 @@ def _kept(step: Step, facts: Facts, parts: tuple[Part, ...], layers: int, at_wor
         width = step.hidden if step.packed_bits is None else step.packed_bits / 8
         return Estimate(layer_inputs=there * width * facts.model.hidden_size * facts.micro_tokens)
     if step.packed_bits is not None:
-        packed = [_packed(part, step) for part in parts]
+        packed = [packed_bytes(part, step) for part in parts]
         # The layer at work shows its own itself.
         count = layers - (1 if at_work else 0)
         first = _unread_in_first(facts, tuple(replace(part, saved=size) for part, size in zip(parts, packed, strict=True)))
@@ -176,51 +186,6 @@ def _kept(step: Step, facts: Facts, parts: tuple[Part, ...], layers: int, at_wor
     whole, scores = layers - (1 if at_work else 0), sum(part.scores for part in parts)
     first = _unread_in_first(facts, parts) if whole else 0.0
     return Estimate(saved_activations=whole * (sum(part.saved for part in parts) - scores) - first, attention_scores=whole * scores)
-
-
-def _packed(part: Part, step: Step) -> float:
-    """Bytes of what a part leaves once that is packed."""
-    if step.packed_bits is None:
-        return part.saved
-    left = part.small + part.weights
-    narrow = max(0.0, part.saved - left - part.wide_values)
-    return left + step.packed_bits / 8 * (narrow / step.value + part.wide_values / FP32)
-
-
-def _packing(step: Step, facts: Facts, parts: tuple[Part, ...], forward: bool) -> tuple[Part, ...]:
-    """A layer's parts at work where what they save is packed."""
-    if step.packed_bits is None:
-        return parts
-    if step.recomputed:
-        # What is computed again is not packed. The layer's input is a copy of the packed one.
-        bare = [replace(part, whole_input=0.0) for part in parts]
-        return (replace(bare[0], forward=max(bare[0].forward, _scratch(step, facts, parts[0]))), *bare[1:])
-    return tuple((_packed_ahead if forward else _packed_behind)(step, facts, part) for part in parts)
-
-
-def _scratch(step: Step, facts: Facts, part: Part) -> float:
-    """Bytes at work while one of a part's tensors is packed or unpacked."""
-    width = mlp_width(facts) if part.wide else facts.model.hidden_size
-    return step.packing * min(TILE_VALUES, width * facts.micro_tokens)
-
-
-def _packed_ahead(step: Step, facts: Facts, part: Part) -> Part:
-    """While a part works, what its functions read is there beside the packed copies of it."""
-    forward = _read_at_once(step, facts, part) + max(part.forward, _scratch(step, facts, part))
-    return replace(part, saved=_packed(part, step), scores=0.0, forward=forward)
-
-
-def _packed_behind(step: Step, facts: Facts, part: Part) -> Part:
-    """What a function reads is there again while it goes back."""
-    work = max(part.work + _read_at_once(step, facts, part), _scratch(step, facts, part) - part.leaves)
-    return replace(part, saved=_packed(part, step), scores=0.0, work=work)
-
-
-def _read_at_once(step: Step, facts: Facts, part: Part) -> float:
-    """Of what a part saves and packs, what is there unpacked at once; of an MLP's elementwise functions two factors, and the input of a
-    formula."""
-    read, tensors = part.saved - part.small - part.weights, 2 if is_gated(facts) else 3
-    return min(read, tensors * step.value * mlp_width(facts) * facts.micro_tokens) if part.wide else read
 
 
 def _unread_in_first(facts: Facts, parts: tuple[Part, ...]) -> float:
@@ -293,9 +258,21 @@ def loss_tile(step: Step, facts: Facts, tokens: int, handed: float) -> float:
 
 
 def layer_moments(step: Step, facts: Facts, tokens: int) -> list[tuple[Part, Estimate]]:
-    """What one layer holds while each of its parts goes back, for so many tokens."""
-    parts = layer_parts(step, facts, tokens)
-    return list(zip(parts, _passing(Estimate(), parts, forward=False), strict=True))
+    """What one layer holds while each of its parts goes back, computed again, for so many tokens, its input aside."""
+    first, *others = layer_parts(step, facts, tokens)
+    parts = [replace(first, saved=first.saved - first.whole_input), *others]
+    if facts.adapter == "full":
+        outputs = (OUTPUT_MAP, -1) if facts.model.model_type in PARALLEL_BLOCKS else (-1,)
+        for index in outputs:
+            parts[index] = _unread(parts[index], step.sizes(facts, tokens))
+    return list(zip(parts, _passing(Estimate(), parts, forward=False, makes=True), strict=True))
+
+
+def _unread(part: Part, s: Sizes) -> Part:
+    """A trained map whose product is left out (elite/optimizations/functions/unread.py): nothing converts its weight, and its input stays
+    until the weight's gradient is converted."""
+    converted = part.gradients * s.value / FP32 if s.half else 0.0
+    return replace(part, saved=part.saved - part.weights, weights=0.0, work=max(part.work, part.gradients + converted))
 
 
 def layer_parts(step: Step, facts: Facts, tokens: int) -> tuple[Part, ...]:
@@ -321,16 +298,21 @@ def layer_parts(step: Step, facts: Facts, tokens: int) -> tuple[Part, ...]:
         first = [_beside(part, stream, normed_ahead + (0.0 if step.recomputed else stream_ahead)) for part in first]
     if parallel:
         first = [first[0], *(_beside(part, normed, 0.0) for part in first[1:])]
-        mlp = [_beside(part, stream, normed_ahead + made) for part in mlp]
+        # A kernel of both sums makes the gradients of both their terms at once.
+        waiting = made if model.residual_dropout and not form.keeps_masks else 0.0
+        mlp = [_beside(part, stream + waiting, normed_ahead + made) for part in mlp]
     else:
         again = replace(norm, whole_input=0.0)
         mlp = [_beside(part, stream, stream_ahead) for part in ([again] if mlp else []) + mlp]
         first[-1] = _meets_stream(first[-1], s)
     if mlp:
         mlp[-1] = _meets_stream(mlp[-1], s)
-    if model.residual_dropout and form.keeps_masks:
+    if model.residual_dropout:
         first[-1] = _dropped(first[-1], s)
         mlp[-1:] = [_dropped(part, s) for part in mlp[-1:]]
+        if form.keeps_masks:
+            first[-1] = _masked(first[-1], s)
+            mlp[-1:] = [_masked(part, s) for part in mlp[-1:]]
     return (*first, *mlp)
 
 
@@ -345,10 +327,14 @@ def _meets_stream(part: Part, s: Sizes) -> Part:
 
 
 def _dropped(part: Part, s: Sizes) -> Part:
-    """A part whose output passes a dropout before it is added: a mask stays, and the gradient that arrives is a tensor of its own."""
+    """A part whose output passes a dropout before it is added: the gradient that arrives is a tensor of its own."""
+    return replace(part, waits=part.waits + s.hidden * s.d * s.tokens) if s.hidden == s.value else part
+
+
+def _masked(part: Part, s: Sizes) -> Part:
+    """A part whose dropout is an operation by itself: its mask stays, a byte a value."""
     unit = s.d * s.tokens
-    shared = s.hidden * unit if s.hidden == s.value else 0.0
-    return replace(part, saved=part.saved + unit, forward=part.forward + s.value * unit, waits=part.waits + shared)
+    return replace(part, saved=part.saved + unit, forward=part.forward + s.value * unit)
 
 
 def _mlp(step: Step, facts: Facts, tokens: int, read: float, kept: bool) -> list[Part]:
@@ -362,16 +348,21 @@ def _mlp(step: Step, facts: Facts, tokens: int, read: float, kept: bool) -> list
             activation = replace(activation, work=activation.work - activation.late)
         row = [form.maps(s, into, read, kept), activation, form.maps(s, [out], activation.hands, False)]
         return [replace(part, wide=True) for part in row]
-    inner = _mlp(replace(step, form=replace(form, mlp_tile=None), recomputed=True), facts, tile, read, True)
+    alone, rest = replace(step, form=replace(form, mlp_tile=None), recomputed=True), tokens % tile or tile
+    # A tile's output gradient is a view of the whole one's, so it neither takes memory nor gives any back.
+    joined = replace(facts, model=replace(facts.model, residual_dropout=False))
+    inner, short = ([*parts[:-1], replace(parts[-1], arrives=0.0)] for parts in (_mlp(alone, joined, n, read, True) for n in (tile, rest)))
     normed, made = read * s.d * tokens, s.value * out.outputs * tokens
     # The first forward of a tile leaves nothing.
     ahead = max(_highest([part], forward=True) for part in inner)
-    highest = max(_highest(inner, forward=True), _highest(inner, forward=False))
-    # The last tile goes back first. The tiles' outputs, or the gradients of their inputs, are put together at the end.
+    highest, first = (max(_highest(parts, forward=True), _highest(parts, forward=False)) for parts in (inner, short))
+    # The last tile goes back first. The gradients of the tiles' inputs are put together at the end.
     pieces = read * s.d * (tokens - tile)
     # So do the gradients of trained weights, which sum over tiles in the compute dtype.
     made_weights = sum(part.gradients for part in inner)
     pieces += made_weights / FP32 * s.value
+    # When the input's gradients through base and adapter of the last one are added up, nobody else reads the output's.
+    gone = made if facts.model.residual_dropout and facts.adapter == "lora" else 0.0
     return [
         Part(
             "tiled MLP",
@@ -379,7 +370,7 @@ def _mlp(step: Step, facts: Facts, tokens: int, read: float, kept: bool) -> list
             forward=made + max(ahead, made),
             arrives=made,
             leaves=normed,
-            work=max(highest + pieces - normed, normed),
+            work=max(highest + pieces - gone - normed, first - normed, normed),
             gradients=made_weights,
             wide=True,
         )

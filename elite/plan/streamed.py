@@ -8,8 +8,8 @@ Symbols as in `memory.py`; n tokens of a chunk, b keys of a block, v bytes of a 
 and the largest of
 
     a layer             for n tokens, when its backward holds most: what autograd keeps, gradients and scratch of the part at work, the
-                        layer's input and output, fp32 sums of gradients; if that part is the attention, b·2HDv, a kernel's gradients
-                        of a block, expanded to all heads, and n·2HD·4, dQ; b·2KDv, their sums over the heads that share keys, if any
+                        layer's output, fp32 sums of gradients; if that part is the attention, b·2HDv, a kernel's gradients
+                        of a block, expanded to all heads, and n·HD·4, dQ; b·2KDv, their sums over the heads that share keys, if any
                         do; b·2KD·4, where these leave for the host
     the loss            one tile of logits and the gradient of a chunk; a trained head's gradient, three times
     the embedding       where it is trained, its gradient of a chunk beside the sum
@@ -33,7 +33,7 @@ from elite.optimizations.flash_attention import fused_attention
 from elite.optimizations.parts import FP32, Part, Sizes
 from elite.optimizations.ring_attention import active_variant
 from elite.plan import across
-from elite.plan.memory import folded, layer_moments, loss_tile
+from elite.plan.memory import folded, gradients_of_layer, layer_moments, loss_tile
 from elite.revolve import layer_forwards, slots_for
 from elite.streaming import ARGUMENT_BYTES, JOURNALED, VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
 
@@ -41,8 +41,8 @@ CHUNKS = ((32768, 16384, 8192, 4096), (2048, 1024))
 """Longest first: longer chunks run faster. Rather than go below the first few, keys and values leave the device."""
 BLOCKS = (65536, 16384)
 """Longer ones cost memory and spare additions."""
-HIDDEN_COPIES = 3
-"""Hidden states [n, d] at once besides what a layer's parts hold: its input, its output and the gradient of the one before."""
+OUTPUTS = 1
+"""Hidden states [n, d] at once besides what a layer's parts hold: its output. Its input lies among rows or in a buffer of theirs."""
 HOST_RESERVE_BYTES = 4 * GIB
 """Host memory left for libraries, the tokenised corpus and the system."""
 
@@ -69,11 +69,13 @@ class StreamedMemory:
         alone = facts.context, facts.micro_batch
         chunk, before = longest_chunk(*(alone if self._variant is None else (tokens, 1)), layout.chunk)
         streamed = layout.weights is WeightPlace.streamed
-        arguments = min(ARGUMENT_BYTES, 2 * width * model.head_dim * tokens)
+        arguments = min(ARGUMENT_BYTES, 2 * self._stream_width * model.rotary_dim * tokens)
+        kept, decoded = layout.keep is Keep.attention, layout.encoding is not BoundaryEncoding.exact
         if self._variant is None:
-            work = self._peak(chunk, min(layout.block, before), layout.keys_values is Place.host, 0.0)
+            work = self._peak(chunk, min(layout.block, before), layout.keys_values is Place.host, 0.0, kept, decoded)
         else:
-            work = self._peak(chunk, 0, False, across.meeting(facts, width, layout, chunk, self._variant))
+            met = across.meeting(facts, width, layout, chunk, self._variant)
+            work = self._peak(chunk, 0, False, met, kept, decoded)
         return replace(
             work,
             linear_weights=2 * whole.linear_weights / model.num_hidden_layers if streamed else whole.linear_weights,
@@ -84,7 +86,7 @@ class StreamedMemory:
             keys_values=self._keys_values(layout, chunk),
             staging=self._staging(layout, chunk),
             batch=whole.batch,
-            runtime=whole.runtime + self._step.beyond_activation(facts, chunk),
+            runtime=whole.runtime,
         )
 
     def _keys_values(self, layout: Streaming, chunk: int) -> float:
@@ -96,19 +98,21 @@ class StreamedMemory:
         at_hand = facts.context if layout.keys_values is Place.device else 4 * min(layout.block, facts.context)
         return 0.0 if facts.context <= chunk else at_hand * 2 * keys * (self._width + 4)
 
-    def _highest(self, chunk: int, block: int, keys_leave: bool, meeting: float) -> Estimate:
-        return max(self._moments(chunk, block, keys_leave, meeting), key=lambda moment: moment.total)
+    def _highest(self, chunk: int, block: int, keys_leave: bool, meeting: float, kept: bool, decoded: bool) -> Estimate:
+        return max(self._moments(chunk, block, keys_leave, meeting, kept, decoded), key=lambda moment: moment.total)
 
-    def _moments(self, chunk: int, block: int, keys_leave: bool, meeting: float) -> Iterator[Estimate]:
+    def _moments(self, chunk: int, block: int, keys_leave: bool, meeting: float, kept: bool, decoded: bool) -> Iterator[Estimate]:
         """What comes and goes, at every moment that may be the peak: loss, backward of a layer's parts, of the embedding, update.
 
         Args:
             meeting: what a layer takes while ranks meet; 0 where they share nothing.
+            kept: attention outputs lie among rows or in their buffers.
+            decoded: so do inputs, but encoded.
         """
         facts, model, step = self._facts, self._facts.model, self._step
         full, every = facts.adapter == "full", self._whole.gradients
-        # Of all weights, in the only pass of a step, gradients exist once the backward has made them.
-        once = full and facts.accumulation == 1 and not step.gradients_stand
+        # In the only pass of a step, gradients exist once the backward has made them.
+        once = facts.accumulation == 1 and not step.gradients_stand
         hidden, embedding = self._stream_width * model.hidden_size * chunk, FP32 * model.embedding_params
         half, cuda, head = self._width < FP32, facts.device.kind == "cuda", 0.0
         if full:
@@ -120,26 +124,37 @@ class StreamedMemory:
         tile = loss_tile(replace(step, loss_tile=tokens, loss_words=words), facts, chunk, step.value)
         before = every - (FP32 * facts.trainable_params if once else 0)
         yield Estimate(loss_workspace=tile + head + self._around_loss(chunk, hidden), gradients=before)
-        sums = 0.0 if once else FP32 * (model.layer_params if full else facts.trainable_params / model.num_hidden_layers)
-        gradients = every - (embedding if once and not model.tied else 0)
+        gradients = every - (embedding if once and full and not model.tied else 0)
         if full and model.tied and step.gradients_stand:
             # The head's waits for the embedding's.
             gradients += embedding
-        blocks = 0.0 if meeting else self._blocks(chunk, block, keys_leave)
         if meeting:
-            yield Estimate(gradients=gradients, attention_workspace=meeting, layer_workspace=sums)
+            yield Estimate(gradients=gradients, attention_workspace=meeting, layer_workspace=0.0 if once else gradients_of_layer(facts))
+        copies = OUTPUTS + (1 if decoded else 0)
+        # Of the layers above the lowest all gradients are there; above the last are none, but its output's is a product, not rows.
+        lowest = gradients - (gradients_of_layer(facts) if once else 0.0)
+        last = lowest - (gradients_of_layer(facts) * (model.num_hidden_layers - 1) if once else 0.0)
+        for standing, there in ((lowest, copies), (last, copies + 1)):
+            yield from self._backward(chunk, 0.0 if meeting else self._blocks(chunk, block, keys_leave), kept, standing, there * hidden)
+        if full:
+            # A chunk's gradient is dense; so is the sum of several, which becomes the gradient itself if there is none yet.
+            dense = embedding * ((chunk < facts.micro_tokens) + (not once or model.tied))
+            yield Estimate(gradients=every, layer_workspace=dense + 2 * hidden)
+        yield Estimate(gradients=every, optimizer_workspace=step.optimizer_workspace)
+
+    def _backward(self, chunk: int, blocks: float, kept: bool, gradients: float, hidden: float) -> Iterator[Estimate]:
+        """A layer's parts going back, beside gradients of other layers and hidden states."""
+        facts = self._facts
+        # What chunks before have added up; a chunk's own gradients are there until it is done.
+        sums = gradients_of_layer(facts) if chunk < facts.micro_tokens else 0.0
+        step = replace(self._step, form=replace(self._step.form, attention=_kept_attention)) if kept else self._step
         for part, moment in layer_moments(step, facts, chunk):
             yield replace(
                 moment,
-                gradients=gradients,
-                layer_workspace=moment.layer_workspace + HIDDEN_COPIES * hidden + sums,
+                gradients=moment.gradients + gradients,
+                layer_workspace=moment.layer_workspace + hidden + sums,
                 attention_workspace=blocks if part.name == "attention" else 0.0,
             )
-        if full:
-            # A chunk's gradient is dense; so is the sum, which becomes the gradient itself if there is none yet.
-            dense = embedding * (1 if once and not model.tied else 2)
-            yield Estimate(gradients=every, layer_workspace=dense + 2 * hidden)
-        yield Estimate(gradients=every, optimizer_workspace=step.optimizer_workspace)
 
     def _around_loss(self, chunk: int, hidden: float) -> float:
         """What stands around the head while a chunk's logits do: what the final norm reads, keeps and gives, its gradient, and the last
@@ -158,13 +173,18 @@ class StreamedMemory:
         # A chunk's own square first, then what comes before it, block by block.
         own = chunk * heads * (4 + (2 * self._width if shared else 0))
         key = 2 * (heads + (keys if shared else 0)) * self._width + (8 * keys if keys_leave else 0)
-        return max(own, block * key + chunk * 2 * heads * 4 if block else 0)
+        # The sum of dQ in fp32; a block's own has the place of what is handed out in the end.
+        return max(own, block * key + chunk * heads * 4 if block else 0)
 
     def _staging(self, layout: Streaming, chunk: int) -> float:
         """Rows that lie on the device, or buffers for those under way."""
         if self._facts.device.kind == "cpu":
             return self.host(layout)
-        return self._near(layout) if layout.boundaries is Place.device else 2 * chunk * self._moved_row(layout)
+        if layout.boundaries is Place.device:
+            return self._near(layout)
+        # Buffers of what comes are as long as a chunk may be.
+        comes, goes = self._moved_rows(layout)
+        return 2 * (layout.chunk * comes + chunk * goes)
 
     def host(self, layout: Streaming) -> float:
         """Pinned host memory of one rank; on a CPU all that would be."""
@@ -199,11 +219,13 @@ class StreamedMemory:
             row += layers * (self._output_row() + self._keys_row(layout))
         return row * self._facts.micro_tokens
 
-    def _moved_row(self, layout: Streaming) -> float:
-        """Bytes a token that a layer's backward brings and takes, or its forward: boundary, gradient, gradient; outputs, in and out."""
-        row: float = 3 * self._stream_width * self._facts.model.hidden_size
-        row += 0.0 if self._variant is None else across.staged_row(self._facts, self._width, layout)
-        return row + (2 * self._output_row() + self._keys_row(layout) if layout.keep is Keep.attention else 0.0)
+    def _moved_rows(self, layout: Streaming) -> tuple[float, float]:
+        """Bytes a token that a layer's backward, or its forward, brings and takes: boundary and gradient; gradient; outputs both ways."""
+        exact = self._stream_width * self._facts.model.hidden_size
+        met = 0.0 if self._variant is None else across.staged_row(self._facts, self._width, layout)
+        kept = layout.keep is Keep.attention
+        outputs, keys = (self._output_row(), self._keys_row(layout)) if kept else (0.0, 0.0)
+        return 2 * exact + outputs + met / 2, exact + outputs + keys + met / 2
 
     def _output_row(self) -> float:
         """O and its log-sum-exp, bytes a token."""
@@ -219,6 +241,12 @@ class StreamedMemory:
 def _attention_in_blocks(s: Sizes, copied: bool) -> Part:
     """As a fused kernel's, whose work is one block's and stands in `attention_workspace`."""
     return replace(fused_attention(s, copied), work=0.0)
+
+
+def _kept_attention(s: Sizes, _copied: bool) -> Part:
+    """The same whose output the forward pass has left among the rows, in the order of tokens."""
+    part = _attention_in_blocks(s, False)
+    return replace(part, saved=part.saved - s.value * s.queries * s.tokens)
 
 
 def recomputed(facts: Facts, layout: Streaming) -> tuple[float, float]:

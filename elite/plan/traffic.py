@@ -53,8 +53,9 @@ STREAMED = Cost(8.0, 20.0)
 and `group_sum`: each part read and written)."""
 DEQUANTISED = 5.0
 """A four-bit weight, each time it is needed (fitted to all steps with QLoRA of calibration_fit, _first and _second.json)."""
-OPTIMIZER = 40.0
-"""A trained parameter: gradient, weight and two moments in fp32, and the norm of all gradients."""
+OPTIMIZER = 92.0
+"""A trained parameter, in fp32: what torch's AdamW reads and writes where it takes all tensors at once, one operation after another (decay
+8, first moment 12, second 8 + 12, its root, quotient and epsilon 8 each, the weight 16), the gradients' norm 4 and their clipping 8."""
 OPTIMIZER_8BIT = 100.0
 """The same with moments in 8 bits, whose kernel computes more than it moves (calibration_first.json, no. 35)."""
 HEAD_GRADIENT = 8.0

@@ -137,16 +137,15 @@ def tensors(model: Any) -> list[Tensor]:
 
 
 def measured_peak(case: Case, model: Any) -> int:
-    """Bytes alive at once in a forward and backward pass, beyond weights, the optimizer's state and the batch. Gradients of adapters are
-    there before, those of whole weights are not."""
+    """Bytes alive at once in a forward and backward pass, beyond weights, the optimizer's state and the batch. No gradient is there
+    before."""
     ids, fused = torch.randint(0, case.vocab, (1, case.tokens)), "fused_loss" in case.on
     with as_on_cuda() if case.cuda else ExitStack():
         # What is found out on a few tokens, and operands that are made once a step.
         loss(model, ids[:, :16], case.half, fused).backward()
-        if case.full:
-            model.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         live = LiveBytes()
-        live.ignore([*tensors(model), *(p.grad for p in model.parameters() if p.grad is not None), ids])
+        live.ignore([*tensors(model), ids])
         with live, _kernels_that_compute_nothing() if set(KERNELS) & set(case.on) else ExitStack():
             loss(model, ids, case.half, fused, case.documents).backward()
     return live.peak
@@ -204,9 +203,8 @@ def _kernels_that_compute_nothing() -> Iterator[None]:
 def passing(case: Case, facts: Facts, decisions: tuple[Decision, ...]) -> Estimate:
     """The predicted peak of what `measured_peak` measures."""
     step = folded(facts, decisions)
-    gradients = step.standing.gradients if case.full else 0.0
     # Positions, which the model numbers itself here. The kernel's own fp32 sums are no tensors on a CPU.
-    standing = Estimate(gradients=gradients, batch=8 * case.tokens)
+    standing = Estimate(gradients=step.standing.gradients, batch=8 * case.tokens)
     form = replace(step.form, attention=_without_kernel(step)) if case.cuda else step.form
     bare = replace(step, standing=standing, form=form)
     # The last moment is the update's.

@@ -20,6 +20,7 @@ from elite.config import CONF_DIR, TrainingConfig
 from elite.facts import Facts
 from elite.optimizations import decide
 from elite.optimizations.flash_attention import log_sum_exp_bytes
+from elite.optimizations.parts import unpacked
 from elite.optimizations.qlora import BLOCK, SCALE_BLOCK, QLoRA, dequantised_bytes, packed_bytes
 from elite.plan import batch
 from elite.plan.memory import folded, host, layer_parts, moments, predict, unoptimized
@@ -236,7 +237,9 @@ def test_offloaded_inputs_leave_the_device() -> None:
     )
     one = 2 * facts.context * facts.model.hidden_size
     assert (here.layer_inputs, there.layer_inputs) == (32 * one, 2 * one)
-    assert replace(there, layer_inputs=here.layer_inputs) == here
+    # What takes most is then a low layer, beside gradients of those above it.
+    assert here.gradients == 0 < there.gradients
+    assert replace(there, layer_inputs=here.layer_inputs, gradients=0.0) == here
     cpu = replace(facts, device=device("cpu"))
     assert folded(cpu, decide(switches("checkpoint_offload"), cpu)) == folded(cpu, decide(switches("gradient_checkpointing"), cpu))
 
@@ -363,10 +366,12 @@ def test_packed_weights_are_as_bitsandbytes_packs_them(shape: tuple[int, int]) -
     assert dequantised_bytes(facts, 2) == 2 * 2560 * 10240
 
 
-def test_a_whole_map_counts_where_no_activation_is_larger() -> None:
-    """2560 x 10240 weights stand for the time of a product; n x 10240 activations, which do not, are at the peak."""
+def test_a_packed_map_counts_whole_while_its_product_is_formed() -> None:
+    """The largest of maps of one input, less the output's gradients that are gone by then."""
     facts = facts_phi2()
-    packed = folded(facts, decide(switches("mixed_precision", "qlora"), facts))
-    assert [packed.beyond_activation(facts, tokens) for tokens in (4096, 2560, 512)] == [0, 0, 2 * 10240 * (2560 - 512)]
-    plain = folded(facts, decide(switches("mixed_precision"), facts))
-    assert plain.beyond_activation(facts, 1) == 0
+    steps = [folded(facts, decide(switches("mixed_precision", *on), facts)) for on in ((), ("qlora",))]
+    plain, packed = (step.sizes(facts, 512) for step in steps)
+    wide, narrow = (next(m for m in facts.model.layer_linears if m.name.endswith(name)) for name in ("fc1", "q_proj"))
+    assert unpacked(packed, [wide]) == 2 * 2560 * 10240 and unpacked(plain, [wide]) == 0
+    assert unpacked(packed, [narrow] * 3) == 2 * 2560 * 2560
+    assert unpacked(packed, [wide, narrow]) == 2 * 2560 * 10240 - 2 * 2560 * 512

@@ -96,17 +96,19 @@ def test_a_chunk_holds_what_is_planned(kind: str, mlp: float) -> None:
 
     with as_on_cuda():
         step()
+        model.zero_grad(set_to_none=True)
         live = LiveBytes()
-        live.ignore([ids, *tensors(model), *(p.grad for p in model.parameters() if p.grad is not None)])
+        live.ignore([ids, *tensors(model)])
         with live:
             step()
     attached.undo()
     work = StreamedMemory(found, decisions).device(layout)
-    planned = work.saved_activations + work.layer_workspace + work.mlp_workspace + work.attention_workspace
+    planned = work.gradients + work.saved_activations + work.layer_workspace + work.mlp_workspace + work.attention_workspace
     if work.attention_workspace:
-        # Keys' gradients of plain torch are fp32 where a kernel's are in the compute dtype, and their sum is made beside them.
+        # Gradients of plain torch are fp32 where a kernel's are in the compute dtype, and sums of keys' are made beside them, with and
+        # without what is there already.
         heads, keys = (n * found.model.head_dim for n in (found.model.num_attention_heads, found.model.num_key_value_heads))
-        planned += layout.block * (2 * heads * 2 + keys * 4)
+        planned += layout.block * (2 * heads * 2 + keys * 8) + layout.chunk * heads * 2
     assert planned == pytest.approx(live.peak, rel=0.05)
 
 
@@ -168,7 +170,10 @@ def test_no_chunk_would_be_faster(context: int) -> None:
         chunk: choose_executor(replace(config, executor=replace(config.executor, chunk=chunk)), device("h100"), phi2(), 1).step_s
         for chunk in (1024, 2048, 4096, 8192, 16384, 32768)
     }
-    assert found.step_s <= NEARLY * min(times.values()) and times[found.layout.chunk] == pytest.approx(found.step_s), times
+    assert found.step_s <= NEARLY * min(times.values()), times
+    # Rows where they were: with one chunk alone to choose, another place may be nearly as fast and take less.
+    same = replace(config.executor, chunk=found.layout.chunk, boundaries=found.layout.boundaries)
+    assert choose_executor(replace(config, executor=same), device("h100"), phi2(), 1).step_s == pytest.approx(found.step_s)
 
 
 def test_rows_stay_on_the_device_where_their_copies_would_hold_it_up() -> None:

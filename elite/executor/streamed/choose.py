@@ -25,6 +25,8 @@ log = logging.getLogger("elite.executor")
 
 CHOICES = "attention_kernels.json"
 """File in the cache folder: what was measured, by what it was measured for."""
+MOST_QUERIES = 8192
+"""Timed at once, which fill a GPU: the trial comes in the first step, and its tensors should not be what that step takes most for."""
 REPEATS = 2
 """Timed runs of each case; the fastest counts."""
 LIMIT = 2e-2
@@ -59,7 +61,7 @@ def fastest(
 
     Args:
         cache: folder where the choice is remembered; a file there that cannot be read is measured anew.
-        chunk, block: queries and keys of the executor's calls. Keys are timed up to twice the chunk: rates no longer change.
+        chunk, block: queries and keys of the executor's calls, of which `MOST_QUERIES` and twice as many are timed: rates no longer change.
         allowed: names to choose among; None for all.
 
     Raises:
@@ -138,6 +140,7 @@ def _measure(kernels: Sequence[Kernel], shape: AttentionShape, device: torch.dev
     """The choice, what each right kernel took, and what is wrong with the others."""
     limit = LIMIT if shape.dtype.itemsize < 4 else LIMIT_FP32
     seconds, wrong = {}, {}
+    queries = min(chunk, MOST_QUERIES)
     for kernel in kernels:
         try:
             found = error(kernel, shape, device)
@@ -150,7 +153,7 @@ def _measure(kernels: Sequence[Kernel], shape: AttentionShape, device: torch.dev
         if not found <= limit:
             wrong[kernel.name] = f"is wrong here by {found:.1e}"
             continue
-        seconds[kernel.name] = sum(sum(_seconds(kernel, shape, device, case)) for case in _cases(shape, chunk, min(block, 2 * chunk)))
+        seconds[kernel.name] = sum(sum(_seconds(kernel, shape, device, case)) for case in _cases(shape, queries, min(block, 2 * queries)))
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return {"choice": min(seconds, key=lambda name: seconds[name], default=None), "seconds": seconds, "wrong": wrong}

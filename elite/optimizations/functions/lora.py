@@ -26,8 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-ALIGNMENT = 8
-"""Tensor cores want inner dimensions that are a multiple of this many half-precision values."""
+from elite.optimizations.shapes import ALIGNMENT
 
 
 class AdaptedMap(NamedTuple):
