@@ -10,13 +10,17 @@ Symbols as in `streamed.py`. A row is what waits elsewhere of one token.
                             the long side; and what it adds to the gradients
     weights streamed        a layer's weights come once a sweep
     checkpoint offload      a layer's input goes in the forward and comes in the backward
+    parts on the host       a rank's part of the weights comes once a pass, the gradient of its part goes in the backward
 """
 
 from dataclasses import dataclass
 
 from elite.facts import Facts, Rates
+from elite.optimizations.contract import Decision
 from elite.optimizations.shapes import stream_value_bytes
+from elite.optimizations.zero_2 import active_zero
 from elite.plan.across import passes
+from elite.plan.memory import folded
 from elite.streaming import VALUE_BITS, BoundaryEncoding, Keep, Place, Streaming, WeightPlace
 
 GRADIENT_BYTES = 4
@@ -39,11 +43,25 @@ class Copies:
     flushed: float = 0.0
     """Of a journal; nothing else is under way meanwhile."""
 
+    def beside(self, others: "Copies") -> "Copies":
+        """Both, one after the other."""
+        return Copies(self.forward + others.forward, self.backward + others.backward, self.flushed + others.flushed)
+
 
 def offloaded(facts: Facts, rates: Rates, value: int) -> Copies:
     """Of checkpoint offload."""
     moved = facts.model.num_hidden_layers * facts.model.hidden_size * stream_value_bytes(value, facts) * facts.micro_tokens
     return Copies(moved / rates.to_host_bytes_per_s, moved / rates.to_device_bytes_per_s)
+
+
+def parts(facts: Facts, decisions: tuple[Decision, ...], rates: Rates, sweeps: float) -> Copies:
+    """Of weights and gradients that ranks divide, where the host keeps their parts; `sweeps`: as in `streamed`."""
+    zero = active_zero(decisions)
+    if zero is None or not zero.offloads:
+        return Copies()
+    weights = folded(facts, decisions).offloaded_weights / rates.to_device_bytes_per_s
+    own = RESULT_BYTES * facts.trainable_params / facts.device.count if zero.config.offload_optimizer else 0.0
+    return Copies(sweeps * weights, max(weights, own / rates.to_host_bytes_per_s))
 
 
 def streamed(facts: Facts, rates: Rates, layout: Streaming, value: int, sweeps: float) -> Copies:

@@ -38,6 +38,9 @@ OPERATION_S = 36e-6
 the host, take over the operations of `launches.py`)."""
 CPU_OPERATION_S = 5e-6
 """The same where the host computes, too: dispatch alone (assumption)."""
+HOST_UPDATE_BYTES_PER_S = 37e9
+"""Of host memory, by a rank's optimizer there, with 16 threads and another rank beside it (ranks.json, zero3_llama8b, less the rest of its
+step)."""
 LINK_DUPLEX_SHARE = 0.8
 """Of a host link's rate in each direction, with both at work (assumption)."""
 

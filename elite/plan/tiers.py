@@ -61,10 +61,8 @@ def choose_tier(
     if last is None:
         raise PlanError("tier=auto was given no tier to choose from", "tier=tier1")
     parts = ", ".join(f"{part.replace('_', ' ')} {value / GIB:.2f}" for part, value in last.memory.items() if value >= GIB / 100)
-    raise PlanError(
-        f"no tier fits {device.name}: {last.tier} needs {last.total_bytes / GIB:.2f} GiB of {last.usable_bytes / GIB:.2f} usable ({parts})",
-        last.fix,
-    )
+    needs = f"{last.total_bytes / GIB:.2f} GiB of {last.usable_bytes / GIB:.2f} usable"
+    raise PlanError(f"no tier fits {device.name}: {last.tier} needs {needs}: {last.shortage} ({parts})", last.fix)
 
 
 def _objection(plan: Plan, config: RunConfig) -> str:

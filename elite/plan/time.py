@@ -23,12 +23,14 @@ from math import ceil
 from elite.facts import Facts
 from elite.loss_tiles import tile_tokens
 from elite.optimizations.contract import Behind, Decision, Exchange, Site
+from elite.optimizations.parts import FP32
 from elite.optimizations.shapes import PARALLEL_BLOCKS, layer_maps, split
+from elite.optimizations.zero_2 import active_zero
 from elite.plan import launches, traffic
-from elite.plan.copies import Copies, offloaded, streamed
+from elite.plan.copies import Copies, offloaded, parts, streamed
 from elite.plan.exchange import exposed_s
 from elite.plan.memory import folded
-from elite.plan.rates import attention_of, rates_of
+from elite.plan.rates import HOST_UPDATE_BYTES_PER_S, attention_of, rates_of
 from elite.streaming import Streaming
 
 ATTENTION_BACKWARD = 2.5
@@ -158,13 +160,12 @@ def step_time(
         copies.backward,
         alone,
     )
-    parts = {name: forward[name] + backward[name] for name in forward}
-    parts |= {"head_and_loss": head, "computed_again": swept + repeated}
-    parts |= {"exposed_copies": ahead[0] + behind[0] + copies.flushed, "waiting_for_host": ahead[1] + behind[1]}
+    found = {name: forward[name] + backward[name] for name in forward}
+    found |= {"head_and_loss": head, "computed_again": swept + repeated}
+    found |= {"exposed_copies": ahead[0] + behind[0] + copies.flushed, "waiting_for_host": ahead[1] + behind[1]}
     attended = accumulation * ((1 + again[1]) * forward["attention"] + backward["attention"])
     between = exposed_s(exchanges, facts.device, {Behind.attention: attended, Behind.last_backward: sum(backward.values()) + repeated})
-    update = traffic.optimizer(decisions) * facts.trainable_params / clock.rates.memory_bytes_per_s
-    return StepTime(**{name: accumulation * seconds for name, seconds in parts.items()}, optimizer=update, exchange=between)
+    return StepTime(**{name: accumulation * seconds for name, seconds in found.items()}, optimizer=clock.update(), exchange=between)
 
 
 def _wait(device_s: float, host_s: float, copies_s: float, alone: bool) -> tuple[float, float]:
@@ -233,11 +234,21 @@ class _Clock:
         """Between device and host; nothing on a CPU, which is both."""
         if self._facts.device.kind == "cpu":
             return Copies()
-        value = 2 if self._half else 4
+        value, divided = 2 if self._half else 4, parts(self._facts, self._decisions, self.rates, sweeps)
         if self._layout is not None:
-            return streamed(self._facts, self.rates, self._layout, value, sweeps)
+            return streamed(self._facts, self.rates, self._layout, value, sweeps).beside(divided)
         off = any(d.active and d.name == "checkpoint_offload" for d in self._decisions)
-        return offloaded(self._facts, self.rates, value) if off else Copies()
+        return offloaded(self._facts, self.rates, value).beside(divided) if off else divided
+
+    def update(self) -> float:
+        """The optimizer's step, of a rank's part where parameters are divided; in host memory with what comes back from there."""
+        facts, zero = self._facts, active_zero(self._decisions)
+        own = facts.trainable_params / (1 if zero is None else facts.device.count)
+        moved = traffic.optimizer(self._decisions) * own
+        if zero is None or facts.device.kind == "cpu" or not zero.config.offload_optimizer:
+            return moved / self.rates.memory_bytes_per_s
+        back = 0.0 if folded(facts, self._decisions).offloaded_weights else FP32 * own
+        return moved / HOST_UPDATE_BYTES_PER_S + back / self.rates.to_device_bytes_per_s
 
     def _products(self, flops_per_token: float) -> float:
         return flops_per_token * self._facts.micro_tokens / self._flops_per_s

@@ -3,11 +3,13 @@ from dataclasses import replace
 import pytest
 
 from elite.facts import Facts
-from elite.optimizations import decide
+from elite.optimizations import OptimizationsConfig, decide
 from elite.optimizations.contract import Decision
-from elite.plan import launches, streamed
-from elite.plan.rates import rates_of
-from elite.plan.time import model_flops_per_token, recomputed, step_flops, step_time
+from elite.optimizations.zero_3 import ZeRO3
+from elite.plan import launches, streamed, traffic
+from elite.plan.copies import Copies, parts
+from elite.plan.rates import HOST_UPDATE_BYTES_PER_S, rates_of
+from elite.plan.time import StepTime, model_flops_per_token, recomputed, step_flops, step_time
 from elite.streaming import Keep, Place, Streaming
 from tests.plan.helpers import device, phi2, switches
 
@@ -142,3 +144,25 @@ def test_measured_rates_take_the_place_of_the_data_sheet() -> None:
     half = replace(sheet, matmul_flops_per_s=sheet.matmul_flops_per_s / 2, origin="here")
     measured = replace(one, device=replace(one.device, measured=half))
     assert step_time(measured, decisions, (0, 0), 1).linear_maps == pytest.approx(2 * step_time(one, decisions, (0, 0), 1).linear_maps)
+
+
+def test_the_host_takes_the_step_of_a_rank_s_part() -> None:
+    """At the host's rate; what lies there comes over the link."""
+    full = replace(facts(4096, "full"), device=replace(device("h200"), count=2))
+
+    def timed(**options: bool) -> StepTime:
+        config = OptimizationsConfig(zero_3=ZeRO3.Config(enabled=True, **options))
+        return step_time(full, decide(config, full), (0, 0), 1)
+
+    near, far, all_far = timed(), timed(offload_optimizer=True), timed(offload_optimizer=True, offload_parameters=True)
+    rates, own = rates_of(full.device), full.trainable_params / 2
+    assert near.optimizer == pytest.approx(traffic.OPTIMIZER * own / rates.memory_bytes_per_s)
+    on_host = traffic.OPTIMIZER * own / HOST_UPDATE_BYTES_PER_S
+    assert far.optimizer == pytest.approx(on_host + 4 * own / rates.to_device_bytes_per_s)
+    # Weights that wait there come when they are needed, not after the step.
+    assert all_far.optimizer == pytest.approx(on_host)
+    short = replace(full, context=64)
+    bare, brought = (Copies(*pair) for pair in ((0.0, 0.0), (4 * own / rates.to_device_bytes_per_s,) * 2))
+    assert parts(short, decide(OptimizationsConfig(), short), rates, 1.0) == bare
+    made = parts(short, decide(OptimizationsConfig(zero_3=ZeRO3.Config(enabled=True, offload_parameters=True)), short), rates, 1.0)
+    assert (made.forward, made.backward) == pytest.approx((brought.forward, brought.backward))
