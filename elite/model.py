@@ -144,8 +144,12 @@ def load(
     if GQAConversion.name in applied and lora and base is not None:
         _keep_base(core, base)
     applied |= apply_stage(Stage.model, decisions, core)
-    # Weights reach the device only now, so quantised ones never exist there in full; random ones were made there.
-    torch.nn.Module.to(core, device if not streamed_weights or _quantised(core) else torch.device("cpu"))
+    if streamed_weights and not _quantised(core):
+        # What stands around the layers goes to the device with the executor; random weights are there already.
+        torch.nn.Module.to(core.get_decoder().layers, torch.device("cpu"))
+    else:
+        # Weights reach the device only now, so quantised ones never exist there in full; random ones were made there.
+        torch.nn.Module.to(core, device)
     model: Any = _with_adapters(core, config) if lora else core
     if config.adapter.method is AdapterMethod.converted:
         _train_converted(core, config)

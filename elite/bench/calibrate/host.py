@@ -1,6 +1,5 @@
 """What a process takes of its machine while something runs: host memory, and device memory by the driver's account."""
 
-import ctypes
 import gc
 import os
 import threading
@@ -13,6 +12,7 @@ import psutil
 import pynvml
 import torch
 
+from elite.executor.streamed.rows import give_back
 from elite.hardware import visible
 
 EVERY_S = 0.005
@@ -136,6 +136,4 @@ def free_host_memory() -> None:
         empty = getattr(torch._C, "_accelerator_emptyHostCache", None) or getattr(torch._C, "_host_emptyCache", None)
         if empty is not None:
             empty()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    give_back()

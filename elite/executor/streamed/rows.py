@@ -4,6 +4,7 @@ A boundary, a gradient, an attention output, keys and values are all [tokens, ro
 caller's business. Chunks are ranges of rows.
 """
 
+import ctypes
 import mmap
 import os
 import shutil
@@ -191,6 +192,13 @@ def _lock(pages: Tensor) -> Callable[[], object]:
             "raise the limit on locked memory (ulimit -l), or executor.boundaries=disk",
         )
     return lambda: driver.cudaHostUnregister(address)
+
+
+def give_back() -> None:
+    """Give free pages of the heap back to the system: glibc keeps those of tensors up to 32 MiB, once larger ones have come and gone."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def pinned(count: int, row_bytes: int, device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from elite import hardware
 from elite.errors import ModelError, PlanError
-from elite.executor.streamed.rows import HOST_RESERVE_BYTES, pinned
+from elite.executor.streamed.rows import HOST_RESERVE_BYTES, give_back, pinned
 from elite.facts import GIB
 
 ALIGNMENT = 256
@@ -174,6 +174,8 @@ class StreamedWeights(Weights):
             view = piece.within(host)
             view.copy_(piece.parameter.data)
             piece.parameter.data = view
+        # Before the next layer's: else all would be in host memory twice.
+        give_back()
         return host
 
     def _bring(self, layer: int, other_than: int | None) -> int:
