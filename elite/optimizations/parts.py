@@ -252,11 +252,11 @@ def _trained_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool
 
 
 def _partly_trained_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool) -> Part:
-    """Some maps are trained, the others frozen and so keep nothing. Gradients of weights are there throughout."""
+    """Some maps are trained, the others frozen and so keep nothing."""
     trained, whole = [m for m in maps if m.trained], _trained_maps(s, maps, read, kept)
     if trained:
         some = _trained_maps(s, trained, read, kept)
-        return replace(whole, saved=some.saved, weights=some.weights, gradients=0.0)
+        return replace(whole, saved=some.saved, weights=some.weights, gradients=some.gradients)
     work = max(0.0, 2 * whole.leaves - maps[-1].outputs * s.value * s.tokens) if len(maps) > 1 else 0.0
     return replace(whole, saved=0.0, weights=0.0, gradients=0.0, keeps_input=False, work=work)
 

@@ -140,9 +140,8 @@ def _forward(held: Estimate, step: Step, parts: tuple[Part, ...], copies: float)
 
 
 def _first_made(step: Step, facts: Facts) -> float:
-    """Gradients that exist only once the backward has made them: in the only pass of a step. Those of converted maps count throughout."""
-    first = facts.adapter != "converted" and facts.accumulation == 1 and not step.gradients_stand
-    return FP32 * facts.trainable_params if first else 0.0
+    """Gradients that exist only once the backward has made them: in the only pass of a step."""
+    return FP32 * facts.trainable_params if facts.accumulation == 1 and not step.gradients_stand else 0.0
 
 
 def gradients_of_layer(facts: Facts) -> float:
