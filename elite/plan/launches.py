@@ -25,7 +25,8 @@ DEQUANTISED = Cost(10, 10)
 """A four-bit map, besides (fitted with `traffic.DEQUANTISED`)."""
 FUSED_ELEMENTWISE = Cost(25, 40)
 """A layer whose norms, rotary embedding, activation and sums are kernels of their own, besides: there are fewer, but each costs the host
-ten times an ordinary operation (fused_steps.json: Phi-2 at 4,096 tokens waits longer for the host with them than without)."""
+ten times an ordinary operation (fused_steps.json: Phi-2 at 4,096 tokens waits longer for the host with them than without;
+measured before kernels were launched directly, elite/kernels/launch.py, so times err on the long side)."""
 STREAMED = Cost(62, 5)
 """A chunk in a layer under the streamed executor, besides: staging, attention in parts, gradients added up."""
 STAGED = Cost(36, 0)

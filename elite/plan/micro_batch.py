@@ -1,10 +1,11 @@
 """The largest micro-batch, by arithmetic: where the search by measurement begins, and all there is without the machine."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from elite.config import AUTO, RunConfig
 from elite.facts import Device, ModelShape
-from elite.plan.batch import accumulation_for, batch_geometry, sequences_of_a_rank, with_micro_batch
+from elite.plan.batch import BatchGeometry, accumulation_for, batch_geometry, sequences_of_a_rank, with_micro_batch
 from elite.plan.executors import Prediction, choose_executor
 from elite.plan.words import duration
 
@@ -13,7 +14,6 @@ SLOWER = 1e-3
 
 FULL_PASS_TOKENS = 16384
 """Of a forward pass that keeps a device busy (fused_steps.json, phi2: at 4,096 tokens it waits for the host, at 16,384 it does not)."""
-ASKING = "training.micro_batch=auto"
 WORTH = 1.1
 """Times as fast as this a larger micro-batch must make a step to be spoken of."""
 
@@ -67,17 +67,18 @@ def largest_micro_batch(config: RunConfig, device: Device, shape: ModelShape) ->
     return low
 
 
-def faster(config: RunConfig, device: Device, shape: ModelShape, made: Prediction, accumulation: int) -> str:
-    """What a larger micro-batch would make of a step that is many short passes, in words; empty where that is not worth a word."""
-    if device.kind != "cuda" or accumulation == 1 or not made.fits:
-        return ""
+def faster(config: RunConfig, device: Device, shape: ModelShape, made: Prediction, batch: BatchGeometry) -> Iterator[str]:
+    """What a larger micro-batch would make of a step that is many short passes, in words; nothing where that is not worth a word."""
+    if device.kind != "cuda" or batch.accumulation == 1 or not made.fits:
+        return
     sequences = max(1, FULL_PASS_TOKENS // config.tier.context)
     larger = dealt(config, device, min(sequences, sequences_of_a_rank(config, device)))
     if larger.training.sequences <= config.training.sequences:
-        return ""
+        return
     fixed = replace(larger, executor=replace(config.executor, name=made.executor))
     other = choose_executor(fixed, device, shape, batch_geometry(larger, device).accumulation)
     if not other.fits or other.step_s * WORTH > made.step_s:
-        return ""
+        return
     now, then = config.training.sequences, larger.training.sequences
-    return f"{then} sequences a pass instead of {now}: {duration(other.step_s)} a step instead of {duration(made.step_s)}: {ASKING}"
+    steps = f"{duration(other.step_s)} a step instead of {duration(made.step_s)}"
+    yield f"{then} sequences a pass instead of {now}: {steps}: training.micro_batch=auto"

@@ -214,7 +214,7 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
         rope_factor=factor,
         positions=positions,
         checkpoint_bytes=_checkpoint_bytes(model.trainable_params, facts, estimate, made.decisions),
-        warnings=(*_warnings(config, made, corpus, batch, factor, model.trainable_params), *_advice(config, room, shape, made, batch)),
+        warnings=(*_warnings(config, made, corpus, batch, factor, model.trainable_params), *faster(config, room, shape, made, batch)),
         not_modelled=NOT_MODELLED,
     )
 
@@ -303,11 +303,6 @@ def _positions(config: RunConfig, shape: ModelShape) -> tuple[float, str]:
 def _own_scaling(config: RunConfig) -> bool:
     rope = config.model.rope_parameters
     return "rope_type" in rope and rope["rope_type"] != "default"
-
-
-def _advice(config: RunConfig, device: Device, shape: ModelShape, made: Prediction, batch: BatchGeometry) -> tuple[str, ...]:
-    advice = faster(config, device, shape, made, batch.accumulation)
-    return (advice,) if advice else ()
 
 
 def _warnings(config: RunConfig, made: Prediction, corpus: Corpus, batch: BatchGeometry, factor: float, trained: int) -> tuple[str, ...]:
