@@ -46,11 +46,12 @@ class GradientExchange:
 
     def backward(self, loss: Tensor) -> None:
         """The backward of one of those passes."""
-        loss.backward()
+        with in_this_thread():
+            loss.backward()
 
     def last_backward(self, loss: Tensor) -> None:
         """After it gradients are those of the global batch, the mean of the ranks' own."""
-        loss.backward()
+        self.backward(loss)
 
     def unscale(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
         """Take back from whole gradients what the scaler multiplied losses by."""
@@ -120,7 +121,13 @@ class DataParallel(GradientExchange):
     def last_backward(self, loss: Tensor) -> None:
         # What it does itself at the end of a forward pass outside `no_sync`.
         self._model.reducer.prepare_for_backward([])
-        loss.backward()
+        self.backward(loss)
+
+
+def in_this_thread() -> AbstractContextManager[Any]:
+    """A backward within runs in the thread that asks for it. A GPU's own thread would have to wait for Python's lock at each of the many
+    functions that are Python's, and one rank has one device to keep busy."""
+    return torch.autograd.set_multithreading_enabled(False)
 
 
 def gradient_exchange(model: nn.Module) -> GradientExchange:

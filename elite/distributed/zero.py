@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from elite.distributed.gradients import GradientExchange, State
+from elite.distributed.gradients import GradientExchange, State, in_this_thread
 from elite.distributed.ranks import Ranks
 from elite.facts import Facts
 from elite.model import LoadedModel, TrainedCopy, copy_trained, load_trained
@@ -81,7 +81,8 @@ class Sharded(nn.Module, GradientExchange):
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        self._engine.backward(loss, scale_wrt_gas=False)
+        with in_this_thread():
+            self._engine.backward(loss, scale_wrt_gas=False)
 
     def last_backward(self, loss: Tensor) -> None:
         self._engine.set_gradient_accumulation_boundary(True)

@@ -12,6 +12,7 @@ from torch import nn
 from elite import checkpoint
 from elite.data.batches import random_batch
 from elite.distributed.exchange import Exchange
+from elite.distributed.gradients import in_this_thread
 from elite.executor.contract import Executor
 from elite.training.live_bytes import LiveBytes
 from elite.training.shortage import is_out_of_memory
@@ -69,7 +70,9 @@ def one_pass(subject: Subject, sequences: int) -> Callable[[], None]:
         batch = batch.shared(subject.sharing.rank, subject.sharing.ranks)
 
     def run() -> None:
-        (subject.executor.loss_sum(batch.to(subject.device)) / batch.label_tokens).backward()
+        loss = subject.executor.loss_sum(batch.to(subject.device)) / batch.label_tokens
+        with in_this_thread():
+            loss.backward()
 
     return run
 

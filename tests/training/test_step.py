@@ -1,7 +1,11 @@
 """The gradient of a global batch does not depend on how it is dealt."""
 
+import threading
+from typing import Any, ClassVar
+
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from elite.data.batches import IGNORE, Batch
@@ -89,3 +93,38 @@ def test_nothing_is_updated_when_the_loss_is_not_finite() -> None:
     with pytest.raises(DivergedError, match="not finite"):
         step_of(model, optimizer)
     assert torch.equal(model.model.embed_tokens.weight, before)
+
+
+class _Observed(torch.autograd.Function):
+    """The identity; `seen` gets the thread that asks for its gradient."""
+
+    seen: ClassVar[list[int]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        _Observed.seen.append(threading.get_ident())
+        return upstream[0]
+
+
+class _Observing:
+    """An executor whose loss is that of one number."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.model = torch.nn.Linear(1, 1, device=device)
+
+    def loss_sum(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
+        return _Observed.apply(self.model.weight).sum()
+
+
+@pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_backward_runs_in_the_thread_that_asks_for_it(kind: str) -> None:
+    alone = Ranks(0, 1, torch.device(kind))
+    _Observed.seen.clear()
+    executor = _Observing(alone.device)
+    accumulate(executor, rows()[:3], make_scaler(alone.device, torch.float32), alone)
+    assert _Observed.seen == [threading.get_ident()] * 3
+    assert torch._C._is_multithreading_enabled()

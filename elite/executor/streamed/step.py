@@ -47,7 +47,7 @@ class Step:
         self._autocast = (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     def autocast(self) -> torch.autocast:
-        """Autocast as it was when the step began: the backward runs in another thread, which knows nothing of it."""
+        """Autocast as it was when the step began: the backward is asked for outside of it."""
         enabled, dtype = self._autocast
         return torch.autocast(self.ids.device.type, dtype=dtype, enabled=enabled)
 
