@@ -11,7 +11,7 @@ from elite.hardware.resolve import CPU_FLOPS_PER_CORE_S
 MATMUL_SHARE = 0.65
 """Sustained over data-sheet rate of matrix products: 647 of 989 TFLOP/s (streamed_peers.json, `rates`)."""
 COPY_SHARE = 0.9
-"""Of the data sheet's bandwidth, in a copy: 3,015 of 3,350 GB/s (kernels.json, `copy_gb_s`)."""
+"""Of the data sheet's bandwidth, in a copy: 3,015 of 3,350 GB/s (kernels_h100.json, `copy_gb_s`)."""
 FP32_SHARE = 1 / 8
 """fp32 over half-precision matrix products (assumption: tensor cores idle in fp32; 1/2 to 1/16 from card to card)."""
 

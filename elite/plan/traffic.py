@@ -1,7 +1,7 @@
 """What a step moves through the device's memory besides matrix products and attention: bytes a token.
 
 Every figure is what an operation takes, times the rate of a copy: bytes that would take as long if they were copied. Those of layers are
-for two-byte values, from kernels.json at 32,768 tokens (`PER_UNIT`), an operation's forward and its backward apart.
+for two-byte values, from kernels_h100.json at 32,768 tokens (`PER_UNIT`), an operation's forward and its backward apart.
 
 Units: d hidden size, f MLP width, (H + K)D values of queries and keys, V vocabulary; inputs and outputs of a linear map with an adapter.
 """
@@ -40,17 +40,17 @@ PER_UNIT: dict[str, dict[str, Cost]] = {
     "formula_gelu": {EAGER: Cost(76.0, 116.0), FUSED: Cost(4.0, 5.9)},
     "activation": {EAGER: Cost(4.0, 6.0), FUSED: Cost(4.0, 5.9)},
 }
-"""From kernels.json, rows of 32,768 tokens: `eager` and `elite`."""
+"""From kernels_h100.json, rows of 32,768 tokens: `eager` and `elite`."""
 ADAPTER = {EAGER: Cost(6.0, 9.0), FUSED: Cost(3.0, 4.0)}
-"""A linear map's input or output, for its adapter (kernels.json, `lora` at 8,192 tokens, less the products)."""
+"""A linear map's input or output, for its adapter (kernels_h100.json, `lora` at 8,192 tokens, less the products)."""
 LOSS = {EAGER: 42.0, FUSED: 5.0}
-"""A logit, forward and backward (kernels.json, `linear_cross_entropy` with a frozen head, less its products)."""
+"""A logit, forward and backward (kernels_h100.json, `linear_cross_entropy` with a frozen head, less its products)."""
 ATTENTION_LAYOUT = Cost(8.0, 12.0)
 """Queries, keys, values and output of a layer, each value: copies between the layouts of linear maps and kernels, and the products of
 output and gradient (read and written in two bytes each, twice forward and three times backward)."""
 STREAMED = Cost(8.0, 20.0)
-"""A value of one layer's attention output, besides, where chunks are merged and gradients of keys added up in fp32 (kernels.json, `merge`
-and `group_sum`: each part read and written)."""
+"""A value of one layer's attention output, besides, where chunks are merged and gradients of keys added up in fp32: each part read and
+written (kernels_h100.json, `merge` and `group_sum`)."""
 DEQUANTISED = 5.0
 """A four-bit weight, each time it is needed (fitted to all steps with QLoRA of calibration_fit, _first and _second.json)."""
 OPTIMIZER = 92.0

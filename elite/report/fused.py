@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from elite.report.markdown import NONE, gibibytes, grid, missing, origin
+from elite.report.markdown import NONE, gibibytes, grid, missing, origin, passed
 
 STEPS = "fused_steps"
 CURVES = "kernel_curves"
@@ -33,8 +33,9 @@ def steps(folder: Path) -> str:
         model, context, batch = place
         profile = run.get("profile")
         waits = f"{profile['host_s'] / profile['wall_s']:.0%}" if profile else NONE
-        length = f"{batch} × {context:,}" if batch > 1 else f"{context:,}"
-        rows.append((model, length, name, f"{seconds:.3f}", f"{batch * context / seconds:,.0f}", *ratios, gibibytes(peak), waits))
+        rows.append(
+            (model, passed(batch, context), name, f"{seconds:.3f}", f"{batch * context / seconds:,.0f}", *ratios, gibibytes(peak), waits)
+        )
     said = origin([found["environment"]], [run["device"] for run in found["runs"]])
     head = ("model", "context", "run", "step s", "tokens/s", *BASES, "peak GiB allocated", "waiting for the host")
     how = "Random weights and tokens, LoRA of rank 8, gradient checkpointing; median of the steps after the first"

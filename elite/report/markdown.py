@@ -24,6 +24,11 @@ def signed(value: float | None, form: str, unit: str = "") -> str:
     return NONE if value is None else f"{value:+{form}}{unit}"
 
 
+def passed(sequences: int, tokens: int) -> str:
+    """What a pass takes."""
+    return f"{sequences} × {tokens:,}" if sequences > 1 else f"{tokens:,}"
+
+
 def origin(environments: Sequence[dict[str, Any]], devices: Iterable[str] = ()) -> str:
     """Devices, versions and commits, each named once."""
     versions = [f"torch {e['versions']['torch']}, transformers {e['versions']['transformers']}" for e in environments]

@@ -17,11 +17,14 @@ from elite.optimizations import ALL, OptimizationsConfig, decide
 from elite.plan import streamed
 from elite.plan.time import StepTime, recomputed, step_time
 from elite.plan.words import duration
-from elite.report.markdown import grid, missing
+from elite.report.markdown import grid, missing, passed
 from elite.streaming import Streaming
 
-H100 = Gpu("NVIDIA H100 80GB HBM3", 85_520_809_984, 85_000_000_000, (9, 0))
-"""What every benchmark ran on."""
+GPUS = (
+    Gpu("NVIDIA H100 80GB HBM3", 85_520_809_984, 85_000_000_000, (9, 0)),
+    Gpu("NVIDIA H200", 150_754_820_096, 150_000_000_000, (9, 0)),
+)
+"""What benchmarks ran on."""
 BENCHMARKS = ("streamed_peers", "fused_steps")
 TRAININGS = ("first_gpu", "streamed_training", "quickstart_cpu")
 
@@ -33,7 +36,8 @@ class Measured:
     file: str
     name: str
     model: str
-    context: int
+    context: str
+    """Tokens of a sequence, and how many a pass takes."""
     executor: str
     device: str
     step_s: float
@@ -66,7 +70,7 @@ def table(folder: Path) -> str:
         (
             f"`{run.file}`" + ("" if run.name == "probe" else f", {run.name}"),
             run.model,
-            f"{run.context:,}",
+            run.context,
             run.executor,
             run.device,
             duration(run.step_s) + (" (probed)" if run.probed else ""),
@@ -97,9 +101,12 @@ def _benchmark(file: str, name: str, run: dict[str, Any]) -> Measured:
     preset = ModelConfig(**OmegaConf.to_container(OmegaConf.load(_preset_file(run))))  # type: ignore[arg-type]
     model = replace(preset, **{key: described[key] for key in ("num_hidden_layers", "num_key_value_heads")})
     rank = int(described["adapter"].removeprefix("lora, rank "))
-    planned = _planned(_benchmark_device(run["device"]), model, run["context"], rank, run["active"], run["layout"], 1)
+    # Files of before benchmarks took several sequences a pass do not say that it is one.
+    sequences = run.get("micro_batch", 1)
+    planned = _planned(_benchmark_device(run["device"]), model, (sequences, run["context"]), rank, run["active"], run["layout"], 1)
     layers = "" if described["num_hidden_layers"] > 1 else ", one layer"
-    return Measured(file, name, model.name + layers, run["context"], run["executor"], run["device"], seconds, planned, not steps)
+    context = passed(sequences, run["context"])
+    return Measured(file, name, model.name + layers, context, run["executor"], run["device"], seconds, planned, not steps)
 
 
 def _training(file: str, run: dict[str, Any]) -> Measured:
@@ -110,26 +117,34 @@ def _training(file: str, run: dict[str, Any]) -> Measured:
     device["compute_capability"] = tuple(device["compute_capability"]) if device["compute_capability"] else None
     model = ModelConfig(**{key: value for key, value in config["model"].items() if key != "weights"})
     active, context = [decision["name"] for decision in plan["decisions"] if decision["active"]], config["tier"]["context"]
-    planned = _planned(Device(**device), model, context, config["adapter"]["rank"], active, plan.get("layout"), plan["accumulation"])
+    planned = _planned(Device(**device), model, (1, context), config["adapter"]["rank"], active, plan.get("layout"), plan["accumulation"])
     preset = config["optimizations"]["preset"]
-    return Measured(file, preset, model.name, context, plan["executor"], device["name"], run["summary"]["step_s"], planned)
+    return Measured(file, preset, model.name, passed(1, context), plan["executor"], device["name"], run["summary"]["step_s"], planned)
 
 
 def _benchmark_device(name: str) -> Device:
-    """An H100 by itself, held to a preset or standing in for it."""
+    """A GPU by itself, held to a preset or standing in for it."""
+    gpu = next(gpu for gpu in GPUS if name.startswith(gpu.name))
     for words, cap in ((" held to ", Cap.memory), (" as ", Cap.emulate)):
         if words in name:
-            return hardware.device(replace(hardware.presets()[name.rpartition(words)[2]], cap=cap), lambda: [H100])
-    return hardware.device(HardwareConfig(), lambda: [H100])
+            return hardware.device(replace(hardware.presets()[name.rpartition(words)[2]], cap=cap), lambda: [gpu])
+    return hardware.device(HardwareConfig(), lambda: [gpu])
 
 
 def _planned(
-    device: Device, model: ModelConfig, context: int, rank: int, active: list[str], layout: dict[str, Any] | None, accumulation: int
+    device: Device,
+    model: ModelConfig,
+    size: tuple[int, int],
+    rank: int,
+    active: list[str],
+    layout: dict[str, Any] | None,
+    accumulation: int,
 ) -> StepTime:
-    shape = geometry.shape(model)
+    shape, (sequences, context) = geometry.shape(model), size
     # As if it were elsewhere: optional packages need not be here to plan with.
     facts = Facts(
-        shape, replace(device, present=False), context, 1, shape.lora_params(rank), "lora", "whole" if layout is None else "streamed"
+        *(shape, replace(device, present=False), context, sequences, shape.lora_params(rank), "lora"),
+        "whole" if layout is None else "streamed",
     )
     switches: dict[str, Any] = {kind.name: kind.Config(enabled=kind.name in active) for kind in ALL}
     decisions = decide(OptimizationsConfig(**switches), facts)

@@ -125,14 +125,14 @@ def test_the_predicted_peak_is_the_measured_one_with_fused_kernels(check: Callab
 
 
 def test_recorded_steps_took_what_is_predicted() -> None:
-    """Whole steps of real models on an H100: allocated bytes, within 3 %."""
+    """Whole steps of real models: allocated bytes, within 3 %."""
     recorded = json.loads((CONF_DIR.parent / "docs" / "measurements" / "fused_steps.json").read_text())
     runs = [run for run in recorded["runs"] if "planned" in run]
     assert runs
     for run in runs:
         shape = geometry.shape(model_config(run["model"]["name"]))
         rank = int(run["model"]["adapter"].split()[-1])
-        facts = Facts(shape, device("h100"), run["context"], 1, shape.lora_params(rank), "lora")
+        facts = Facts(shape, device("h100"), run["context"], run["micro_batch"], shape.lora_params(rank), "lora")
         peak = max(step["allocated_peak_bytes"] for step in run["steps"])
         assert predict(facts, decide(switches(*run["active"]), facts)).total == pytest.approx(peak, rel=0.03), run["name"]
 
