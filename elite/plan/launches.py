@@ -27,7 +27,7 @@ FUSED_ELEMENTWISE = Cost(25, 40)
 """A layer whose norms, rotary embedding, activation and sums are kernels of their own, besides: there are fewer, but each costs the host
 ten times an ordinary operation (fused_steps.json: Phi-2 at 4,096 tokens waits longer for the host with them than without;
 measured before kernels were launched directly, elite/kernels/launch.py, so times err on the long side)."""
-STREAMED = Cost(62, 5)
+STREAMED = Cost(48, 5)
 """A chunk in a layer under the streamed executor, besides: staging, attention in parts, gradients added up."""
 STAGED = Cost(36, 0)
 """The same where rows come from host memory or disk to a GPU: copies, streams and events, which no CPU's count has (fitted to all streamed

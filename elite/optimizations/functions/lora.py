@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -88,12 +87,18 @@ register_optimizer_step_post_hook(_steps.one_more)
 @torch.inference_mode(False)
 @torch.no_grad()
 def _ready(maps: Sequence[AdaptedMap], dtype: torch.dtype) -> Ready:
-    ranks = tuple(len(m.a) for m in maps)
-    above = [m.a.to(dtype) for m in maps]
-    beside = [(m.b * m.scaling).to(dtype) for m in maps]
-    if len(maps) > 1:
-        beside = [F.pad(b, (sum(ranks[:i]), sum(ranks[i + 1 :]))) for i, b in enumerate(beside)]
-    return Ready(torch.cat(above) if len(maps) > 1 else above[0], tuple(beside), ranks, tuple(m.scaling for m in maps))
+    """Converted as they are written, in one call for each tensor: this is done for every map in every step."""
+    ranks, outputs = [len(m.a) for m in maps], [len(m.b) for m in maps]
+    total, one = sum(ranks), maps[0].a
+    above = torch.cat([m.a for m in maps], out=one.new_empty(total, one.shape[1], dtype=dtype))
+    # Where another map's values meet a map's B, there are zeros.
+    shape = sum(outputs), total
+    beside = one.new_empty(shape, dtype=dtype) if len(maps) == 1 else one.new_zeros(shape, dtype=dtype)
+    parts, first = beside.split(outputs), 0
+    for m, rank, part in zip(maps, ranks, parts, strict=True):
+        torch.mul(m.b, m.scaling, out=part.narrow(1, first, rank))
+        first += rank
+    return Ready(above, parts, tuple(ranks), tuple(m.scaling for m in maps))
 
 
 def adapted_linear(x: Tensor, dropped: Tensor, map_: AdaptedMap, operands: Operands, unread: bool = False) -> Tensor:
