@@ -131,7 +131,8 @@ def load(
     Args:
         dtype: of frozen weights; trained weights are fp32.
         device: where it trains.
-        streamed_weights: the executor will bring frozen weights to the device layer by layer, so they stay in host memory now.
+        streamed_weights: the executor will bring frozen weights to the device layer by layer, so they stay where they are now: each layer
+            goes to its place in host memory from there, and what stands around the layers to the device.
         base: folder for the model that adapters belong to, if it is not the one that was loaded; what is there already stays.
     """
     full, lora = (config.adapter.method is method for method in (AdapterMethod.full, AdapterMethod.lora))
@@ -144,10 +145,7 @@ def load(
     if GQAConversion.name in applied and lora and base is not None:
         _keep_base(core, base)
     applied |= apply_stage(Stage.model, decisions, core)
-    if streamed_weights and not _quantised(core):
-        # What stands around the layers goes to the device with the executor; random weights are there already.
-        torch.nn.Module.to(core.get_decoder().layers, torch.device("cpu"))
-    else:
+    if not streamed_weights or _quantised(core):
         # Weights reach the device only now, so quantised ones never exist there in full; random ones were made there.
         torch.nn.Module.to(core, device)
     model: Any = _with_adapters(core, config) if lora else core

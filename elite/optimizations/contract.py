@@ -162,6 +162,13 @@ class Estimate:
         return dict(vars(self))
 
 
+LEAVING = 2
+"""As how many tensors a gradient exists while ranks exchange it, where that is as soon as it has been made: itself and a copy."""
+FP64 = 8
+NORM_VALUES = 250_000_000
+"""Of a part that leaves for host memory, in fp64 at once for its norm (DeepSpeed 0.19, `_constant_buffered_norm2`)."""
+
+
 @dataclass(frozen=True)
 class Step:
     """What a step is made of, as far as memory goes. Starts with everything off; each active optimization maps it to a new one."""
@@ -197,10 +204,23 @@ class Step:
     """All tokens of the corpus are in host memory."""
     copies_stay: bool = True
     """Copies of trained weights that autocast makes in the compute dtype stay until the forward is over."""
+    leaves_in: int | None = None
+    """In so many parts a gradient leaves, of which this rank's goes to host memory with its norm; None: whole."""
+    beside_head: float = 0.0
+    """Bytes of gathered weights that stand beside a gathered head while layers go back, since a fused loss lets go of it last."""
 
     def sizes(self, facts: Facts, tokens: int) -> Sizes:
         """What the formulas of a layer's parts read, for so many tokens."""
         return Sizes(facts, tokens, self.value, self.hidden, packed=self.map_at_work > 0)
+
+    def leaving(self, values: int) -> float:
+        """Bytes of a gradient of so many values, while ranks exchange it: with a copy, or with what comes later, its part on the device
+        again and in fp64."""
+        whole = FP32 * values
+        if self.leaves_in is None:
+            return LEAVING * whole
+        part = values / self.leaves_in
+        return max(LEAVING * whole, whole + FP32 * part + FP64 * min(part, NORM_VALUES))
 
     def beside_trained(self, facts: Facts) -> "Step":
         """With everything that is trained there once more, in fp32: an average of it, or what it returns to."""

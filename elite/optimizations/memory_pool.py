@@ -2,12 +2,13 @@
 
 What:   torch's allocator takes device memory in segments that grow page by page instead of blocks of fixed sizes.
 How:    the allocator setting `expandable_segments`, set before the model is on the device. What the environment already says about the
-        allocator stays.
+        allocator stays. What is taken before the first step (`plan.take_ahead`) grows without it, too; weights do not.
 Memory: what is allocated stays the same; what is reserved beyond it, and seen by the driver, shrinks to what pages round up.
 Source: torch.cuda memory management, PYTORCH_CUDA_ALLOC_CONF.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from elite.facts import Facts
@@ -31,15 +32,25 @@ class MemoryPool(Optimization):
     def check(self, facts: Facts) -> str | None:
         if facts.device.kind != "cuda":
             return "a CPU's memory is not torch's to divide"
-        given = next((name for name in VARIABLES if os.environ.get(name)), None)
-        return None if given is None else f"{given} says already how memory is taken"
+        name = given()
+        return None if name is None else f"{name} says already how memory is taken"
 
     def memory(self, step: Step, facts: Facts) -> Step:
         return step
 
     def apply(self, target: Any) -> Applied:
-        _set(True)
-        return Applied(1, "allocator", lambda: _set(False))
+        return Applied(1, "allocator", grow())
+
+
+def given() -> str | None:
+    """The environment's variable that says how memory is taken, if one does."""
+    return next((name for name in VARIABLES if os.environ.get(name)), None)
+
+
+def grow() -> Callable[[], None]:
+    """Let segments from now on grow page by page; returns what ends it."""
+    _set(True)
+    return lambda: _set(False)
 
 
 def _set(on: bool) -> None:

@@ -7,7 +7,8 @@ How:    as ZeRO-2 (elite/optimizations/zero_2.py), by DeepSpeed's engine. Weight
         many these are, forward and backward. With `offload_parameters` the parts wait in host memory. No text is completed in the course
         of the run: that would take all ranks.
 Memory: R ranks: weights by R, and what is whole at once, two layers (one under the streamed executor) or the embedding; of what is trained
-        state, gradients and fp32 weights by R, as in ZeRO-2. With `offload_parameters` the parts are the host's.
+        state, gradients and fp32 weights by R, as in ZeRO-2. With `offload_parameters` the parts are the host's. With `offload_optimizer` a
+        gradient's part comes back to the device before it leaves, and up to 250 million values of it in fp64, for its norm.
 Source: Rajbhandari et al. 2020, arXiv:1910.02054; Rajbhandari et al. 2021, arXiv:2104.07857 (offload); DeepSpeed.
 """
 
@@ -70,7 +71,8 @@ class ZeRO3(ZeRO2):
         adapters = FP32 * facts.trainable_params if facts.adapter == "lora" else 0.0
         layer = weights / model.total_params * model.layer_params + adapters / model.num_hidden_layers
         at_once = (1 if facts.executor == "streamed" else 2) * layer
-        whole = max(at_once, weights / model.total_params * model.embedding_params)
+        embedding = weights / model.total_params * model.embedding_params
+        whole = max(at_once, embedding)
         part, offloaded = 1 / facts.device.count, self.config.offload_parameters and facts.device.kind == "cuda"
         kept = 0.0 if offloaded else part
         parts = replace(
@@ -81,8 +83,12 @@ class ZeRO3(ZeRO2):
             runtime=standing.runtime + min(whole, (weights + adapters) * (1 - kept)),
         )
         # For the step the engine copies the gradients that it has added up.
-        copied = 0.0 if self.config.offload_optimizer and facts.device.kind == "cuda" else FP32 * facts.trainable_params * part
+        on_host = self.config.offload_optimizer and facts.device.kind == "cuda"
+        copied = 0.0 if on_host else FP32 * facts.trainable_params * part
         made = replace(of_two, standing=parts, optimizer_workspace=of_two.optimizer_workspace + copied)
+        # The loss takes the head's weights outside of its call, so the engine lets go of them with the whole model's.
+        beside = 0.0 if facts.executor == "streamed" else min(at_once, embedding) * (1 - kept)
+        made = replace(made, leaves_in=facts.device.count if on_host else None, beside_head=beside)
         # Its linear maps convert the weight at work, and again when they go back.
         return replace(made, offloaded_weights=(weights + adapters) * part if offloaded else 0.0, copies_stay=False)
 

@@ -29,8 +29,6 @@ BATCH_BYTES = 24
 """Token ids, positions and labels, int64 each."""
 OUTPUT_MAP = 4
 """The attention's output map among a layer's parts."""
-LEAVING = 2
-"""As how many tensors a gradient exists while ranks exchange it, where that is as soon as it has been made: itself and a copy."""
 CUDA_WORKSPACE_BYTES = 64 * 1024**2
 """cuBLAS and cuBLASLt workspaces, taken from the same allocator (assumption: 8 MiB before Hopper, 32 MiB and more since)."""
 
@@ -107,10 +105,11 @@ def moments(step: Step, facts: Facts) -> Iterator[Estimate]:
     for layer in (layers, min(layers, 2), 1):
         above = FP32 * _outer_params(facts) + (layers - layer) * gradients_of_layer(facts)
         # A map's, where gradients leave as they are made.
-        leaving = (
-            FP32 * LEAVING * max(linear.inputs * linear.outputs for linear in model.layer_linears) if full and step.gradients_stand else 0.0
-        )
+        largest = max(linear.inputs * linear.outputs for linear in model.layer_linears)
+        leaving = step.leaving(largest) if full and step.gradients_stand else 0.0
         held = _plus(before, _kept(step, facts, parts, layer, True), gradients=min(above, made) + leaving)
+        if step.loss_tile is not None:
+            held = _plus(held, runtime=step.beside_head)
         if layer == 1 and not full:
             # No gradient passes the first norm where the embedding is frozen.
             behind = (replace(behind[0], saved=0.0, whole_input=0.0), *behind[1:])
@@ -123,8 +122,9 @@ def moments(step: Step, facts: Facts) -> Iterator[Estimate]:
         yield from _passing(held, behind, forward=False, makes=made > 0)
     if full and (made or step.gradients_stand):
         # The embedding's gradient is dense, and waits for nothing but itself, unless the head's is to be added to it.
-        beside = (LEAVING if step.gradients_stand else 0) + (1 if facts.model.tied else 0)
-        yield _plus(standing, layer_workspace=width * facts.micro_tokens + FP32 * facts.model.embedding_params * beside)
+        leaving = step.leaving(model.embedding_params) if step.gradients_stand else 0.0
+        beside = leaving + (FP32 * model.embedding_params if model.tied else 0)
+        yield _plus(standing, layer_workspace=width * facts.micro_tokens + beside)
     yield replace(standing, optimizer_workspace=step.optimizer_workspace)
 
 
@@ -237,7 +237,7 @@ def _loss(step: Step, facts: Facts, held: Estimate, copies: float) -> Iterator[E
         tile = loss_tile(step, facts, s.tokens, norm.hands)
         yield _plus(kept, loss_workspace=2 * hidden + tile + FP32 * head + copy, trainable_copy=copies)
         # The backward scales in place.
-        yield _plus(kept, loss_workspace=hidden + FP32 * head * (LEAVING if step.gradients_stand else 1))
+        yield _plus(kept, loss_workspace=hidden + (step.leaving(head) if step.gradients_stand else FP32 * head))
     yield from _passing(_plus(held, gradients=made), [norm], forward=False)
 
 

@@ -8,8 +8,8 @@
     device use   reserved + context
 
 Left behind are logits in half precision: once they are there in fp32 they are freed, and what follows is too large for their place.
-Slack and rounding are the allocator's, in blocks of fixed sizes or, with `memory_pool`, in pages; the share is what most steps stayed
-below in one piece. The context is CUDA's, with kernels and what libraries take themselves. The constants stand in
+Slack and rounding are the allocator's, in blocks of fixed sizes or, with `memory_pool` and for what is taken ahead, in pages; the share is
+what most steps stayed below in one piece. The context is CUDA's, with kernels and what libraries take themselves. The constants stand in
 `elite/hardware/calibration.json`.
 """
 
@@ -51,7 +51,7 @@ def peaks(allocated_bytes: float, facts: Facts, decisions: tuple[Decision, ...],
     if device.kind != "cuda":
         return None
     usable, left = device.memory_usable_bytes, left_behind(facts, decisions, executor)
-    slack = known.pages if _paged(decisions) else known.blocks
+    slack = known.pages if asked.take_ahead or _paged(decisions) else known.blocks
     reserved = allocated_bytes * (1 + slack.share) + left + slack.rounding_bytes
     reserved, ahead = min(reserved, max(allocated_bytes, usable)), 0.0
     if asked.take_ahead:

@@ -30,7 +30,8 @@ class Taking:
 class Ahead(Hook):
     """Takes what is missing and gives it back to the allocator, which keeps it for the steps.
 
-    Where another process has too much of the device for that, memory is taken as steps come to need it.
+    Where another process has too much of the device for that, memory is taken as steps come to need it. In segments that grow, what a
+    step needs beyond extends the piece; a block of fixed size would stand beside it, and its gaps be lost.
 
     Args:
         parameters: all that is trained.
@@ -47,7 +48,9 @@ class Ahead(Hook):
         torch.cuda.empty_cache()
         there = torch.cuda.memory_reserved(self._device)
         state = 0.0 if self._optimizer.state else self._taking.optimizer_bytes
-        missing = int(self._taking.reserved_bytes - there - small_to_come(self._parameters, state))
+        # torch's takes the roots of all second moments at once.
+        small = small_to_come(self._parameters, state, roots=isinstance(self._optimizer, torch.optim.AdamW))
+        missing = int(self._taking.reserved_bytes - there - small)
         if missing > 0 and _take(missing, self._device):
             self._taken = torch.cuda.memory_reserved(self._device) - there
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -56,16 +59,18 @@ class Ahead(Hook):
         return {"ahead_bytes": float(self._taken)}
 
 
-def small_to_come(parameters: Iterable[nn.Parameter], state_bytes: float) -> float:
+def small_to_come(parameters: Iterable[nn.Parameter], state_bytes: float, *, roots: bool) -> float:
     """Bytes of small tensors that steps will add: each gradient, as much again while the optimizer is at work, and its state.
 
     Args:
         state_bytes: of the optimizer's state, two tensors a parameter.
+        roots: the optimizer takes as much as a gradient while it is at work, and not nothing.
     """
     sizes = [parameter.nbytes for parameter in parameters]
     # ZeRO-3 leaves nothing of them here between steps.
     share = state_bytes / max(1, sum(sizes)) / 2
-    return sum(2 * piece for size in sizes for piece in (size, size * share) if piece <= SMALL_BYTES)
+    gradients = sum(size for size in sizes if size <= SMALL_BYTES)
+    return (2 if roots else 1) * gradients + sum(2 * size * share for size in sizes if size * share <= SMALL_BYTES)
 
 
 def _take(missing: int, device: torch.device) -> bool:

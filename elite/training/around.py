@@ -10,9 +10,11 @@ from elite.data.batches import Batch
 from elite.distributed.ranks import Ranks
 from elite.executor.contract import Executor
 from elite.model import apply_stage
-from elite.optimizations.contract import Applied, Decision, Stage
+from elite.optimizations.contract import Applied, Decision, Site, Stage
 from elite.optimizations.hooks import Hook
+from elite.optimizations.memory_pool import given, grow
 from elite.optimizations.targets import LoopBuild
+from elite.plan.traffic import active
 from elite.training.ahead import Ahead, Taking
 from elite.training.step import StepResult, optimizer_step
 
@@ -48,6 +50,8 @@ def loop_hooks(
     applied = apply_stage(Stage.loop, decisions, build)
     # First: what others begin with is cut from it.
     ahead = [Ahead(taking, optimizer, parameters, device)] if taking.reserved_bytes else []
+    if ahead and device.type == "cuda" and given() is None and not active(decisions, Site.ALLOCATOR):
+        applied[Ahead.name] = Applied(1, "allocator", grow())
     return [*ahead, *build.hooks], applied
 
 

@@ -64,13 +64,33 @@ def test_what_says_nothing_is_left_out(tmp_path: Path) -> None:
 
 
 def test_what_is_taken_ahead_is_what_nearly_all_stay_below(tmp_path: Path) -> None:
-    """Of 0, 1, … 100 thousandths 95 in a hundred stay below 95; with each executor by itself."""
+    """Of 0, 1, … 100 thousandths 98 in a hundred stay below 98; with each executor by itself."""
     shares = [share / 1000 for share in range(101)]
     runs = [run(4, share * times, 0, True, executor=name) for share in shares for name, times in (("whole", 2), ("streamed", 1))]
     made = fitted(KNOWN, [write(tmp_path / "a.json", *runs)])
-    assert (made.ahead.whole, made.ahead.streamed) == pytest.approx((0.19, 0.095), abs=1e-6)
+    assert (made.ahead.whole, made.ahead.streamed) == pytest.approx((0.196, 0.098), abs=1e-6)
     few = fitted(KNOWN, [write(tmp_path / "b.json", *[run(4, share, 0, True) for share in shares])])
     assert few.ahead == KNOWN.ahead and few.pages != KNOWN.pages
+
+
+def test_what_was_enough_says_that_less_may_be(tmp_path: Path) -> None:
+    """What kept to a share counts as one that stays below it, and below nothing less."""
+
+    def taken(share: float, ahead: float) -> list[dict[str, Any]]:
+        taken = {"ahead_bytes": 4 * GIB * (1 + ahead)}
+        return [run(4, share, 0, True, executor=name, predicted=taken) for name in ("whole", "streamed")]
+
+    def found(*runs: list[dict[str, Any]]) -> Ahead:
+        return fitted(KNOWN, [write(tmp_path / "a.json", *(one for some in runs for one in some))]).ahead
+
+    exact = [run(4, share, 0, True, executor=name) for share in (0.02, 0.04) for name in ("whole", "streamed")]
+    assert found(exact, taken(0.3, 0.1)).whole == pytest.approx(0.3)
+    # Kept to far more than anybody needs, it says nothing of how little; kept to little, that one more needs no more.
+    many = [one for _ in range(60) for one in taken(0.01, 0.01)]
+    assert found(exact, taken(0.3, 0.1), taken(0.5, 0.5)).whole == pytest.approx(0.3)
+    assert found(exact, taken(0.3, 0.1), many).whole == pytest.approx(0.04)
+    # Nothing of the allocator's own, from what was taken ahead.
+    assert len(points([write(tmp_path / "b.json", *exact, *many)])) == len(exact)
 
 
 def test_logits_left_behind_are_no_slack() -> None:

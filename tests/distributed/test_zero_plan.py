@@ -1,6 +1,7 @@
 """What ZeRO exchanges and holds by the plan, against what DeepSpeed hands over between two ranks and what is alive on one."""
 
 import gc
+import json
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -13,12 +14,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from elite.bench.ranks import ZERO3
+from elite.compose import from_overrides
 from elite.data.batches import random_batch
 from elite.distributed.gradients import gradient_exchange
 from elite.distributed.ranks import Ranks
 from elite.distributed.zero import Sharded, divide
 from elite.executor.whole import WholeExecutor
 from elite.facts import Facts
+from elite.geometry import shape
 from elite.model import LoadedModel
 from elite.optimizations import decide, zero_2, zero_3
 from elite.optimizations.contract import Decision, Exchange
@@ -27,12 +31,13 @@ from elite.optimizations.parts import FP32
 from elite.optimizations.zero_2 import ZeRO2, active_zero
 from elite.optimizations.zero_3 import ZeRO3
 from elite.plan.exchange import exchanges
-from elite.plan.memory import folded, host, moments
+from elite.plan.memory import folded, host, moments, predict
+from elite.report.measurement import MEASUREMENTS
 from elite.training.live_bytes import LiveBytes
 from elite.training.step import accumulate, make_scaler
 from tests.distributed.forked import together
 from tests.plan import steps
-from tests.plan.helpers import switches
+from tests.plan.helpers import device, switches
 from tests.plan.steps import Case, built, facts_of
 
 ON = ("mixed_precision", "flash_attention", "gradient_checkpointing", "fused_loss")
@@ -166,3 +171,13 @@ def assert_as_planned(name: str, case: Case, options: Any, found: dict[str, int]
     assert plan.held == pytest.approx(found["held"], rel=0.02), words
     if not options.offload_optimizer:
         assert 0.95 <= plan.peak / (found["held"] + found["work"]) <= 1.1, words
+
+
+def test_what_two_gpus_measured_is_planned() -> None:
+    """Llama-3.1-8B, all weights, in two GPUs' memory and the host's: at its peak the head's gradient leaves beside the head."""
+    (row,) = (row for row in json.loads((MEASUREMENTS / "ranks.json").read_text())["runs"] if row["case"] == "zero3_llama8b")
+    config = from_overrides("model=llama31_8b", *ZERO3, "hardware.gpus=2", "tier=tier1", f"tier.context={row['context']}").config
+    model = shape(config.model)
+    facts = Facts(model, replace(device("rtx3090"), count=2), row["context"], 1, model.total_params, "full")
+    found = max(step["allocated_peak_bytes"] for step in row["steps"])
+    assert predict(facts, decide(config.optimizations, facts)).total == pytest.approx(found, rel=0.03)

@@ -28,21 +28,23 @@ def parameters(*sizes: int) -> list[nn.Parameter]:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "state_share", "expected"),
+    ("sizes", "state_share", "roots", "expected"),
     [
         # Gradient, as much again, two states: four times the parameter.
-        ((4096, MIB), 2, 4 * (MIB + 4096)),
+        ((4096, MIB), 2, True, 4 * (MIB + 4096)),
         # In 8 bits a state has a quarter of its parameter's bytes: that of the larger one is small, its gradient is not.
-        ((MIB, 4 * MIB), 0.5, 2 * MIB + 2 * MIB // 4 + 2 * MIB),
-        ((4 * MIB + 1024,), 2, 0),
-        ((MIB,), 0, 2 * MIB),
+        ((MIB, 4 * MIB), 0.5, True, 2 * MIB + 2 * MIB // 4 + 2 * MIB),
+        # bitsandbytes' kernel needs nothing while it is at work.
+        ((MIB, 4 * MIB), 0.5, False, MIB + 2 * MIB // 4 + 2 * MIB),
+        ((4 * MIB + 1024,), 2, True, 0),
+        ((MIB,), 0, True, 2 * MIB),
         # ZeRO-3: between steps a parameter has no bytes here.
-        ((0, 0), 2, 0),
-        ((0, MIB), 2, 4 * MIB),
+        ((0, 0), 2, True, 0),
+        ((0, MIB), 2, True, 4 * MIB),
     ],
 )
-def test_small_tensors_come_besides(sizes: tuple[int, ...], state_share: float, expected: float) -> None:
-    assert small_to_come(parameters(*sizes), state_share * sum(sizes)) == expected
+def test_small_tensors_come_besides(sizes: tuple[int, ...], state_share: float, roots: bool, expected: float) -> None:
+    assert small_to_come(parameters(*sizes), state_share * sum(sizes), roots=roots) == expected
 
 
 @pytest.mark.parametrize("ahead", [0.0, 7.0])
@@ -96,3 +98,34 @@ def test_what_the_device_does_not_have_is_not_taken() -> None:
     hook = Ahead(Taking(2.0**50, 0.0), torch.optim.AdamW(weights), weights, cuda)
     hook.begin()
     assert hook.counts()["ahead_bytes"] == 0 and torch.cuda.memory_reserved() <= before
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("growing")
+def test_what_is_needed_beyond_extends_the_piece() -> None:
+    cuda = torch.device("cuda")
+    weights = [nn.Parameter(torch.zeros(MIB, device=cuda))]
+    Ahead(Taking(torch.cuda.memory_reserved() + 512 * MIB, 0.0), torch.optim.AdamW(weights), weights, cuda).begin()
+    reserved = torch.cuda.memory_reserved()
+    held = [torch.empty(size * MIB, dtype=torch.uint8, device=cuda) for size in (200, 400)]
+    # A block of its own would take 400 MiB.
+    assert torch.cuda.memory_reserved() - reserved <= 88 * MIB + 2 * PAGE
+    del held
+
+
+@pytest.mark.gpu
+def test_the_piece_grows_unless_the_environment_says_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    for said in (None, "expandable_segments:False"):
+        monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+        if said is not None:
+            monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", said)
+        loaded = adapted("llama")
+        facts = Facts(phi2(), device("cpu"), 4096, 1, 2**20, "lora")
+        executor, optimizer = WholeExecutor(loaded.model, torch.float32), torch.optim.AdamW(loaded.trainable)
+        parts = (RunConfig(), decide(switches(), facts), executor, optimizer, loaded.trainable, 5, torch.device("cuda"))
+        _, applied = loop_hooks(*parts, Taking(7.0, 3.0), rehearse=lambda: 0.0)
+        assert ("take_ahead" in applied) is (said is None)
+        for act in applied.values():
+            assert act.undo is not None
+            act.undo()

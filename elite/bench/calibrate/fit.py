@@ -2,7 +2,7 @@
 
 Any file with runs, or one run, whose `steps` have `allocated_peak_bytes` and `reserved_peak_bytes` will do: a calibration grid, a probe,
 a comparison. A configuration counts with the highest allocated and the highest reserved peak of its steps. Where memory was taken ahead,
-what is reserved says nothing of the allocator.
+what is reserved says nothing of the allocator, but whether that much was enough: where it was, less might have been, too.
 """
 
 import json
@@ -31,8 +31,10 @@ AT_THE_LIMIT = 0.99
 """Of the usable memory: whoever has reserved as much had to give cached memory back, so it says nothing about slack."""
 
 
-MOST = 0.95
+MOST = 0.98
 """Of the configurations in pages stay below what is taken ahead."""
+KEPT_BYTES = 2 * 20 * 1024**2
+"""Who exceeds what was taken ahead by no more has kept to it: a page of large tensors and one of small ones (kLargeBuffer, c10/cuda)."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,18 @@ class Point:
     """In use by the driver's account, where it was measured."""
 
 
+@dataclass(frozen=True)
+class Need:
+    """What one configuration in pages needs beyond what is allocated and left behind."""
+
+    whole: bool
+    """Under the whole executor."""
+    share: float
+    """Of what is allocated."""
+    exact: bool
+    """It took that; else that was taken ahead, and it may need less."""
+
+
 def fitted(known: Calibration, files: Sequence[Path]) -> Calibration:
     """`known` with every constant that these files can tell, and their names as its source.
 
@@ -65,8 +79,9 @@ def fitted(known: Calibration, files: Sequence[Path]) -> Calibration:
         made = replace(made, blocks=slack(blocks, source))
     if len(pages) >= LEAST:
         made = replace(made, pages=slack(pages, source))
-    by_executor = [[point for point in pages if point.whole is whole] for whole in (True, False)]
-    if min(map(len, by_executor)) >= LEAST:
+    needs = [need for file in files for need in _needs(json.loads(file.read_text()))]
+    by_executor = [[need for need in needs if need.whole is whole] for whole in (True, False)]
+    if min(sum(need.exact for need in some) for some in by_executor) >= LEAST:
         made = replace(made, ahead=Ahead(_most(by_executor[0]), _most(by_executor[1]), source))
     beyond = [point.device - point.reserved for point in found if point.device is not None]
     if len(beyond) >= LEAST:
@@ -76,10 +91,16 @@ def fitted(known: Calibration, files: Sequence[Path]) -> Calibration:
     return made
 
 
-def _most(found: Sequence[Point]) -> float:
-    """What is reserved beyond what is allocated and left behind, as a share that `MOST` of them stay below."""
-    shares = [(point.reserved - point.allocated - point.left) / point.allocated for point in found]
-    return round(float(np.quantile(shares, MOST)), 4)
+def _most(found: Sequence[Need]) -> float:
+    """The share that `MOST` of them stay below: the product-limit estimate, from the largest down (Kaplan & Meier 1958, with what is known
+    from above in place of what is known from below)."""
+    below, chosen = 1.0, 0.0
+    for share in sorted({need.share for need in found if need.exact}, reverse=True):
+        if below < MOST:
+            break
+        chosen = share
+        below *= 1 - sum(need.exact and need.share == share for need in found) / sum(need.share <= share for need in found)
+    return round(chosen, 4)
 
 
 def slack(found: Sequence[Point], source: str) -> Slack:
@@ -106,17 +127,32 @@ def points(files: Sequence[Path]) -> list[Point]:
 
 
 def _points(content: dict[str, Any]) -> Iterator[Point]:
+    for point, ahead in _peaks(content):
+        if not ahead:
+            yield point
+
+
+def _needs(content: dict[str, Any]) -> Iterator[Need]:
+    for point, ahead in _peaks(content):
+        if point.paged:
+            kept = point.reserved <= ahead + KEPT_BYTES
+            taken = ahead if kept else point.reserved
+            yield Need(point.whole, (taken - point.allocated - point.left) / point.allocated, not kept)
+
+
+def _peaks(content: dict[str, Any]) -> Iterator[tuple[Point, float]]:
+    """Configurations, each with what was taken ahead for it."""
     for run in content.get("runs", [content]):
         steps = [step for step in run.get("steps", []) if "reserved_peak_bytes" in step]
         if "probe" in run:
             steps.append(run["probe"])
-        if not steps or run.get("outcome", "ran") != "ran" or run.get("predicted", {}).get("ahead_bytes"):
+        if not steps or run.get("outcome", "ran") != "ran":
             continue
         allocated, reserved = (max(step[f"{kind}_peak_bytes"] for step in steps) for kind in ("allocated", "reserved"))
         if reserved < AT_THE_LIMIT * run.get("usable_bytes", float("inf")):
             whole, paged = run["executor"] == Executor.whole.value, MemoryPool.name in run["active"]
-            device = run.get("measured", {}).get("device_bytes")
-            yield Point(paged, whole, allocated, _left(run, content) if whole else 0.0, reserved, device)
+            device, ahead = run.get("measured", {}).get("device_bytes"), run.get("predicted", {}).get("ahead_bytes", 0.0)
+            yield Point(paged, whole, allocated, _left(run, content) if whole else 0.0, reserved, device), ahead
 
 
 def _left(run: dict[str, Any], content: dict[str, Any]) -> float:

@@ -140,7 +140,7 @@ def _measure(kernels: Sequence[Kernel], shape: AttentionShape, device: torch.dev
     """The choice, what each right kernel took, and what is wrong with the others."""
     limit = LIMIT if shape.dtype.itemsize < 4 else LIMIT_FP32
     seconds, wrong = {}, {}
-    queries = min(chunk, MOST_QUERIES)
+    queries, reserved = min(chunk, MOST_QUERIES), _reserved(device)
     for kernel in kernels:
         try:
             found = error(kernel, shape, device)
@@ -154,9 +154,14 @@ def _measure(kernels: Sequence[Kernel], shape: AttentionShape, device: torch.dev
             wrong[kernel.name] = f"is wrong here by {found:.1e}"
             continue
         seconds[kernel.name] = sum(sum(_seconds(kernel, shape, device, case)) for case in _cases(shape, queries, min(block, 2 * queries)))
-    if device.type == "cuda":
+    if _reserved(device) > reserved:
+        # What has been taken for the steps would go, too.
         torch.cuda.empty_cache()
     return {"choice": min(seconds, key=lambda name: seconds[name], default=None), "seconds": seconds, "wrong": wrong}
+
+
+def _reserved(device: torch.device) -> int:
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
 def _cases(shape: AttentionShape, chunk: int, block: int) -> Iterator[_Case]:
