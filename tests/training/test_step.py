@@ -114,10 +114,11 @@ class _Observing:
     """An executor whose loss is that of one number."""
 
     def __init__(self, device: torch.device) -> None:
-        self.model = torch.nn.Linear(1, 1, device=device)
+        self.model: torch.nn.Module = torch.nn.Linear(1, 1, device=device)
 
     def loss_sum(self, batch: Batch, keep: Tensor | None = None) -> Tensor:
-        return _Observed.apply(self.model.weight).sum()
+        loss: Tensor = _Observed.apply(next(self.model.parameters())).sum()
+        return loss
 
 
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
