@@ -23,10 +23,9 @@ FUSED_ADAPTER = Cost(-1, 4.5)
 """The same under fused LoRA, whose functions convert nothing that is in the compute dtype already and serve siblings at once."""
 DEQUANTISED = Cost(10, 10)
 """A four-bit map, besides (fitted with `traffic.DEQUANTISED`)."""
-FUSED_ELEMENTWISE = Cost(-6, -6)
-"""A layer whose norms, rotary embedding, activation and sums are kernels of their own, besides: there are fewer, but each costs the host
-ten times an ordinary operation (fused_steps.json: Phi-2 at 4,096 tokens waits longer for the host with them than without;
-measured before kernels were launched directly, elite/kernels/launch.py, so times err on the long side)."""
+FUSED_ELEMENTWISE = Cost(-12, -16)
+"""A layer whose norms, rotary embedding, activation and sums are kernels of their own, besides: they are fewer, and each costs the host
+several ordinary operations (fused_steps.json: Phi-2 at 4,096 tokens, which waits for the host)."""
 STREAMED = Cost(48, 5)
 """A chunk in a layer under the streamed executor, besides: staging, attention in parts, gradients added up."""
 STAGED = Cost(36, 0)
