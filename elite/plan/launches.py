@@ -30,7 +30,7 @@ STREAMED = Cost(48, 5)
 """A chunk in a layer under the streamed executor, besides: staging, attention in parts, gradients added up."""
 STAGED = Cost(36, 0)
 """The same where rows come from host memory or disk to a GPU: copies, streams and events, which no CPU's count has (fitted to all streamed
-steps of calibration, _fit, _first and _second.json)."""
+steps of calibration_fit, _first, _second and _third.json)."""
 BLOCK = 6
 """A further block of keys in the backward of a chunk; where ranks share sequences, any block, forward and backward (assumption)."""
 AROUND = Cost(55, 20)
