@@ -1,10 +1,10 @@
 """What several GPUs of one machine bring, against one of them: `python -m elite.bench.ranks FILE [--ranks 2] [--only NAME …]`.
 
 Each case is taken by one rank alone and by all, in processes of their own, on random weights and tokens, LoRA of rank 8 on every linear
-map. Under `ring` all ranks carry one sequence together; under `ddp` and `zero3` each has its own, or several, one a pass: `window` is the
-step that a run takes unless it is told otherwise, of 65,536 tokens for two ranks, and the other exchanges gradients after each pass. Steps
-after the first count. The bytes of keys and values are what lies on one device for them: their rows, and those that are on their way
-between ranks.
+map. Under `ring` all ranks carry one sequence together; under `ddp` and `zero3` each has its own, or several: `window` is the step that a
+run takes unless it is told otherwise, of 65,536 tokens for two ranks, a sequence a pass; `together` the same with all of a rank's
+sequences in one pass, which `training.micro_batch=auto` comes to. Steps after the first count. The bytes of keys and values are what lies
+on one device for them: their rows, and those that are on their way between ranks.
 
 `zero3_llama8b` trains all weights of a model that one rank alone has no room for, in the memory of a smaller card (`hardware.cap=memory`):
 it is taken by all ranks only. That the cap holds is tried, by asking for more.
@@ -73,12 +73,13 @@ class Case:
     threads: int = THREADS
     """Of a rank on the host."""
     passes: int = 1
-    """Of a rank in a step, where it has sequences of its own."""
+    """Of a rank in a step, where it has sequences of its own: of `training.micro_batch` each."""
 
 
 CASES = {
     "ddp_qwen_8k": Case("qwen25_coder_1_5b", 2**13, DDP),
     "ddp_qwen_8k_window": Case("qwen25_coder_1_5b", 2**13, DDP, passes=4),
+    "ddp_qwen_8k_together": Case("qwen25_coder_1_5b", 2**13, (*DDP, "training.micro_batch=4")),
     "ring_qwen_128k": Case("qwen25_coder_1_5b", 2**17, RING),
     "ring_phi2_128k": Case("phi2", 2**17, RING),
     "ring_qwen_256k": Case("qwen25_coder_1_5b", 2**18, RING),
@@ -101,9 +102,9 @@ def compare(file: Path, names: list[str], counts: list[int], tokens: int | None,
             if count == 1 and not CASES[name].alone:
                 console.print(f"{name:16} 1 rank has no room for it")
                 continue
-            run = {"case": name, **_apart(name, count, tokens or CASES[name].tokens, further)}
+            run = {"case": name, "environment": environment(), **_apart(name, count, tokens or CASES[name].tokens, further)}
             runs.append(run)
-            write(file, {"environment": environment(), "runs": runs})
+            write(file, {"runs": runs})
             step = run["steps"][-1]
             peak = gib(step.get("allocated_peak_bytes", 0))
             console.print(f"{name:16} {count} ranks {step['step_s']:8.2f} s {step['tokens_per_s']:9,.0f} tokens/s {peak}")
@@ -160,12 +161,13 @@ def cap_holds(made: Assembled) -> bool | None:
     return False
 
 
-def _scaled(config: RunConfig, tokens: int, sequences: int) -> RunConfig:
-    """One sequence a step, or so many where ranks do not share it."""
-    config = with_context(config, tokens)
+def _scaled(config: RunConfig, tokens: int, passes: int) -> RunConfig:
+    """One sequence a step, or so many passes where ranks do not share it."""
+    sequences, config = config.training.sequences, with_context(config, tokens)
     if config.optimizations.ring_attention.enabled:
         return config
-    return dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_tokens=tokens * sequences))
+    training = dataclasses.replace(config.training, micro_batch=sequences, global_batch_tokens=tokens * sequences * passes)
+    return dataclasses.replace(config, training=training)
 
 
 def _step(made: Assembled, passes: int) -> dict[str, float]:

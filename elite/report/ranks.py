@@ -38,7 +38,7 @@ def against_one(folder: Path) -> str:
             (
                 all_of_them["model"]["name"],
                 f"{all_of_them['context']:,}",
-                f"{all_of_them['ranks']}, {'one sequence' if shared else _own(all_of_them['passes'])}",
+                f"{all_of_them['ranks']}, {'one sequence' if shared else _own(all_of_them)}",
                 *(f"{speed:,.0f}" for speed in speeds),
                 _judged(speeds[1] / speeds[0], SHARED_SPEED if shared else OWN_SPEED, "≥"),
                 _judged(_held(all_of_them) / _held(one), KEYS_VALUES, "≤") if shared else NONE,
@@ -108,9 +108,11 @@ def _read(folder: Path, name: str) -> dict[str, Any] | None:
     return found
 
 
-def _own(passes: int) -> str:
+def _own(run: dict[str, Any]) -> str:
     """What a rank goes through by itself in a step."""
-    return "one sequence each" if passes == 1 else f"{passes} sequences each, one a pass"
+    if run["micro_batch"] > 1:
+        return f"{run['micro_batch']} sequences each, together"
+    return "one sequence each" if run["passes"] == 1 else f"{run['passes']} sequences each, one a pass"
 
 
 def _judged(ratio: float, target: float, sign: str) -> str:
@@ -137,4 +139,4 @@ def _held(run: dict[str, Any]) -> float:
 
 
 def _origin(found: dict[str, Any]) -> str:
-    return origin([found["environment"]], [run["device"] for run in found["runs"]])
+    return origin([run["environment"] for run in found["runs"]], [run["device"] for run in found["runs"]])

@@ -15,6 +15,7 @@ TINY = ("debug=tiny", "hardware=cpu", "tier.target_length=16", "executor.chunk=3
 CASES = {
     "ring": Case("smollm2_135m", TOKENS, ("executor=streamed", "optimizations.ring_attention.enabled=true")),
     "ddp": Case("smollm2_135m", TOKENS, ("executor=whole",), passes=2),
+    "together": Case("smollm2_135m", TOKENS, ("executor=whole", "training.micro_batch=3")),
     # As the bench has it, but for the machine and the model's size.
     "zero3": Case("smollm2_135m", TOKENS, ZERO3[:-2], alone=False),
 }
@@ -34,7 +35,7 @@ def test_ranks_that_share_a_sequence_take_one_and_others_one_each(tmp_path: Path
             member(case, TOKENS, (*TINY, f"output.cache={folder}"), 2, folder / f"{name}.json")
 
     together(tmp_path, 2, work, launcher)
-    for name, sharing, sequences in (("ring", 2, 1), ("ddp", 1, 4), ("zero3", 1, 2)):
+    for name, sharing, sequences in (("ring", 2, 1), ("ddp", 1, 4), ("together", 1, 6), ("zero3", 1, 2)):
         found = json.loads((tmp_path / f"{name}.json").read_text())
         assert ("zero_3" in found["active"]) == (name == "zero3") and found["cap_holds"] is None
         assert found["ranks"] == 2 and found["sharing"] == sharing and len(found["steps"]) == 3

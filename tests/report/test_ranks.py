@@ -17,7 +17,8 @@ def run(case: str, count: int, sharing: int, speeds: tuple[float, ...], keys: fl
     model = {"name": "phi2", "adapter": "full"}
     planned = {"device_bytes": 3 * GIB, "host_bytes": 5 * GIB}
     rest = {"device": "a card", "usable_bytes": 22.5 * GIB, "planned": planned, "ready_s": 61.4, "cap_holds": True, "model": model}
-    return {"case": case, "ranks": count, "sharing": sharing, "passes": 1, "context": 131072, "steps": steps} | rest
+    shape = {"sharing": sharing, "passes": 1, "micro_batch": 1, "context": 131072}
+    return {"case": case, "environment": ENVIRONMENT, "ranks": count, "steps": steps} | shape | rest
 
 
 def cells(table: str) -> list[list[str]]:
@@ -35,12 +36,14 @@ def test_two_gpus_against_one(tmp_path: Path) -> None:
         *(run("ring", 1, 1, (1, 100, 102), 10.0), run("ring", 2, 2, (1, 180, 190), 7.0)),
         *(run("ddp", 1, 1, (1, 100)), run("ddp", 2, 1, (1, 190))),
         *(run("window", count, 1, (1, 100 * count)) | {"passes": 4} for count in (1, 2)),
+        *(run("together", count, 1, (1, 100 * count)) | {"micro_batch": 4} for count in (1, 2)),
         run("zero3", 2, 1, (1, 64)),
     ]
-    shared, own, window = cells(ranks.against_one(written(tmp_path, "ranks", runs=runs)))
+    shared, own, window, together = cells(ranks.against_one(written(tmp_path, "ranks", runs=runs)))
     assert shared[2:7] == ["2, one sequence", "101", "185", "1.83× (≥ 1.8×: met)", "0.70× (≤ 0.6×: missed)"]
     assert own[2:7] == ["2, one sequence each", "100", "190", "1.90× (≥ 1.9×: met)", "–"] and own[7:] == ["1.00", "2.00"]
     assert window[2:6] == ["2, 4 sequences each, one a pass", "100", "200", "2.00× (≥ 1.9×: met)"]
+    assert together[2] == "2, 4 sequences each, together"
     (alone,) = cells(ranks.divided(tmp_path))
     assert alone == ["phi2, full", "131,072", "2", "22.50, held", "3.00", "2.00", "–", "–", "5.00", "–", "–", "64.0", "61"]
 
