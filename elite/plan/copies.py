@@ -13,7 +13,7 @@ Symbols as in `streamed.py`. A row is what waits elsewhere of one token.
     parts on the host       a rank's part of the weights comes once a pass, the gradient of its part goes in the backward
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from elite.facts import Facts, Rates
 from elite.optimizations.contract import Decision
@@ -42,10 +42,13 @@ class Copies:
     backward: float = 0.0
     flushed: float = 0.0
     """Of a journal; nothing else is under way meanwhile."""
+    forward_ahead: float = 0.0
+    """Of `forward`, what comes while another layer is computed, however many chunks there are: weights."""
+    backward_ahead: float = 0.0
 
     def beside(self, others: "Copies") -> "Copies":
         """Both, one after the other."""
-        return Copies(self.forward + others.forward, self.backward + others.backward, self.flushed + others.flushed)
+        return Copies(*(getattr(self, f.name) + getattr(others, f.name) for f in fields(self)))
 
 
 def offloaded(facts: Facts, rates: Rates, value: int) -> Copies:
@@ -97,15 +100,17 @@ def streamed(facts: Facts, rates: Rates, layout: Streaming, value: int, sweeps: 
         into += read * value / rates.to_device_bytes_per_s
         back_into += read * (value + GRADIENT_BYTES) / rates.to_device_bytes_per_s
         back_out += read * GRADIENT_BYTES / rates.to_host_bytes_per_s
+    layers, weights = model.num_hidden_layers, 0.0
     if layout.weights is WeightPlace.streamed:
-        weights = model.linear_params / model.num_hidden_layers * value / rates.to_device_bytes_per_s
-        into, back_into = into + weights, back_into + weights
-    layers = model.num_hidden_layers
+        weights = model.linear_params / layers * value / rates.to_device_bytes_per_s
     flushed = 0.0
     if layout.journal:
         written = tokens * (layers * (kept + outputs) + (layers + 2) * hidden) + RESULT_BYTES * facts.trainable_params
         flushed = written / rates.disk_write_bytes_per_s + written / HASH_BYTES_PER_S
-    return Copies(sweeps * layers * max(into, out), layers * max(back_into, back_out), flushed)
+    rows = max(into, out), max(back_into, back_out)
+    both = max(into + weights, out), max(back_into + weights, back_out)
+    forward, backward = sweeps * layers * both[0], layers * both[1]
+    return Copies(forward, backward, flushed, forward - sweeps * layers * rows[0], backward - layers * rows[1])
 
 
 @dataclass(frozen=True)

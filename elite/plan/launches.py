@@ -21,11 +21,12 @@ ADAPTER = Cost(6, 4.5)
 """An adapted map under peft."""
 FUSED_ADAPTER = Cost(-1, 4.5)
 """The same under fused LoRA, whose functions convert nothing that is in the compute dtype already and serve siblings at once."""
-DEQUANTISED = Cost(10, 10)
-"""A four-bit map, besides (fitted with `traffic.DEQUANTISED`)."""
-FUSED_ELEMENTWISE = Cost(-12, -16)
-"""A layer whose norms, rotary embedding, activation and sums are kernels of their own, besides: they are fewer, and each costs the host
-several ordinary operations (fused_steps.json: Phi-2 at 4,096 tokens, which waits for the host)."""
+DEQUANTISED = Cost(6, 6)
+"""A four-bit map, besides: bitsandbytes dequantises scales and weights in operations of its own, which are dispatched in Python (fitted to
+calibration.json (seed 5) and fused_steps.json together with `FUSED_ELEMENTWISE`, and to nothing older: backwards ran in another thread)."""
+FUSED_ELEMENTWISE = Cost(-19, -25)
+"""A layer whose norms, rotary embedding, activation and sums are kernels of their own, besides: four each way for some thirty operations,
+and each costs the host about three of these (fitted as `DEQUANTISED`; Liger's alike)."""
 STREAMED = Cost(48, 5)
 """A chunk in a layer under the streamed executor, besides: staging, attention in parts, gradients added up."""
 STAGED = Cost(36, 0)

@@ -112,6 +112,7 @@ def moments(step: Step, facts: Facts) -> Iterator[Estimate]:
             held = _plus(held, runtime=step.beside_head)
         if layer == 1 and not full:
             # No gradient passes the first norm where the embedding is frozen.
+            behind = packing(step, facts, layer_parts(step, facts, facts.micro_tokens, lowest=True), forward=False)
             behind = (replace(behind[0], saved=0.0, whole_input=0.0), *behind[1:])
             if step.inputs_at_once is not None:
                 # Nor does anybody hold what came back, once it has been read.
@@ -274,8 +275,12 @@ def _unread(part: Part, s: Sizes) -> Part:
     return replace(part, saved=part.saved - part.weights, weights=0.0, work=max(part.work, part.gradients + converted))
 
 
-def layer_parts(step: Step, facts: Facts, tokens: int) -> tuple[Part, ...]:
-    """The parts of one layer in the order of its forward, for so many tokens."""
+def layer_parts(step: Step, facts: Facts, tokens: int, lowest: bool = False) -> tuple[Part, ...]:
+    """The parts of one layer in the order of its forward, for so many tokens.
+
+    Args:
+        lowest: no gradient passes its norms on.
+    """
     s, form, model = step.sizes(facts, tokens), step.form, facts.model
     projections, out_map, into_mlp, _ = layer_maps(facts)
     norm, parallel = form.norm(s), model.model_type in PARALLEL_BLOCKS
@@ -292,7 +297,7 @@ def layer_parts(step: Step, facts: Facts, tokens: int) -> tuple[Part, ...]:
     # A tensor that nobody saves is there until the layer's forward is over: the stream where the norm converts it, likewise the norm's.
     stream_ahead = 0.0 if norm.whole_input else stream
     normed_ahead = normed if parallel and not maps.keeps_input else 0.0
-    mlp = _mlp(step, facts, tokens, norm.hands, parallel and maps.keeps_input) if into_mlp else []
+    mlp = _mlp(step, facts, tokens, norm.hands, parallel and maps.keeps_input, lowest and parallel) if into_mlp else []
     if mlp:
         first = [_beside(part, stream, normed_ahead + (0.0 if step.recomputed else stream_ahead)) for part in first]
     if parallel:
@@ -336,8 +341,12 @@ def _masked(part: Part, s: Sizes) -> Part:
     return replace(part, saved=part.saved + unit, forward=part.forward + s.value * unit)
 
 
-def _mlp(step: Step, facts: Facts, tokens: int, read: float, kept: bool) -> list[Part]:
-    """The MLP's parts; in tiles, one part."""
+def _mlp(step: Step, facts: Facts, tokens: int, read: float, kept: bool, ends: bool) -> list[Part]:
+    """The MLP's parts; in tiles, one part.
+
+    Args:
+        ends: nobody asks for the gradient of its input.
+    """
     s, form, tile = step.sizes(facts, tokens), step.form, step.form.mlp_tile
     _, _, into, out = layer_maps(facts)
     assert out is not None
@@ -350,13 +359,14 @@ def _mlp(step: Step, facts: Facts, tokens: int, read: float, kept: bool) -> list
     alone, rest = replace(step, form=replace(form, mlp_tile=None), recomputed=True), tokens % tile or tile
     # A tile's output gradient is a view of the whole one's, so it neither takes memory nor gives any back.
     joined = replace(facts, model=replace(facts.model, residual_dropout=False))
-    inner, short = ([*parts[:-1], replace(parts[-1], arrives=0.0)] for parts in (_mlp(alone, joined, n, read, True) for n in (tile, rest)))
+    inner, short = ([*p[:-1], replace(p[-1], arrives=0.0)] for p in (_mlp(alone, joined, n, read, True, ends) for n in (tile, rest)))
     normed, made = read * s.d * tokens, s.value * out.outputs * tokens
+    leaves = 0.0 if ends else normed
     # The first forward of a tile leaves nothing.
     ahead = max(_highest([part], forward=True) for part in inner)
     highest, first = (max(_highest(parts, forward=True), _highest(parts, forward=False)) for parts in (inner, short))
     # The last tile goes back first. The gradients of the tiles' inputs are put together at the end.
-    pieces = read * s.d * (tokens - tile)
+    pieces = 0.0 if ends else read * s.d * (tokens - tile)
     # So do the gradients of trained weights, which sum over tiles in the compute dtype.
     made_weights = sum(part.gradients for part in inner)
     pieces += made_weights / FP32 * s.value
@@ -368,8 +378,8 @@ def _mlp(step: Step, facts: Facts, tokens: int, read: float, kept: bool) -> list
             saved=0.0 if kept else normed,
             forward=made + max(ahead, made),
             arrives=made,
-            leaves=normed,
-            work=max(highest + pieces - gone - normed, first - normed, normed),
+            leaves=leaves,
+            work=max(highest + pieces - gone - leaves, first - leaves, leaves),
             gradients=made_weights,
             wide=True,
         )

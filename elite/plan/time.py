@@ -30,7 +30,7 @@ from elite.plan import launches, traffic
 from elite.plan.copies import Copies, offloaded, parts, streamed
 from elite.plan.exchange import exposed_s
 from elite.plan.memory import folded
-from elite.plan.rates import HOST_UPDATE_BYTES_PER_S, attention_of, rates_of
+from elite.plan.rates import HOST_UPDATE_BYTES_PER_S, UPDATE_8BIT_FLOPS, attention_of, rates_of
 from elite.streaming import Streaming
 
 ATTENTION_BACKWARD = 2.5
@@ -151,14 +151,15 @@ def step_time(
     swept, repeated = sweeps * pass_s, clock.repeated(again[0] - sweeps, again[1] - sweeps)
     head, copies = clock.head(), clock.copies(1 + sweeps)
     operations = launches.operations(facts, decisions, layout)
-    # Copies of one chunk go on behind another's computation.
+    # Rows of one chunk are under way behind another's computation; weights of a layer behind another layer's in any case.
     alone = layout is not None and launches.chunks(facts, layout) == 1
-    ahead = _wait(pass_s + swept + head, (1 + sweeps) * operations.forward * clock.rates.operation_s, copies.forward, alone)
+    rows = (copies.forward - copies.forward_ahead, copies.backward - copies.backward_ahead) if alone else (0.0, 0.0)
+    ahead = _wait(pass_s + swept + head, (1 + sweeps) * operations.forward * clock.rates.operation_s, copies.forward, rows[0])
     behind = _wait(
         sum(backward.values()) + repeated,
         ((again[0] - sweeps) * operations.forward + operations.backward) * clock.rates.operation_s,
         copies.backward,
-        alone,
+        rows[1],
     )
     found = {name: forward[name] + backward[name] for name in forward}
     found |= {"head_and_loss": head, "computed_again": swept + repeated}
@@ -168,14 +169,14 @@ def step_time(
     return StepTime(**{name: accumulation * seconds for name, seconds in found.items()}, optimizer=clock.update(), exchange=between)
 
 
-def _wait(device_s: float, host_s: float, copies_s: float, alone: bool) -> tuple[float, float]:
-    """Seconds that the device stands still in a phase: for copies, and for the host.
+def _wait(device_s: float, host_s: float, copies_s: float, alone_s: float) -> tuple[float, float]:
+    """Seconds that the device stands still in a phase: for copies, `alone_s` of which nothing hides, and for the host.
 
     Stretches in which the device waits for the host alternate with others in which the host is ahead, so the longer of both is too
     little and their sum too much (`OVERLAP`).
     """
     busy = (device_s**OVERLAP + host_s**OVERLAP) ** (1 / OVERLAP)
-    return copies_s if alone else max(0.0, copies_s - busy), busy - device_s
+    return alone_s + max(0.0, copies_s - alone_s - busy), busy - device_s
 
 
 class _Clock:
@@ -244,7 +245,9 @@ class _Clock:
         """The optimizer's step, of a rank's part where parameters are divided; in host memory with what comes back from there."""
         facts, zero = self._facts, active_zero(self._decisions)
         own = facts.trainable_params / (1 if zero is None else facts.device.count)
-        moved = traffic.optimizer(self._decisions) * own
+        if traffic.active(self._decisions, Site.OPTIMIZER_STATE):
+            return UPDATE_8BIT_FLOPS * own / self.rates.fp32_flops_per_s
+        moved = traffic.OPTIMIZER * own
         if zero is None or facts.device.kind == "cpu" or not zero.config.offload_optimizer:
             return moved / self.rates.memory_bytes_per_s
         back = 0.0 if folded(facts, self._decisions).offloaded_weights else FP32 * own

@@ -56,8 +56,6 @@ DEQUANTISED = 5.0
 OPTIMIZER = 92.0
 """A trained parameter, in fp32: what torch's AdamW reads and writes where it takes all tensors at once, one operation after another (decay
 8, first moment 12, second 8 + 12, its root, quotient and epsilon 8 each, the weight 16), the gradients' norm 4 and their clipping 8."""
-OPTIMIZER_8BIT = 100.0
-"""The same with moments in 8 bits, whose kernel computes more than it moves (calibration_first.json, no. 35)."""
 HEAD_GRADIENT = 8.0
 """A trained head's weight, each time a tile of tokens adds to its fp32 gradient."""
 FP32_WIDTH = 2.0
@@ -98,11 +96,6 @@ def loss(facts: Facts, decisions: tuple[Decision, ...]) -> float:
 def dequantised(facts: Facts, decisions: tuple[Decision, ...]) -> float:
     """All layers' quantised weights once, whatever the tokens."""
     return DEQUANTISED * facts.model.linear_params if active(decisions, Site.BASE_WEIGHTS) else 0.0
-
-
-def optimizer(decisions: tuple[Decision, ...]) -> float:
-    """The update, a trained parameter."""
-    return OPTIMIZER_8BIT if active(decisions, Site.OPTIMIZER_STATE) else OPTIMIZER
 
 
 def _width(decisions: tuple[Decision, ...]) -> float:

@@ -48,11 +48,13 @@ class Case:
     vocab: int = 32
     dropout: float = 0.0
     """Of what joins the residual stream."""
+    layers: int = LAYERS
 
     def __str__(self) -> str:
         adapter = "full" if self.full else f"r{self.rank}"
         sizes = f"{self.tokens}x{self.width}x{self.mlp}x{self.vocab}"
-        return "-".join([self.kind, adapter, sizes, *self.on, *(["cuda"] if self.cuda else []), *(["dropout"] if self.dropout else [])])
+        also = {"cuda": self.cuda, "dropout": self.dropout, f"{self.layers} layers": self.layers != LAYERS}
+        return "-".join([self.kind, adapter, sizes, *self.on, *(word for word, said in also.items() if said)])
 
     @property
     def documents(self) -> tuple[int, ...]:
@@ -65,7 +67,7 @@ class Case:
         return "mixed_precision" in self.on
 
 
-def small(kind: str, width: int, vocab: int = 128, mlp: float = 3, dropout: float = 0.0) -> ModelConfig:
+def small(kind: str, width: int, vocab: int = 128, mlp: float = 3, dropout: float = 0.0, layers: int = LAYERS) -> ModelConfig:
     """A model of `width`, four heads; two key/value heads where the architecture has fewer of them."""
     rope = {"rope_type": "default", "rope_theta": 1e4} | ({"partial_rotary_factor": 0.5} if kind == "phi" else {})
     return ModelConfig(
@@ -73,7 +75,7 @@ def small(kind: str, width: int, vocab: int = 128, mlp: float = 3, dropout: floa
         model_type=kind,
         hidden_size=width,
         intermediate_size=int(mlp * width),
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=4 if kind == "phi" else 2,
         vocab_size=vocab,
@@ -97,7 +99,7 @@ def adapted(core: Any, rank: int, half: bool) -> Any:
 
 
 def facts_of(case: Case) -> Facts:
-    shape = geometry.shape(small(case.kind, case.width, case.vocab, case.mlp, case.dropout))
+    shape = geometry.shape(small(case.kind, case.width, case.vocab, case.mlp, case.dropout, case.layers))
     machine = replace(device("h100" if case.cuda else "cpu"), supports_bf16=True)
     trained = shape.total_params if case.full else shape.lora_params(case.rank)
     return Facts(shape, machine, case.tokens, 1, trained, "full" if case.full else "lora")
@@ -112,7 +114,7 @@ def decisions_of(case: Case, facts: Facts) -> tuple[Decision, ...]:
 def built(case: Case, decisions: tuple[Decision, ...]) -> Any:
     """The model, with its optimizations applied."""
     torch.manual_seed(0)
-    config = geometry.hf_config(small(case.kind, case.width, case.vocab, case.mlp, case.dropout))
+    config = geometry.hf_config(small(case.kind, case.width, case.vocab, case.mlp, case.dropout, case.layers))
     core: Any = AutoModelForCausalLM.from_config(config, attn_implementation=DOCUMENT_EAGER)
     core.config.use_cache = False
     apply_stage(Stage.model, decisions, core)

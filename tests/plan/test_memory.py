@@ -59,6 +59,8 @@ PLAIN = [
     Case("phi", (*CHECKPOINTED, "tiled_mlp"), cuda=True, dropout=0.1),
     Case("phi", (*CHECKPOINTED, "tiled_mlp"), cuda=True, full=True, dropout=0.1),
     Case("phi", HALF, cuda=True, dropout=0.1),
+    # Two tiles of the only layer, whose input needs no gradient.
+    Case("phi", (*HALF, "fused_loss", "tiled_mlp"), cuda=True, tokens=104, width=256, mlp=4, layers=1),
     # All weights: gradients grow while activations go.
     *(Case(kind, (*FLASH, "gradient_checkpointing"), full=True) for kind in ("llama", "phi")),
     Case("llama", CHECKPOINTED, cuda=True, full=True),

@@ -10,7 +10,7 @@ from elite.plan import launches, streamed, traffic
 from elite.plan.copies import Copies, parts
 from elite.plan.rates import HOST_UPDATE_BYTES_PER_S, rates_of
 from elite.plan.time import StepTime, model_flops_per_token, recomputed, step_flops, step_time
-from elite.streaming import Keep, Place, Streaming
+from elite.streaming import Keep, Place, Streaming, WeightPlace
 from tests.plan.helpers import device, phi2, switches
 
 
@@ -105,6 +105,32 @@ def test_copies_of_the_only_chunk_hide_behind_nothing() -> None:
     row = 2 * 2560 * 8192 * 32
     assert several.exposed_copies == 0
     assert one.exposed_copies == pytest.approx(3 * row / rates_of(found.device).to_device_bytes_per_s, rel=0.1)
+
+
+def test_streamed_weights_come_behind_another_layer() -> None:
+    """Even where a micro-batch is one chunk, as a layer's weights are on their way while the one before it is computed."""
+    found, decisions = replace(facts(8192), executor="streamed"), decide(switches("mixed_precision"), facts(8192))
+
+    def exposed(weights: WeightPlace, link: float) -> float:
+        layout = Streaming(keep=Keep.layers, chunk=8192, boundaries=Place.device, weights=weights)
+        linked = replace(found, device=replace(found.device, host_link_bytes_per_s=link))
+        return step_time(linked, decisions, streamed.recomputed(linked, layout), 1, layout).exposed_copies
+
+    assert exposed(WeightPlace.resident, 1e9) == exposed(WeightPlace.streamed, 25e9) == 0
+    # A link that takes longer than the computation is seen for what it takes longer.
+    copied = 2 * 2 * found.model.linear_params / rates_of(replace(found.device, host_link_bytes_per_s=1e9)).to_device_bytes_per_s
+    assert 0.3 * copied < exposed(WeightPlace.streamed, 1e9) < copied
+
+
+def test_an_update_in_8_bits_computes_rather_than_moves() -> None:
+    full = facts(512, "full")
+    wide = replace(full, device=replace(full.device, memory_bytes_per_s=2 * full.device.memory_bytes_per_s))
+
+    def update(of: Facts, *more: str) -> float:
+        return step_time(of, decide(switches("mixed_precision", *more), of), (0, 0), 1).optimizer
+
+    assert update(wide) == pytest.approx(update(full) / 2)
+    assert update(wide, "adamw_8bit") == update(full, "adamw_8bit") > 0
 
 
 def test_every_chunk_dequantises_weights_anew() -> None:
