@@ -17,12 +17,11 @@ from elite.config import AdapterMethod, Executor, RunConfig
 from elite.console import console
 from elite.data.batches import TrainStream
 from elite.data.tokens import TokenStore
+from elite.optimizations.contract import TOLERANCES, Exactness
 from elite.runfolder import environment
 from elite.training.schedules import schedule
 from elite.training.step import make_scaler, optimizer_step
 
-LIMITS = {torch.float32: (1e-3, 1e-5), torch.bfloat16: (1.5e-2, 1e-3), torch.float16: (1.5e-2, 1e-3)}
-"""Most |Δloss| of a step and most mean drift over the steps: `EXACT` in fp32, `EQUAL` otherwise."""
 CHUNKS = 4
 """Of a row in the streamed executor; a plan would often take a row of this length as one."""
 
@@ -46,15 +45,16 @@ def compare(config: RunConfig) -> dict[str, Any]:
 
 
 def differences(whole: list[float], streamed: list[float], dtype: str) -> dict[str, Any]:
-    """How far two curves are apart: the largest |Δloss| and the mean of Δloss over the steps, in nats, against their limits."""
+    """How far two curves are apart: the largest |Δloss| and the mean of Δloss over the steps, in nats, against those
+    of `EXACT` in fp32, of `EQUAL` otherwise."""
     apart = [b - a for a, b in zip(whole, streamed, strict=True)]
     largest, drift = max(map(abs, apart)), abs(sum(apart) / len(apart))
-    most, most_drift = LIMITS[getattr(torch, dtype)]
+    limit = TOLERANCES[Exactness.EXACT if dtype == "float32" else Exactness.EQUAL]
     return {
         "max_difference": largest,
         "mean_drift": drift,
-        "limits": {"max_difference": most, "mean_drift": most_drift},
-        "within": largest <= most and drift <= most_drift,
+        "limits": {"max_difference": limit.largest, "mean_drift": limit.drift},
+        "within": largest <= limit.largest and drift <= limit.drift,
     }
 
 

@@ -9,11 +9,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from elite.bench.curves import differences
+from elite.distributed.ranks import Ranks
 from elite.executor.whole import WholeExecutor
 from elite.optimizations import decide
 from elite.optimizations.contract import OptimizationConfig
 from elite.optimizations.fused_kernels import FusedKernels, _norm
 from elite.streaming import Keep, Streaming
+from elite.training.step import make_scaler, optimizer_step
 from tests.executor.streamed import exactness
 from tests.executor.streamed.exactness import assert_same, ordinary_loss, streamed, tokens, uneven
 from tests.kernels.interpreter import run_interpreted
@@ -104,6 +107,29 @@ def check_parts(device: str) -> None:
             applied.undo()
 
 
+def check_curves(device: str) -> None:
+    """Fifty steps with each part alone, and with all, lose what they do without. In fp32: the interpreter cuts bf16 off where hardware
+    rounds, and of so small a model bf16's own noise is what `EQUAL` allows (elite.bench.kernel_curves takes a real one)."""
+    for kind in ("llama", "phi"):
+        plain = losses(kind, (), device)
+        assert plain[-1] < 0.5 * plain[0]
+        for parts in (*((part,) for part in PARTS), PARTS):
+            apart = differences(plain, losses(kind, parts, device), "float32")
+            assert apart["within"], (kind, parts, apart)
+
+
+def losses(kind: str, parts: Iterable[str], device: str) -> list[float]:
+    """Of each step of a tiny model, with these parts."""
+    model: Any = tiny(kind, hidden_size=64)
+    model.to(device)
+    applied = FusedKernels(FusedKernels.Config(True, **{part: part in parts for part in PARTS})).apply(model)
+    assert (applied.count > 0) == bool(parts)
+    ranks, weights = Ranks(0, 1, torch.device(device)), list(model.parameters())
+    executor, optimizer = WholeExecutor(model, torch.float32), torch.optim.AdamW(weights, 2e-3)
+    windows, scaler = [[row(3, 8, seed=seed)] for seed in range(2)], make_scaler(ranks.device, torch.float32)
+    return [optimizer_step(executor, optimizer, scaler, windows[step % 2], weights, 1.0, ranks).loss for step in range(50)]
+
+
 def check_dropout(device: str) -> None:
     """Phi's dropouts: the masks of a recomputation are those of the forward, and evaluation drops nothing."""
     model: Any = tiny("phi", hidden_size=64, resid_pdrop=0.3)
@@ -171,7 +197,7 @@ def check_others(device: str) -> None:
     "check",
     [
         *("check_models", "check_others", "check_parts", "check_dropout", "check_streamed"),
-        pytest.param("check_more_streamed", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("check_more_streamed", "check_curves")),
     ],
 )
 def test_models_in_the_interpreter(check: str) -> None:
@@ -179,7 +205,7 @@ def test_models_in_the_interpreter(check: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("check", [check_models, check_others, check_parts, check_dropout, check_more_streamed])
+@pytest.mark.parametrize("check", [check_models, check_others, check_parts, check_dropout, check_more_streamed, check_curves])
 def test_models_on_a_gpu(check: Callable[[str], None]) -> None:
     check("cuda")
 

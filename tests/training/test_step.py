@@ -96,9 +96,9 @@ def test_nothing_is_updated_when_the_loss_is_not_finite() -> None:
 
 
 class _Observed(torch.autograd.Function):
-    """The identity; `seen` gets the thread that asks for its gradient."""
+    """The identity; `seen` gets the thread that asks for its gradient, and whether the engine may use others."""
 
-    seen: ClassVar[list[int]] = []
+    seen: ClassVar[list[tuple[int, bool]]] = []
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class _Observed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> Tensor:
-        _Observed.seen.append(threading.get_ident())
+        _Observed.seen.append((threading.get_ident(), torch._C._is_multithreading_enabled()))
         return upstream[0]
 
 
@@ -127,5 +127,5 @@ def test_backward_runs_in_the_thread_that_asks_for_it(kind: str) -> None:
     _Observed.seen.clear()
     executor = _Observing(alone.device)
     accumulate(executor, rows()[:3], make_scaler(alone.device, torch.float32), alone)
-    assert _Observed.seen == [threading.get_ident()] * 3
+    assert _Observed.seen == [(threading.get_ident(), False)] * 3
     assert torch._C._is_multithreading_enabled()
