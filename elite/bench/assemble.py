@@ -35,6 +35,7 @@ from elite.training.ahead import Taking
 from elite.training.around import hooked_step, loop_hooks
 from elite.training.heap import settled
 from elite.training.optimizer import build_optimizer
+from elite.training.recovery import Recovery
 from elite.training.step import make_scaler
 from elite.training.trial import Subject, rehearse
 
@@ -56,6 +57,8 @@ class Assembled:
     ranks: Ranks
     carriers: Ranks
     """This process among those that carry other sequences; alone where ranks divide each layer, who carry the same."""
+    recovery: Recovery
+    """What is done where memory runs out, with sizes as they are."""
     sharing: int = 1
     """Ranks that carry each row together."""
     hooks: Sequence[Hook] = ()
@@ -76,7 +79,7 @@ class Assembled:
         began = time.perf_counter()
         scaler, norm = make_scaler(device, self.dtype), self.config.training.max_grad_norm
         around = (number, self.hooks, self.executors.training, self.optimizer)
-        done = hooked_step(*around, scaler, window, self.loaded.trainable, norm, self.carriers)
+        done = hooked_step(*around, scaler, window, self.loaded.trainable, norm, self.carriers, self.recovery.accumulate)
         synchronise(device)
         seconds = time.perf_counter() - began
         return {"step_s": seconds, "tokens_per_s": sum(batch.slots for batch in window) / seconds, "loss": done.loss} | peaks(device)
@@ -120,7 +123,7 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
         if executors.attached is not None:
             undone.callback(executors.attached.undo)
         parts = (config, decisions, executors.training, optimizer, loaded.trainable, STEPS, ranks.device)
-        taking = Taking.of(plan.ahead_bytes, plan.memory)
+        taking = Taking.of(plan.ahead_bytes, plan.reserved_bytes, plan.memory)
         vocab = int(loaded.core.config.get_text_config().vocab_size)
         subject = Subject(executors.training, dtype, loaded.trainable, vocab, plan.context, ranks.device, plan.usable_bytes, 0.0)
         hooks, of_loop = loop_hooks(*parts, taking, rehearse=lambda: rehearse(subject, plan.micro_batch))
@@ -130,7 +133,8 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
             torch.cuda.empty_cache()
         for hook in hooks:
             hook.begin()
-        made = Assembled(config, plan, dtype, loaded, executors, optimizer, ranks, carriers, facts.sharing, hooks)
+        recovery = Recovery(loaded.trainable, ranks, executors.attached.runner if executors.attached else None, hooks=hooks, shrinks=False)
+        made = Assembled(config, plan, dtype, loaded, executors, optimizer, ranks, carriers, recovery, facts.sharing, hooks)
         with settled():
             yield made
 

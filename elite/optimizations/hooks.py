@@ -19,6 +19,14 @@ class Hook:
     def begin(self) -> None:
         """Before the first step of this process, after what a checkpoint holds has been read."""
 
+    def accumulating(self) -> AbstractContextManager[None]:
+        """Within, gradients are added up, in a way that can be done again: nothing of the run changes, and no other process waits."""
+        return nullcontext()
+
+    def yields(self) -> bool:
+        """Memory ran out within `accumulating`: whether the hook has kept some back, and gives it up now for the rest of the run."""
+        return False
+
     def gradients(self, parameters: Sequence[Any], step: int) -> None:
         """After gradients are whole and unscaled, before they are clipped together.
 

@@ -1,6 +1,14 @@
-"""The device's memory taken before the first step, in one piece, as the plan says."""
+"""The device's memory taken before the first step, in one piece, as the plan says, and held to while gradients are added up.
 
-from collections.abc import Iterable
+A tensor that finds no room between others would extend the piece, although enough of it is free in gaps: what is reserved would go beyond
+the plan by what one order of tensors or another happens to leave. Held, torch's allocator first gives the pages of all gaps back to the
+device, and then takes as many where the tensor lies. That costs time, and only where it happens (`alloc_retries`); what is allocated is
+the same. A step whose tensors take more than was planned is not lost to that: the first time it fails, the hold is given up and the step
+done again as it is (elite/training/recovery.py).
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +19,10 @@ from elite.optimizations.hooks import Hook
 SMALL_BYTES = 1024**2
 """Up to here a tensor is small to torch's allocator, and lies apart: it is not cut from the piece (kSmallSize, c10/cuda)."""
 
+SPARE = 0.02
+"""Share of what is planned by which gaps may extend what is reserved. Small, for the plan is off by as much then; not nothing, for what is
+allocated is planned to within about as much."""
+
 
 @dataclass(frozen=True)
 class Taking:
@@ -18,13 +30,15 @@ class Taking:
 
     reserved_bytes: float
     """All that is to be reserved then, weights included; 0: nothing is taken ahead."""
+    planned_bytes: float
+    """All that is reserved at the peak by the plan; near the device's limit more than is taken ahead."""
     optimizer_bytes: float
     """Of them, what the optimizer's state will take."""
 
     @classmethod
-    def of(cls, ahead_bytes: float, memory: dict[str, float]) -> "Taking":
-        """As a plan says it."""
-        return cls(ahead_bytes, memory["optimizer_state"])
+    def of(cls, ahead_bytes: float, reserved_bytes: float | None, memory: dict[str, float]) -> "Taking":
+        """As a plan says it; where nothing is reserved there is nothing to take."""
+        return cls(ahead_bytes, reserved_bytes or 0.0, memory["optimizer_state"])
 
 
 class Ahead(Hook):
@@ -42,6 +56,8 @@ class Ahead(Hook):
     def __init__(self, taking: Taking, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], device: torch.device) -> None:
         self._taking, self._optimizer, self._parameters, self._device = taking, optimizer, parameters, device
         self._taken = 0
+        self._held_bytes = 0.0
+        self._retries = 0
 
     def begin(self) -> None:
         # What loading has left in pieces would count twice.
@@ -53,10 +69,34 @@ class Ahead(Hook):
         missing = int(self._taking.reserved_bytes - there - small)
         if missing > 0 and _take(missing, self._device):
             self._taken = torch.cuda.memory_reserved(self._device) - there
+            self._held_bytes = self._taking.planned_bytes * (1 + SPARE)
         torch.cuda.reset_peak_memory_stats(self._device)
+        self._retries = self._retried()
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        if not self._held_bytes:
+            yield
+            return
+        # A card that is smaller than this one is held to as well.
+        before = torch.cuda.get_per_process_memory_fraction(self._device)
+        share = self._held_bytes / torch.cuda.get_device_properties(self._device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(before, share), self._device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(before, self._device)
+
+    def yields(self) -> bool:
+        held, self._held_bytes = self._held_bytes, 0.0
+        return held > 0
 
     def counts(self) -> dict[str, float]:
-        return {"ahead_bytes": float(self._taken)}
+        return {"ahead_bytes": float(self._taken), "alloc_retries": float(self._retried() - self._retries)}
+
+    def _retried(self) -> int:
+        """Times that torch's allocator has given back all gaps."""
+        return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0)) if self._device.type == "cuda" else 0
 
 
 def small_to_come(parameters: Iterable[nn.Parameter], state_bytes: float, *, roots: bool) -> float:

@@ -16,7 +16,7 @@ from elite.optimizations.memory_pool import given, grow
 from elite.optimizations.targets import LoopBuild
 from elite.plan.traffic import active
 from elite.training.ahead import Ahead, Taking
-from elite.training.step import StepResult, optimizer_step
+from elite.training.step import Accumulate, StepResult, accumulate, optimizer_step
 
 
 def loop_hooks(
@@ -65,6 +65,7 @@ def hooked_step(
     parameters: list[nn.Parameter],
     max_grad_norm: float,
     ranks: Ranks,
+    gradients: Accumulate = accumulate,
 ) -> StepResult:
     """Step `number` (from 1) as `optimizer_step` takes it, with hooks around it; there is no schedule."""
 
@@ -72,7 +73,7 @@ def hooked_step(
         for hook in hooks:
             hook.gradients(parameters, number)
 
-    result = optimizer_step(executor, optimizer, scaler, window, parameters, max_grad_norm, ranks, of_hooks)
+    result = optimizer_step(executor, optimizer, scaler, window, parameters, max_grad_norm, ranks, of_hooks, gradients=gradients)
     for hook in hooks:
         hook.stepped(number)
     return result

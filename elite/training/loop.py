@@ -126,7 +126,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.exchange = gradient_exchange(self.executor.model)
         self.saver = Saver(self.checkpoints, self.keep)
-        self.recovery = Recovery(self.loaded.trainable, self.ranks, self.runner, self.beat)
+        self.recovery = Recovery(self.loaded.trainable, self.ranks, self.runner, self.beat, self.hooks)
         self._request = StopRequest()
 
     def fit(self) -> Progress:

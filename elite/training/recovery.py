@@ -1,7 +1,8 @@
 """Running out of memory and going on: the same step again, on the same data, in smaller passes.
 
 What:   a step whose gradients are not whole yet has changed nothing. It gives back all that it holds, takes back what it drew from the
-        random generators, and begins anew: first in smaller chunks (streamed executor), then with fewer rows in a pass. The loss is
+        random generators, and begins anew: first with what a hook has kept back (elite/training/ahead.py), then in smaller chunks
+        (streamed executor), then with fewer rows in a pass. The loss is
         normalised over the label tokens of the whole window, so gradients are the same sums in another order.
         The smaller size stays for the rest of the run, also for a run that continues it.
 Floor:  chunks of `CHUNK_FLOOR` tokens, one row in a pass. There the error goes on, and the run ends with planned against actual.
@@ -14,7 +15,8 @@ With dropout, masks are drawn anew for other sizes: the result is that of a run 
 """
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -30,6 +32,7 @@ from elite.distributed.ranks import Ranks
 from elite.distributed.watchdog import Beat, no_beat
 from elite.executor.contract import Executor
 from elite.executor.streamed.runner import Runner
+from elite.optimizations.hooks import Hook
 from elite.training.shortage import MemoryShortage, is_out_of_memory
 from elite.training.step import begin, finish
 
@@ -47,12 +50,16 @@ class Recovery:
         parameters: all that is trained.
         runner: of the streamed executor; None under the whole one.
         beat: told what begins.
+        hooks: what acts around steps; some of it keeps memory back.
+        shrinks: False: sizes stay, for they are what is measured.
     """
 
     parameters: Sequence[nn.Parameter]
     ranks: Ranks
     runner: Runner | None = None
     beat: Beat = no_beat
+    hooks: Sequence[Hook] = ()
+    shrinks: bool = True
     count: int = 0
     """Times that memory ran out and the run went on."""
     pass_tokens: int | None = None
@@ -78,21 +85,22 @@ class Recovery:
             MemoryShortage: it is so on another rank.
         """
         drawn = checkpoint.random_state()
+        # Ranks that share a row, or divide layers or gradients, wait within a pass, where none can ask.
+        waits = window[0].ranks > 1 or ranks.world < self.ranks.world or gradient_exchange(executor.model).in_every_pass
         while True:
-            pending, refused = None, False
+            pending, refused, yielded = None, False, False
             if before is not None:
                 before()
             try:
-                pending = begin(executor, self.parts(window), scaler, ranks, self.beat)
-                if ranks.world == 1:
-                    return finish(pending, executor, scaler, ranks)
+                with self._keeping_back(waits):
+                    pending = begin(executor, self.parts(window), scaler, ranks, self.beat)
+                    if ranks.world == 1:
+                        return finish(pending, executor, scaler, ranks)
             except (RuntimeError, MemoryError) as error:
-                waits = ranks.world < self.ranks.world or gradient_exchange(executor.model).in_every_pass
-                if not is_out_of_memory(error) or window[0].ranks > 1 or waits:
-                    # Ranks that share a row, or divide layers or gradients, wait within a pass, where none can ask.
+                if not is_out_of_memory(error) or waits:
                     raise
-                refused = True
-                self._at_floor = self._smaller(window[0]) is None
+                refused, yielded = True, self._yielded()
+                self._at_floor = not yielded and self._smaller(window[0]) is None
                 if self._at_floor:
                     # The others are about to ask.
                     ranks.max(1.0)
@@ -102,7 +110,11 @@ class Recovery:
             if pending is not None and not anywhere:
                 return finish(pending, executor, scaler, ranks)
             pending = None
-            self._shrink(window[0])
+            if yielded:
+                self._free()
+                self._say("out of memory within what the plan takes; the same step is done again with all that the device has")
+            else:
+                self._shrink(window[0])
             checkpoint.set_random_state(drawn)
 
     def again(self, action: Callable[[], Result], tokens: int = 0) -> Result:
@@ -176,6 +188,18 @@ class Recovery:
         if self.runner is not None and state["chunk"] is not None and state["chunk"] < self.runner.layout.chunk:
             self.runner.release(replace(self.runner.layout, chunk=state["chunk"]))
 
+    @contextmanager
+    def _keeping_back(self, waits: bool) -> Iterator[None]:
+        """Within, hooks may keep memory back: where one process alone can do again what fails for it."""
+        with ExitStack() as stack:
+            for hook in self.hooks if self.ranks.world == 1 and not waits else ():
+                stack.enter_context(hook.accumulating())
+            yield
+
+    def _yielded(self) -> bool:
+        """Whether any of them gives up what it has kept back."""
+        return self.ranks.world == 1 and sum(hook.yields() for hook in self.hooks) > 0
+
     def _smaller_chunk(self, tokens: int) -> int | None:
         """Half of what a pass over so many tokens takes at once; None at the floor."""
         at_once = min(self.runner.layout.chunk, tokens) if self.runner is not None else 0
@@ -183,6 +207,8 @@ class Recovery:
 
     def _smaller(self, batch: Batch) -> tuple[int | None, int | None] | None:
         """Chunk and tokens of a pass, of which one is smaller than now; None at the floor."""
+        if not self.shrinks:
+            return None
         dealt, context = batch.input_ids.shape
         rows = self.rows(context, dealt)
         chunk = self._smaller_chunk(rows * context)

@@ -1,6 +1,7 @@
 """Memory taken before the first step: as much as the plan says, in one piece, and none of it as tensors."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from elite.executor.whole import WholeExecutor
 from elite.facts import Facts
 from elite.optimizations import decide
 from elite.optimizations.memory_pool import MemoryPool
-from elite.training.ahead import Ahead, Taking, small_to_come
+from elite.training.ahead import SPARE, Ahead, Taking, small_to_come
 from elite.training.around import loop_hooks
 from tests.plan.helpers import device, phi2, switches
 from tests.training.rig import adapted
@@ -50,14 +51,14 @@ def test_small_tensors_come_besides(sizes: tuple[int, ...], state_share: float, 
 @pytest.mark.parametrize("ahead", [0.0, 7.0])
 def test_it_comes_before_all_else_where_the_plan_says_so(ahead: float) -> None:
     loaded = adapted("llama")
-    taking = Taking.of(ahead, {"optimizer_state": 3.0})
+    taking = Taking.of(ahead, ahead, {"optimizer_state": 3.0})
     config = RunConfig(optimizations=switches("ema"))
     facts = Facts(phi2(), device("cpu"), 4096, 1, 2**20, "lora")
     executor, optimizer = WholeExecutor(loaded.model, torch.float32), torch.optim.AdamW(loaded.trainable)
     parts = (config, decide(config.optimizations, facts), executor, optimizer, loaded.trainable, 5, CPU)
     hooks, _ = loop_hooks(*parts, taking, rehearse=lambda: 0.0)
     assert [hook.name for hook in hooks] == (["take_ahead"] if ahead else []) + ["ema"]
-    assert not ahead or (isinstance(hooks[0], Ahead) and hooks[0].counts() == {"ahead_bytes": 0.0})
+    assert not ahead or (isinstance(hooks[0], Ahead) and hooks[0].counts() == {"ahead_bytes": 0.0, "alloc_retries": 0.0})
 
 
 @pytest.fixture
@@ -74,10 +75,10 @@ def growing() -> Iterator[None]:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("growing")
 def test_the_step_is_cut_from_what_was_taken() -> None:
-    cuda = torch.device("cuda")
+    cuda = torch.device("cuda", 0)
     weights = [nn.Parameter(torch.zeros(64 * MIB, device=cuda))]
     target = torch.cuda.memory_reserved() + 512 * MIB
-    hook = Ahead(Taking(target, 0.0), torch.optim.AdamW(weights), weights, cuda)
+    hook = Ahead(Taking(target, target, 0.0), torch.optim.AdamW(weights), weights, cuda)
     hook.begin()
     assert abs(torch.cuda.memory_reserved() - target) <= PAGE
     assert abs(hook.counts()["ahead_bytes"] - 512 * MIB) <= PAGE
@@ -92,10 +93,10 @@ def test_the_step_is_cut_from_what_was_taken() -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("growing")
 def test_what_the_device_does_not_have_is_not_taken() -> None:
-    cuda = torch.device("cuda")
+    cuda = torch.device("cuda", 0)
     weights = [nn.Parameter(torch.zeros(MIB, device=cuda))]
     before = torch.cuda.memory_reserved()
-    hook = Ahead(Taking(2.0**50, 0.0), torch.optim.AdamW(weights), weights, cuda)
+    hook = Ahead(Taking(2.0**50, 2.0**50, 0.0), torch.optim.AdamW(weights), weights, cuda)
     hook.begin()
     assert hook.counts()["ahead_bytes"] == 0 and torch.cuda.memory_reserved() <= before
 
@@ -103,14 +104,53 @@ def test_what_the_device_does_not_have_is_not_taken() -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("growing")
 def test_what_is_needed_beyond_extends_the_piece() -> None:
-    cuda = torch.device("cuda")
+    cuda = torch.device("cuda", 0)
     weights = [nn.Parameter(torch.zeros(MIB, device=cuda))]
-    Ahead(Taking(torch.cuda.memory_reserved() + 512 * MIB, 0.0), torch.optim.AdamW(weights), weights, cuda).begin()
+    planned = torch.cuda.memory_reserved() + 512 * MIB
+    Ahead(Taking(planned, planned, 0.0), torch.optim.AdamW(weights), weights, cuda).begin()
     reserved = torch.cuda.memory_reserved()
     held = [torch.empty(size * MIB, dtype=torch.uint8, device=cuda) for size in (200, 400)]
     # A block of its own would take 400 MiB.
     assert torch.cuda.memory_reserved() - reserved <= 88 * MIB + 2 * PAGE
     del held
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("growing")
+def test_gaps_are_filled_where_gradients_are_added_up() -> None:
+    cuda = torch.device("cuda", 0)
+    weights = [nn.Parameter(torch.zeros(MIB, device=cuda))]
+    planned = torch.cuda.memory_reserved() + 1024 * MIB
+    hook = Ahead(Taking(planned, planned, 0.0), torch.optim.AdamW(weights), weights, cuda)
+    hook.begin()
+    assert torch.cuda.get_per_process_memory_fraction(cuda) == 1.0
+    for held in (True, False):
+        with hook.accumulating() if held else nullcontext():
+            there = [torch.full((100 * MIB,), i, dtype=torch.uint8, device=cuda) for i in range(9)]
+            # 500 MiB are free, and no more than 200 of them beside each other.
+            del there[1], there[2], there[3], there[4]
+            large = torch.full((400 * MIB,), 9, dtype=torch.uint8, device=cuda)
+            assert [int(tensor.float().mean()) for tensor in (*(one[:1024] for one in there), large[-1024:])] == [0, 2, 4, 6, 8, 9]
+        assert torch.cuda.get_per_process_memory_fraction(cuda) == 1.0
+        beyond = torch.cuda.max_memory_reserved() - planned
+        assert beyond <= SPARE * planned if held else beyond >= 150 * MIB
+        assert hook.counts()["alloc_retries"] == 1
+        del there, large
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("growing")
+def test_what_takes_more_than_was_planned_gets_it_the_second_time() -> None:
+    cuda = torch.device("cuda", 0)
+    weights = [nn.Parameter(torch.zeros(MIB, device=cuda))]
+    planned = torch.cuda.memory_reserved() + 256 * MIB
+    hook = Ahead(Taking(planned, planned, 0.0), torch.optim.AdamW(weights), weights, cuda)
+    hook.begin()
+    with pytest.raises(torch.OutOfMemoryError), hook.accumulating():
+        torch.empty(512 * MIB, dtype=torch.uint8, device=cuda)
+    assert hook.yields() and not hook.yields()
+    with hook.accumulating():
+        assert torch.empty(512 * MIB, dtype=torch.uint8, device=cuda).nbytes == 512 * MIB
 
 
 @pytest.mark.gpu
@@ -124,7 +164,7 @@ def test_the_piece_grows_unless_the_environment_says_how(monkeypatch: pytest.Mon
         facts = Facts(phi2(), device("cpu"), 4096, 1, 2**20, "lora")
         executor, optimizer = WholeExecutor(loaded.model, torch.float32), torch.optim.AdamW(loaded.trainable)
         parts = (RunConfig(), decide(switches(), facts), executor, optimizer, loaded.trainable, 5, torch.device("cuda"))
-        _, applied = loop_hooks(*parts, Taking(7.0, 3.0), rehearse=lambda: 0.0)
+        _, applied = loop_hooks(*parts, Taking(7.0, 7.0, 3.0), rehearse=lambda: 0.0)
         assert ("take_ahead" in applied) is (said is None)
         for act in applied.values():
             assert act.undo is not None

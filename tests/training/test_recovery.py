@@ -1,8 +1,8 @@
 """Memory that runs out in the midst of training: the same step again, in smaller passes, with the same result."""
 
 import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from elite import checkpoint
 from elite.config import DataConfig
 from elite.data.batches import Batch, TrainStream, random_batch
+from elite.distributed.ranks import Ranks
 from elite.executor.streamed.attach import attach
 from elite.executor.streamed.executor import StreamedExecutor
+from elite.optimizations.hooks import Hook
 from elite.streaming import Keep, Place, Streaming
 from elite.training.loop import Trainer
 from elite.training.recovery import CHUNK_FLOOR, Recovery, split
@@ -330,3 +332,64 @@ def test_what_a_failed_pass_held_is_given_back_before_the_next() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     assert recovery.again(action, LONG) == "done" and recovery.chunk == LONG // 2
+
+
+class KeepsBack(Hook):
+    """Keeps memory back, until it is asked to yield."""
+
+    name = "keeps_back"
+
+    def __init__(self) -> None:
+        self.keeps, self.within, self.entered = True, False, 0
+
+    @contextmanager
+    def accumulating(self) -> Iterator[None]:
+        self.within, self.entered = self.keeps, self.entered + 1
+        yield
+        self.within = False
+
+    def yields(self) -> bool:
+        kept, self.keeps, self.within = self.keeps, False, False
+        return kept
+
+
+@pytest.mark.parametrize("phase", ["forward", "loss", "backward"])
+def test_what_a_hook_keeps_back_is_given_up_before_a_pass_becomes_smaller(phase: str) -> None:
+    window, found = [random_batch(3, 40, VOCAB, torch.Generator().manual_seed(i), tail=9) for i in range(2)], []
+    for disturbed in (False, True):
+        model, hook = uneven("llama"), KeepsBack()
+        whole = StreamedExecutor(model, torch.float32)
+        executor = Refuses(whole, phase, lambda ids, hook=hook: not hook.within)  # type: ignore[misc]
+        attached = attach(model, Streaming(chunk=LONG))
+        recovery = Recovery(list(model.parameters()), ALONE, attached.runner, hooks=[hook] if disturbed else [])
+        loss = recovery.accumulate(executor, window, make_scaler(ALONE.device, torch.float32), ALONE)
+        found.append((loss, [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]))
+        if disturbed:
+            assert recovery.count == 1 and hook.entered == 2 and recovery.chunk == LONG and recovery.pass_tokens is None
+            assert {shape[0] for shape in executor.shapes} == {3}
+            recovery.accumulate(executor, window, make_scaler(ALONE.device, torch.float32), ALONE)
+            assert recovery.count == 1 and hook.entered == 3
+        attached.undo()
+    assert found[0][0] == found[1][0] and len(found[0][1]) > 0
+    assert all(torch.equal(one, two) for one, two in zip(found[0][1], found[1][1], strict=True))
+
+
+def test_nothing_is_kept_back_where_other_processes_wait() -> None:
+    model, hook = uneven("llama"), KeepsBack()
+    several, window = Ranks(0, 2, ALONE.device), [random_batch(1, 40, VOCAB)]
+    recovery = Recovery(list(model.parameters()), several, hooks=[hook])
+    executor = Refuses(StreamedExecutor(model, torch.float32), "loss", lambda ids: False)
+    with pytest.raises(torch.OutOfMemoryError):
+        recovery.accumulate(executor, window, make_scaler(ALONE.device, torch.float32), ALONE)
+    assert hook.entered == 0 and hook.keeps
+
+
+def test_sizes_that_are_measured_stay() -> None:
+    model = uneven("llama")
+    attached = attach(model, Streaming(chunk=LONG))
+    recovery = Recovery(list(model.parameters()), ALONE, attached.runner, shrinks=False)
+    executor = Refuses(StreamedExecutor(model, torch.float32), "loss", lambda ids: False)
+    with pytest.raises(torch.OutOfMemoryError):
+        recovery.accumulate(executor, [random_batch(3, LONG, VOCAB)], make_scaler(ALONE.device, torch.float32), ALONE)
+    assert recovery.count == 0 and recovery.chunk == LONG and [rows for rows, _ in executor.shapes] == [3]
+    attached.undo()
