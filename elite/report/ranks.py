@@ -9,6 +9,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from elite.config import CONF_DIR
 from elite.report.markdown import NONE, gibibytes, grid, missing, origin
 
 RANKS = "ranks"
@@ -36,7 +39,7 @@ def against_one(folder: Path) -> str:
         speeds = [_speed(run) for run in (one, all_of_them)]
         rows.append(
             (
-                all_of_them["model"]["name"],
+                _model(all_of_them),
                 f"{all_of_them['context']:,}",
                 f"{all_of_them['ranks']}, {'one sequence' if shared else _own(all_of_them)}",
                 *(f"{speed:,.0f}" for speed in speeds),
@@ -106,6 +109,14 @@ def _read(folder: Path, name: str) -> dict[str, Any] | None:
     path = folder / f"{name}.json"
     found: dict[str, Any] | None = json.loads(path.read_text()) if path.exists() else None
     return found
+
+
+def _model(run: dict[str, Any]) -> str:
+    """Its name, and how much of it there was."""
+    model = run["model"]
+    own = OmegaConf.load(CONF_DIR / "model" / f"{model['name']}.yaml")["num_hidden_layers"]
+    layers = model["num_hidden_layers"]
+    return str(model["name"]) if layers == own else f"{model['name']}, {layers} of its {own} layers"
 
 
 def _own(run: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ def run(case: str, count: int, sharing: int, speeds: tuple[float, ...], keys: fl
     steps = [
         {"step_s": 4096 / speed, "tokens_per_s": speed, "allocated_peak_bytes": count * GIB, "keys_values_bytes": keys} for speed in speeds
     ]
-    model = {"name": "phi2", "adapter": "full"}
+    model = {"name": "phi2", "adapter": "full", "num_hidden_layers": 16 if case == "ring" else 32}
     planned = {"device_bytes": 3 * GIB, "host_bytes": 5 * GIB}
     rest = {"device": "a card", "usable_bytes": 22.5 * GIB, "planned": planned, "ready_s": 61.4, "cap_holds": True, "model": model}
     shape = {"sharing": sharing, "passes": 1, "micro_batch": 1, "context": 131072}
@@ -40,6 +40,7 @@ def test_two_gpus_against_one(tmp_path: Path) -> None:
         run("zero3", 2, 1, (1, 64)),
     ]
     shared, own, window, together = cells(ranks.against_one(written(tmp_path, "ranks", runs=runs)))
+    assert (shared[0], own[0]) == ("phi2, 16 of its 32 layers", "phi2")
     assert shared[2:7] == ["2, one sequence", "101", "185", "1.83× (≥ 1.8×: met)", "0.70× (≤ 0.6×: missed)"]
     assert own[2:7] == ["2, one sequence each", "100", "190", "1.90× (≥ 1.9×: met)", "–"] and own[7:] == ["1.00", "2.00"]
     assert window[2:6] == ["2, 4 sequences each, one a pass", "100", "200", "2.00× (≥ 1.9×: met)"]
