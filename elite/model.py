@@ -17,9 +17,10 @@ from elite.attention import DOCUMENT_EAGER
 from elite.config import AdapterMethod, RunConfig, Weights
 from elite.errors import ModelError, PlanError
 from elite.model_folder import ANEW, readable
-from elite.optimizations.contract import Applied, Decision, Stage
+from elite.optimizations.contract import Applied, Decision, Site, Stage
 from elite.optimizations.functions.divided import divide_adapter, parts_of, whole
 from elite.optimizations.gqa_conversion import GQAConversion, converted_maps
+from elite.optimizations.memory_pool import growing
 from elite.optimizations.tensor_parallel import TensorParallel
 
 log = logging.getLogger("elite.model")
@@ -139,21 +140,29 @@ def load(
     # Fine-tuning all weights keeps fp32 masters; autocast makes the products run in the compute dtype.
     divides = any(decision.active and decision.name == TensorParallel.name for decision in decisions)
     # A device has room for its part of a divided model alone.
-    core = _base(config, torch.float32 if full else dtype, torch.device("cpu") if divides else device)
-    core.config.use_cache = False
-    applied = apply_stage(Stage.geometry, decisions, core)
-    if GQAConversion.name in applied and lora and base is not None:
-        _keep_base(core, base)
-    applied |= apply_stage(Stage.model, decisions, core)
-    if not streamed_weights or _quantised(core):
-        # Weights reach the device only now, so quantised ones never exist there in full; random ones were made there.
-        torch.nn.Module.to(core, device)
+    with _room_for(config, decisions, device):
+        core = _base(config, torch.float32 if full else dtype, torch.device("cpu") if divides else device)
+        core.config.use_cache = False
+        applied = apply_stage(Stage.geometry, decisions, core)
+        if GQAConversion.name in applied and lora and base is not None:
+            _keep_base(core, base)
+        applied |= apply_stage(Stage.model, decisions, core)
+        if not streamed_weights or _quantised(core):
+            # Weights reach the device only now, so quantised ones never exist there in full; random ones were made there.
+            torch.nn.Module.to(core, device)
     model: Any = _with_adapters(core, config) if lora else core
     if config.adapter.method is AdapterMethod.converted:
         _train_converted(core, config)
     applied |= apply_stage(Stage.executor, decisions, core)
     model.train()
     return LoadedModel(model, core, applied)
+
+
+def _room_for(config: RunConfig, decisions: tuple[Decision, ...], device: torch.device) -> AbstractContextManager[None]:
+    """Random weights are made on the device whole and packed there: in blocks of fixed size a packed map in each would keep all of them."""
+    sites = {site for decision in decisions if decision.active for site in decision.optimization.claims}
+    packed = config.model.weights is Weights.random and Site.BASE_WEIGHTS in sites
+    return growing() if packed and device.type == "cuda" and Site.ALLOCATOR not in sites else nullcontext()
 
 
 def _quantised(core: PreTrainedModel) -> bool:

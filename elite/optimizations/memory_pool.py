@@ -2,13 +2,15 @@
 
 What:   torch's allocator takes device memory in segments that grow page by page instead of blocks of fixed sizes.
 How:    the allocator setting `expandable_segments`, set before the model is on the device. What the environment already says about the
-        allocator stays. What is taken before the first step (`plan.take_ahead`) grows without it, too; weights do not.
+        allocator stays. What is taken before the first step (`plan.take_ahead`) grows without it, too; weights do not, unless they are made
+        at random and packed then.
 Memory: what is allocated stays the same; what is reserved beyond it, and seen by the driver, shrinks to what pages round up.
 Source: torch.cuda memory management, PYTORCH_CUDA_ALLOC_CONF.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from elite.facts import Facts
@@ -51,6 +53,17 @@ def grow() -> Callable[[], None]:
     """Let segments from now on grow page by page; returns what ends it."""
     _set(True)
     return lambda: _set(False)
+
+
+@contextmanager
+def growing() -> Iterator[None]:
+    """Within, segments grow page by page, whether the part is active or not, unless the environment says how they do. Not to be nested."""
+    undo = grow() if given() is None else None
+    try:
+        yield
+    finally:
+        if undo is not None:
+            undo()
 
 
 def _set(on: bool) -> None:

@@ -9,9 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from elite.config import CONF_DIR
+from elite.compose import from_overrides
 from elite.report.markdown import NONE, gibibytes, grid, missing, origin
 
 RANKS = "ranks"
@@ -114,8 +112,7 @@ def _read(folder: Path, name: str) -> dict[str, Any] | None:
 def _model(run: dict[str, Any]) -> str:
     """Its name, and how much of it there was."""
     model = run["model"]
-    own = OmegaConf.load(CONF_DIR / "model" / f"{model['name']}.yaml")["num_hidden_layers"]
-    layers = model["num_hidden_layers"]
+    own, layers = from_overrides(f"model={model['name']}").config.model.num_hidden_layers, model["num_hidden_layers"]
     return str(model["name"]) if layers == own else f"{model['name']}, {layers} of its {own} layers"
 
 
