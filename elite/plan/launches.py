@@ -1,7 +1,8 @@
 """How many operations the host hands to the device in a step: short contexts are bound by that, not by the device.
 
-Counts are of torch's dispatcher on a CPU, a layer's forward and backward apart, views and allocations left out
-(tests/plan/test_launches.py counts anew). What only a CUDA device runs is counted by what it replaces.
+An operation is one of a layer's own, with what stands around it in Python; lighter ones are parts of one. Counts are of torch's dispatcher
+on a CPU, a layer's forward and backward apart, views and allocations left out (tests/plan/test_launches.py counts anew). What only a CUDA
+device runs is counted by what it replaces.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ WEIGHT_GRADIENTS = 1
 """A map, in the backward."""
 ADAPTER = Cost(6, 4.5)
 """An adapted map under peft."""
+ADAPTER_WEIGHT = 0.7
+"""Of the host's time for an operation: bare products and sums, without modules, hooks and interfaces around them (fitted to steps of
+SmolLM2 and Phi-2 that wait for the host, of first_gpu.json and ablation_smollm2_4k.json)."""
 FUSED_ADAPTER = Cost(-1, 4.5)
 """The same under fused LoRA, whose functions convert nothing that is in the compute dtype already and serve siblings at once."""
 DEQUANTISED = Cost(6, 6)
@@ -55,7 +59,7 @@ def operations(facts: Facts, decisions: tuple[Decision, ...], layout: Streaming 
     elif facts.adapter == "converted":
         layer += Cost(0, WEIGHT_GRADIENTS) * sum(linear.trained for linear in facts.model.layer_linears)
     else:
-        layer += (FUSED_ADAPTER if active(decisions, Site.LORA_FORWARD) else ADAPTER) * maps
+        layer += (FUSED_ADAPTER if active(decisions, Site.LORA_FORWARD) else ADAPTER * ADAPTER_WEIGHT) * maps
     if active(decisions, Site.ELEMENTWISE):
         layer += FUSED_ELEMENTWISE
     if active(decisions, Site.BASE_WEIGHTS):

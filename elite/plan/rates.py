@@ -12,8 +12,9 @@ MATMUL_SHARE = 0.65
 """Sustained over data-sheet rate of matrix products: 647 of 989 TFLOP/s (streamed_peers.json, `rates`)."""
 COPY_SHARE = 0.9
 """Of the data sheet's bandwidth, in a copy: 3,015 of 3,350 GB/s (kernels_h100.json, `copy_gb_s`)."""
-FP32_SHARE = 1 / 8
-"""fp32 over half-precision matrix products (assumption: tensor cores idle in fp32; 1/2 to 1/16 from card to card)."""
+FP32_SHARES = (((12, 0), 1 / 2), ((9, 0), 1 / 13.2), ((8, 6), 1 / 2), ((8, 0), 1 / 16), ((0, 0), 1 / 4))
+"""fp32 over half-precision matrix products, from a compute capability on: CUDA cores against tensor cores. Hopper as measured, of maps and
+attention alike (ablation_phi2.json without mixed precision, ablation_smollm2_16k.json); the others as data sheets have it."""
 
 # Share of the data sheet's half-precision rate, by head dimension: long rows forward, backward; half-rate tokens of a causal square, which
 # come from the attention's seconds in the profiles of fused_steps.json.
@@ -42,7 +43,7 @@ CPU_OPERATION_S = 5e-6
 HOST_UPDATE_BYTES_PER_S = 37e9
 """Of host memory, by a rank's optimizer there, with 16 threads and another rank beside it (ranks.json, zero3_llama8b, less the rest of its
 step)."""
-UPDATE_8BIT_FLOPS = 2500.0
+UPDATE_8BIT_FLOPS = 1500.0
 """Operations in fp32 that take as long as the update of a parameter with moments in 8 bits, whose kernel searches the nearest of 256 values
 rather than wait for memory: 31 ps on an H100 and on an H200 alike (calibration_second.json, no. 22; calibration.json, seed 5, no. 16)."""
 LINK_DUPLEX_SHARE = 0.8
@@ -65,7 +66,7 @@ def _cuda(device: Device) -> Rates:
     sheet, link = device.matmul_flops_per_s, LINK_DUPLEX_SHARE * device.host_link_bytes_per_s
     return Rates(
         matmul_flops_per_s=MATMUL_SHARE * sheet,
-        fp32_flops_per_s=MATMUL_SHARE * FP32_SHARE * sheet,
+        fp32_flops_per_s=MATMUL_SHARE * next(share for least, share in FP32_SHARES if capability >= least) * sheet,
         attention={dim: AttentionRates(f * sheet, b * sheet, *halves) for dim, (f, b, *halves) in shares.items()},
         memory_bytes_per_s=COPY_SHARE * device.memory_bytes_per_s,
         to_device_bytes_per_s=link,

@@ -35,8 +35,9 @@ from elite.streaming import Streaming
 
 ATTENTION_BACKWARD = 2.5
 """Five matrix products against the forward's two (Dao 2023): scores are recomputed."""
-UNFUSED_SCORE_BYTES = 40.0
-"""A score of unfused attention, forward and backward: softmax, mask and dropout in fp32, some ten readings and writings (assumption)."""
+UNFUSED_SCORE_VALUES = 30.0
+"""Values read and written for a score of unfused attention, forward and backward: products, mask, softmax and dropout (fitted to
+ablation_smollm2_4k.json and ablation_smollm2_16k.json, which attend so in fp32 without `flash_attention`)."""
 OVERLAP = 2.5
 """Exponent by which the device's and the host's time add up: 1 where they take turns, infinite where they overlap wholly (fused_steps.json
 and first_gpu.json: Phi-2 at 4,096 tokens, whose steps take longer than either; the grids of calibration agree)."""
@@ -278,7 +279,8 @@ class _Clock:
         if facts.executor == "whole" and not traffic.active(self._decisions, Site.ATTENTION) and facts.sharing == 1:
             scores = facts.micro_tokens * facts.context * model.num_attention_heads * model.num_hidden_layers
             # The masked half is computed, too.
-            return 2 * flops / self._flops_per_s + scores * UNFUSED_SCORE_BYTES / 2 / self.rates.memory_bytes_per_s
+            moved = scores * UNFUSED_SCORE_VALUES / 2 * (2 if self._half else 4)
+            return 2 * flops / self._flops_per_s + moved / self.rates.memory_bytes_per_s
         kernel = attention_of(self.rates, model.head_dim)
         rate, half = (kernel.backward, kernel.backward_half) if backward else (kernel.forward, kernel.forward_half)
         if not self._half:

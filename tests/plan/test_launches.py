@@ -11,7 +11,7 @@ from elite.compose import from_overrides
 from elite.config import HardwareConfig
 from elite.data.batches import random_batch
 from elite.optimizations import decide
-from elite.plan import facts_of
+from elite.plan import facts_of, launches
 from elite.plan.launches import operations
 from elite.streaming import Streaming
 
@@ -72,7 +72,8 @@ def counted(layers: int, overrides: tuple[str, ...], again: bool = False) -> tup
     ],
     ids=" ".join,
 )
-def test_operations_of_a_layer(overrides: tuple[str, ...]) -> None:
+def test_operations_of_a_layer(overrides: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "ADAPTER_WEIGHT", 1.0)
     whole = (*overrides, "executor=whole", "optimizations.gradient_checkpointing.enabled=false")
     (one, planned_one), (two, planned_two) = counted(1, whole, again=True), counted(2, whole, again=True)
     for i in range(2):
