@@ -52,7 +52,13 @@ def of_tier(tier: str) -> config.RunConfig:
     return compose.from_overrides(f"tier={tier}", "executor=whole").config
 
 
-@pytest.mark.parametrize("card", compose.options("hardware"))
+LIKE_OTHERS = ("rtx3060", "rtx4090", "a100_40gb", "a100_80gb", "h200")
+"""Cards that differ from others of the same kind in nothing but their numbers."""
+
+
+@pytest.mark.parametrize(
+    "card", [pytest.param(card, marks=[pytest.mark.slow] * (card in LIKE_OTHERS)) for card in compose.options("hardware")]
+)
 def test_every_tier_plans_on_every_card(card: str) -> None:
     on_card = compose.from_overrides(f"hardware={card}").config.hardware
     totals = []

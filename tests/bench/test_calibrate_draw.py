@@ -12,6 +12,7 @@ from elite.errors import ConfigError
 from elite.plan.executors import choose_executor
 
 COUNT = 9
+pytestmark = pytest.mark.xdist_group("draw")
 
 
 @pytest.fixture(scope="module")

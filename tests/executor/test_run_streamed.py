@@ -49,10 +49,17 @@ def final(folder: RunFolder) -> dict[str, Tensor]:
     return {name: tensor for file in folder.final.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
+WHOLE: dict[tuple[str, ...], RunFolder] = {}
+"""Runs of this process under the whole executor, to which an executor's layout is nothing."""
+
+
+@pytest.mark.xdist_group("streamed runs")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: ",".join(word.partition(".")[2] for word in layout))
-def test_a_run_is_that_of_the_whole_executor(trained: Trained, layout: tuple[str, ...]) -> None:
-    request = (*TINY, *layout)
-    whole, streamed = trained(*request, "executor=whole", "output.root=whole"), trained(*request, *STREAMED, "output.root=streamed")
+def test_a_run_is_that_of_the_whole_executor(trained: Trained, layout: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> None:
+    rest = tuple(word for word in layout if not word.startswith("executor."))
+    if rest not in WHOLE:
+        WHOLE[rest] = trained(*TINY, *rest, "executor=whole", f"output.root={tmp_path_factory.mktemp('whole')}")
+    whole, streamed = WHOLE[rest], trained(*TINY, *layout, *STREAMED)
     plan = read(streamed.plan)
     assert plan["executor"] == "streamed" and read(whole.plan)["executor"] == "whole"
     assert (plan["layout"]["chunk"], plan["layout"]["block"]) == (48, 100)

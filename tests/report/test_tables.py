@@ -1,6 +1,7 @@
 """Documents say what the measurements say."""
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,14 @@ from elite.report import measurement, tables
 from elite.runfolder import RunFolder
 from tests.report import samples
 
+generated = cache(tables.generated)
 
+
+# Made once, and in one process.
+@pytest.mark.xdist_group("documents")
 @pytest.mark.parametrize("path", [*tables.DOCUMENTS, tables.PLOT, tables.KERNELS_PLOT, tables.CALIBRATION_PLOT], ids=lambda path: path.name)
 def test_documents_are_current(path: Path) -> None:
-    expected = tables.generated().get(path)
+    expected = generated().get(path)
     assert (path.read_text() if path.exists() else None) == expected, "make docs"
 
 
