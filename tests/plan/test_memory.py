@@ -71,11 +71,11 @@ PLAIN = [
 FUSED = [
     Case("phi", (*CHECKPOINTED, "fused_kernels", "fused_lora"), cuda=True),
     Case("llama", (*HALF, "fused_loss", "fused_kernels", "fused_lora"), cuda=True),
-    Case("llama", (*HALF, "fused_loss", "fused_kernels", "fused_lora", "sequence_packing"), cuda=True, mlp=1),
     Case("llama", (*CHECKPOINTED, "fused_kernels"), cuda=True, full=True),
-    Case("llama", (*CHECKPOINTED, "fused_kernels"), cuda=True, full=True, tokens=64, width=256, vocab=2048),
 ]
 MORE_FUSED = [
+    Case("llama", (*HALF, "fused_loss", "fused_kernels", "fused_lora", "sequence_packing"), cuda=True, mlp=1),
+    Case("llama", (*CHECKPOINTED, "fused_kernels"), cuda=True, full=True, tokens=64, width=256, vocab=2048),
     Case("llama", (*CHECKPOINTED, "fused_kernels", "fused_lora"), cuda=True),
     Case("llama", (*CHECKPOINTED, "fused_kernels", "fused_lora"), cuda=True, mlp=0.5),
     Case("qwen2", (*CHECKPOINTED, "fused_kernels", "fused_lora"), cuda=True, tokens=128, rank=64),

@@ -43,7 +43,8 @@ def stopped_at(trained: Trained, step: int, *request: str) -> RunFolder:
 
 
 @pytest.mark.parametrize(
-    ("executor", "stops"), [("whole", (2,)), pytest.param("whole", (1, 3), marks=pytest.mark.faults), ("streamed", (2,))]
+    ("executor", "stops"),
+    [("whole", (2,)), pytest.param("whole", (1, 3), marks=pytest.mark.faults), pytest.param("streamed", (2,), marks=pytest.mark.faults)],
 )
 def test_a_growing_context_continues_bit_for_bit_across_borders(trained: Trained, executor: str, stops: tuple[int, ...]) -> None:
     request = (*GROWING, *EXECUTORS[executor])
