@@ -22,6 +22,7 @@ from elite.optimizations.functions.divided import divide_adapter, parts_of, whol
 from elite.optimizations.gqa_conversion import GQAConversion, converted_maps
 from elite.optimizations.memory_pool import growing
 from elite.optimizations.tensor_parallel import TensorParallel
+from elite.plan.traffic import active
 
 log = logging.getLogger("elite.model")
 
@@ -160,9 +161,8 @@ def load(
 
 def _room_for(config: RunConfig, decisions: tuple[Decision, ...], device: torch.device) -> AbstractContextManager[None]:
     """Random weights are made on the device whole and packed there: in blocks of fixed size a packed map in each would keep all of them."""
-    sites = {site for decision in decisions if decision.active for site in decision.optimization.claims}
-    packed = config.model.weights is Weights.random and Site.BASE_WEIGHTS in sites
-    return growing() if packed and device.type == "cuda" and Site.ALLOCATOR not in sites else nullcontext()
+    packed = config.model.weights is Weights.random and active(decisions, Site.BASE_WEIGHTS)
+    return growing() if packed and device.type == "cuda" and not active(decisions, Site.ALLOCATOR) else nullcontext()
 
 
 def _quantised(core: PreTrainedModel) -> bool:

@@ -17,7 +17,7 @@ from elite.training.around import loop_hooks
 from tests.plan.helpers import device, phi2, switches
 from tests.training.rig import adapted
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 MIB = 2**20
 PAGE = 20 * MIB
 """What an expandable segment grows by (kLargeBuffer, c10/cuda)."""
@@ -75,41 +75,45 @@ def growing() -> Iterator[None]:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("growing")
 def test_the_step_is_cut_from_what_was_taken() -> None:
-    cuda = torch.device("cuda", 0)
-    weights = [nn.Parameter(torch.zeros(64 * MIB, device=cuda))]
+    weights = [nn.Parameter(torch.zeros(64 * MIB, device=CUDA))]
     target = torch.cuda.memory_reserved() + 512 * MIB
-    hook = Ahead(Taking(target, target, 0.0), torch.optim.AdamW(weights), weights, cuda)
+    hook = Ahead(Taking(target, target, 0.0), torch.optim.AdamW(weights), weights, CUDA)
     hook.begin()
     assert abs(torch.cuda.memory_reserved() - target) <= PAGE
     assert abs(hook.counts()["ahead_bytes"] - 512 * MIB) <= PAGE
     assert torch.cuda.max_memory_allocated() < target - 256 * MIB
     reserved = torch.cuda.memory_reserved()
-    held = [torch.empty(size * MIB, dtype=torch.uint8, device=cuda) for size in (200, 3, 150, 40)]
+    held = [torch.empty(size * MIB, dtype=torch.uint8, device=CUDA) for size in (200, 3, 150, 40)]
     del held[1], held[1]
-    held.append(torch.empty(140 * MIB, dtype=torch.uint8, device=cuda))
+    held.append(torch.empty(140 * MIB, dtype=torch.uint8, device=CUDA))
     assert torch.cuda.memory_reserved() == reserved
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("growing")
 def test_what_the_device_does_not_have_is_not_taken() -> None:
-    cuda = torch.device("cuda", 0)
-    weights = [nn.Parameter(torch.zeros(MIB, device=cuda))]
+    weights = [nn.Parameter(torch.zeros(MIB, device=CUDA))]
     before = torch.cuda.memory_reserved()
-    hook = Ahead(Taking(2.0**50, 2.0**50, 0.0), torch.optim.AdamW(weights), weights, cuda)
+    hook = Ahead(Taking(2.0**50, 2.0**50, 0.0), torch.optim.AdamW(weights), weights, CUDA)
     hook.begin()
     assert hook.counts()["ahead_bytes"] == 0 and torch.cuda.memory_reserved() <= before
+
+
+def taken(mib: int) -> tuple[Ahead, float]:
+    """What has taken so much beyond what is reserved now, and all that is planned."""
+    weights = [nn.Parameter(torch.zeros(MIB, device=CUDA))]
+    planned = float(torch.cuda.memory_reserved() + mib * MIB)
+    hook = Ahead(Taking(planned, planned, 0.0), torch.optim.AdamW(weights), weights, CUDA)
+    hook.begin()
+    return hook, planned
 
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("growing")
 def test_what_is_needed_beyond_extends_the_piece() -> None:
-    cuda = torch.device("cuda", 0)
-    weights = [nn.Parameter(torch.zeros(MIB, device=cuda))]
-    planned = torch.cuda.memory_reserved() + 512 * MIB
-    Ahead(Taking(planned, planned, 0.0), torch.optim.AdamW(weights), weights, cuda).begin()
+    taken(512)
     reserved = torch.cuda.memory_reserved()
-    held = [torch.empty(size * MIB, dtype=torch.uint8, device=cuda) for size in (200, 400)]
+    held = [torch.empty(size * MIB, dtype=torch.uint8, device=CUDA) for size in (200, 400)]
     # A block of its own would take 400 MiB.
     assert torch.cuda.memory_reserved() - reserved <= 88 * MIB + 2 * PAGE
     del held
@@ -118,20 +122,16 @@ def test_what_is_needed_beyond_extends_the_piece() -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("growing")
 def test_gaps_are_filled_where_gradients_are_added_up() -> None:
-    cuda = torch.device("cuda", 0)
-    weights = [nn.Parameter(torch.zeros(MIB, device=cuda))]
-    planned = torch.cuda.memory_reserved() + 1024 * MIB
-    hook = Ahead(Taking(planned, planned, 0.0), torch.optim.AdamW(weights), weights, cuda)
-    hook.begin()
-    assert torch.cuda.get_per_process_memory_fraction(cuda) == 1.0
+    hook, planned = taken(1024)
+    assert torch.cuda.get_per_process_memory_fraction(CUDA) == 1.0
     for held in (True, False):
         with hook.accumulating() if held else nullcontext():
-            there = [torch.full((100 * MIB,), i, dtype=torch.uint8, device=cuda) for i in range(9)]
+            there = [torch.full((100 * MIB,), i, dtype=torch.uint8, device=CUDA) for i in range(9)]
             # 500 MiB are free, and no more than 200 of them beside each other.
             del there[1], there[2], there[3], there[4]
-            large = torch.full((400 * MIB,), 9, dtype=torch.uint8, device=cuda)
+            large = torch.full((400 * MIB,), 9, dtype=torch.uint8, device=CUDA)
             assert [int(tensor.float().mean()) for tensor in (*(one[:1024] for one in there), large[-1024:])] == [0, 2, 4, 6, 8, 9]
-        assert torch.cuda.get_per_process_memory_fraction(cuda) == 1.0
+        assert torch.cuda.get_per_process_memory_fraction(CUDA) == 1.0
         beyond = torch.cuda.max_memory_reserved() - planned
         assert beyond <= SPARE * planned if held else beyond >= 150 * MIB
         assert hook.counts()["alloc_retries"] == 1
@@ -141,16 +141,12 @@ def test_gaps_are_filled_where_gradients_are_added_up() -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("growing")
 def test_what_takes_more_than_was_planned_gets_it_the_second_time() -> None:
-    cuda = torch.device("cuda", 0)
-    weights = [nn.Parameter(torch.zeros(MIB, device=cuda))]
-    planned = torch.cuda.memory_reserved() + 256 * MIB
-    hook = Ahead(Taking(planned, planned, 0.0), torch.optim.AdamW(weights), weights, cuda)
-    hook.begin()
+    hook, _ = taken(256)
     with pytest.raises(torch.OutOfMemoryError), hook.accumulating():
-        torch.empty(512 * MIB, dtype=torch.uint8, device=cuda)
+        torch.empty(512 * MIB, dtype=torch.uint8, device=CUDA)
     assert hook.yields() and not hook.yields()
     with hook.accumulating():
-        assert torch.empty(512 * MIB, dtype=torch.uint8, device=cuda).nbytes == 512 * MIB
+        assert torch.empty(512 * MIB, dtype=torch.uint8, device=CUDA).nbytes == 512 * MIB
 
 
 @pytest.mark.gpu
