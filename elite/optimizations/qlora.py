@@ -1,7 +1,8 @@
 """QLoRA: frozen weights in 4 bits.
 
 What:   every linear map of the decoder layers stored as NF4 with double quantisation; adapters train on top.
-How:    each nn.Linear becomes bitsandbytes' Linear4bit, dequantised in the matrix product. Head and embedding stay as they are.
+How:    each nn.Linear becomes bitsandbytes' Linear4bit, dequantised in the matrix product, in training on a GPU by a kernel of ours. Head
+        and embedding stay as they are.
 Memory: 0.5 byte a weight plus one 8-bit scale a block of 64 and one fp32 scale a block of 256 scales: 0.516 bytes; one linear
         map at a time stands there dequantised.
 Source: Dettmers et al. 2023, arXiv:2305.14314; bitsandbytes.
@@ -29,11 +30,6 @@ def dequantised_bytes(facts: Facts, width: float) -> float:
     return width * max(linear.inputs * linear.outputs for linear in facts.model.layer_linears)
 
 
-def _in_compute_dtype(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Linear4bit answers in its input's dtype: without this, a norm's fp32 output under autocast makes the whole residual stream fp32."""
-    return inputs[0].to(module.compute_dtype), *inputs[1:]
-
-
 class QLoRA(Optimization):
     """See the module's docstring."""
 
@@ -55,23 +51,24 @@ class QLoRA(Optimization):
         return replace(step, standing=standing, map_at_work=dequantised_bytes(facts, step.value))
 
     def apply(self, target: Any) -> Applied:
-        import bitsandbytes as bnb
+        from bitsandbytes.nn import Params4bit
         from torch import nn
+
+        from elite.optimizations.functions.four_bit import FourBitLinear
 
         count = 0
         for layer in target.get_decoder().layers:
             linears = [(name, module) for name, module in layer.named_modules() if type(module) is nn.Linear]
             for name, linear in linears:
                 dtype = linear.weight.dtype
-                packed = bnb.nn.Linear4bit(
+                packed = FourBitLinear(
                     linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta"
                 )
                 # Packed when it is moved to its device: a full-precision copy never stands there.
-                packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+                packed.weight = Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
                 packed.bias = linear.bias
                 # After an evaluation its inference layout for such CPUs would stay, through which no gradient passes.
                 packed.support_avx512bf16_for_cpu = False
-                packed.register_forward_pre_hook(_in_compute_dtype)
                 layer.set_submodule(name, packed)
                 count += 1
         # peft picks its 4-bit adapter layer by this flag.

@@ -8,6 +8,8 @@ import pytest
 
 from elite import kernels
 from elite.kernels.cross_entropy import kernel as cross_entropy
+from elite.kernels.dequantise import kernel as dequantise
+from elite.kernels.dequantise import reference as packed
 from elite.kernels.gate import kernel as gate
 from elite.kernels.group_sum import kernel as group_sum
 from elite.kernels.merge import kernel as merge
@@ -53,6 +55,15 @@ def launches(dtype: str) -> Iterator[Launch]:
     yield from residual_launches(dtype)
     yield from pack_launches(dtype)
     yield from running_loss_launches(dtype)
+    yield Launch(
+        dequantise._kernel,
+        dict.fromkeys(("q", "s"), "*u8")
+        | dict.fromkeys(("code", "scales", "coarse", "offset"), "*fp32")
+        | {"out": f"*{dtype}"}
+        | strides("blocks", "inputs", "stride"),
+        {"BLOCK": packed.BLOCK, "COARSE": packed.COARSE, "BLOCKS": dequantise.BLOCKS},
+        {"num_warps": dequantise.WARPS},
+    )
     for gradient in (False, True):
         yield Launch(
             cross_entropy._kernel,

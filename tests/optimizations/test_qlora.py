@@ -6,6 +6,7 @@ import torch
 from elite.model import apply_stage
 from elite.optimizations import OptimizationsConfig, decide
 from elite.optimizations.contract import OptimizationConfig, Stage
+from elite.optimizations.functions.four_bit import FourBitLinear
 from tests.models import tiny
 from tests.optimizations.test_all import FACTS
 
@@ -46,3 +47,25 @@ def test_gradients_pass_after_an_evaluation() -> None:
         linear.eval()(x.detach())
     (after,) = torch.autograd.grad(linear.train()(x).square().sum(), x)
     assert before.any() and torch.equal(after, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("biased", [False, True])
+def test_in_training_a_gpu_computes_what_bitsandbytes_does(biased: bool) -> None:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    made, results = [], []
+    for kind in (Linear4bit, FourBitLinear):
+        torch.manual_seed(0)
+        linear = kind(320, 192, biased, compute_dtype=torch.bfloat16, quant_type="nf4")
+        linear.weight = Params4bit(linear.weight.data.bfloat16(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+        made.append(linear.to("cuda"))
+    # More rows than bitsandbytes has a kernel of its own for.
+    x = torch.randn(2, 1024, 320, device="cuda", dtype=torch.bfloat16, generator=torch.Generator("cuda").manual_seed(0))
+    for linear in made:
+        leaf = x.clone().requires_grad_()
+        out = linear(leaf)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), leaf)))
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+    with torch.no_grad():
+        assert torch.equal(made[0](x), made[1](x))

@@ -1,0 +1,1 @@
+"""Weights of four bits made whole again, their scales with them."""
