@@ -1,14 +1,19 @@
-"""Cases of the streamed executor's own operations: sums over groups of heads, merged attention, boundaries as bytes."""
+"""Cases without matrix products: the streamed executor's sums over groups of heads, merged attention and boundaries as bytes; weights of
+four bits."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from elite.bench.kernel_case import DTYPE, FORWARD, Call, Case, Geometry, total, values
+from elite.bench.kernel_case import DTYPE, FORWARD, Call, Case, Geometry, Make, total, values
 from elite.executor.streamed.encoding import Int4, Int8
+from elite.kernels.dequantise.reference import BLOCK, Packed
+from elite.kernels.dequantise.reference import dequantised as dequantised_by_torch
 from elite.kernels.group_sum.reference import group_sum as summed_by_torch
 from elite.kernels.merge.reference import merge as merged_by_torch
 
@@ -70,6 +75,37 @@ def pack(g: Geometry, tokens: int, device: torch.device) -> Iterator[Case]:
                 in_place=True,
                 compiles=False,
             )
+
+
+def dequantise(g: Geometry, tokens: int, device: torch.device) -> Iterator[Case]:
+    """Weights of four bits, as bitsandbytes packs them, made whole; where rows are of whole blocks."""
+    if g.hidden % BLOCK:
+        return
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    for name, width in (("q", g.heads * g.head_dim), ("up", g.mlp)):
+        matrix = values(width, g.hidden, device=device, trained=False)
+        q, state = quantize_4bit(matrix, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+        packed = Packed(q, state.code, state.absmax, state.state2.code, state.state2.absmax, state.offset)
+        out = torch.empty_like(matrix)
+
+        def eager(*packed_and_out: Tensor) -> Tensor:
+            *packed, out = packed_and_out
+            return dequantised_by_torch(Packed(*packed), out)
+
+        def ours() -> Call:
+            from elite.kernels.dequantise.kernel import dequantised
+
+            return lambda *packed_and_out: dequantised(Packed(*packed_and_out[:-1]), packed_and_out[-1])
+
+        others: dict[str, Make] = {"bitsandbytes": partial(_itself, partial(_by_bitsandbytes, dequantize_4bit, q, state))}
+        case = Case("dequantise", g, tokens, (*packed, out), lambda: eager, eager, ours, variant=name, others=others)
+        yield replace(case, moved={FORWARD: total(*packed, out)}, passes=(FORWARD,), in_place=True)
+
+
+def _by_bitsandbytes(function: Call, q: Tensor, state: Any, *_: Tensor) -> Tensor:
+    whole: Tensor = function(q, state)
+    return whole
 
 
 def _itself(call: Call) -> Call:

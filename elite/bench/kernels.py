@@ -1,8 +1,8 @@
 """Every kernel against everyone else who has the operation: `python -m elite.bench.kernels FILE [--models …] [--tokens …] [--ops …]`.
 
-On one CUDA GPU, for operations, models' geometries, tokens and passes: elite's kernel, eager torch, torch.compile with static shapes, Liger
-and cut-cross-entropy, in bf16. Each provider's results are compared with the reference in fp32 first. What cannot be measured is kept with
-its reason. The file is written after every operation, so that an interrupted run loses one.
+On one CUDA GPU, for operations, models' geometries, tokens and passes: elite's kernel, eager torch, torch.compile with static shapes,
+Liger, cut-cross-entropy and bitsandbytes, in bf16. Each provider's results are compared with the reference in fp32 first. What cannot be
+measured is kept with its reason. The file is written after every operation, so that an interrupted run loses one.
 """
 
 import argparse
@@ -34,13 +34,14 @@ OPS: dict[str, Cases] = {
     "residual": kernel_pointwise.residual,
     "linear_cross_entropy": kernel_products.linear_cross_entropy,
     "lora": kernel_products.lora,
+    "dequantise": kernel_rows.dequantise,
     "group_sum": kernel_rows.group_sum,
     "merge": kernel_rows.merge,
     "pack": kernel_rows.pack,
 }
-SHORT = frozenset({"linear_cross_entropy", "lora"})
-"""Only at the fewest tokens unless tokens are asked for: time and matrix products grow alike."""
-LIBRARIES = ("liger-kernel", "cut-cross-entropy", "triton")
+SHORT = frozenset({"linear_cross_entropy", "lora", "dequantise"})
+"""Only at the fewest tokens unless tokens are asked for: time and matrix products grow alike, or no token has a part in it."""
+LIBRARIES = ("liger-kernel", "cut-cross-entropy", "bitsandbytes", "triton")
 OURS, COMPILED = "elite", "compile"
 
 Results = dict[str, tuple[Tensor, ...]]

@@ -24,6 +24,8 @@ KNOWN = ("3.6", "3.7")
 """Tritons whose compiled kernels are called as here."""
 ALIGNMENT = 16
 """Bytes; Triton compiles other code for addresses that are no multiple."""
+UNFUSED: dict[str, Any] = {"enable_fp_fusion": False}
+"""Of a launch in which a product is rounded before something is added to it, as in plain torch."""
 MOST_KINDS = 1024
 """Launches that are remembered of a kernel; where lengths differ from step to step, they are forgotten now and then."""
 

@@ -13,6 +13,8 @@ from typing import Any
 from elite.report.markdown import NONE, grid, missing, origin
 
 KERNELS = "kernels"
+DEQUANTISE = "kernels_dequantise"
+"""The file of weights of four bits, measured apart."""
 OURS = "elite"
 NAMES = {
     "eager": "eager",
@@ -22,10 +24,18 @@ NAMES = {
     "liger_fp32": "Liger, fp32 sums",
     "cce": "CCE",
     "cce_exact": "CCE, exact",
+    "bitsandbytes": "bitsandbytes",
 }
 """Other providers of a file, by their names there."""
-COLUMNS = {"eager": ("eager", "eager_fused"), "compile": ("compile",), "Liger": ("liger", "liger_fp32"), "CCE": ("cce", "cce_exact")}
-"""Whom a column shows; two of them as two numbers."""
+COLUMNS = {
+    "eager": ("eager", "eager_fused"),
+    "compile": ("compile",),
+    "Liger": ("liger", "liger_fp32"),
+    "CCE": ("cce", "cce_exact"),
+    "bitsandbytes": ("bitsandbytes",),
+}
+"""Whom a column shows, where somebody was asked; two of them as two numbers."""
+PAIRS = "Two numbers: GELU as a formula and as torch’s own; Liger’s head with bf16 and with fp32 sums; CCE with and without its filter."
 LOSS = "linear_cross_entropy"
 SUMMED_TOKENS = 8192
 """Summaries and drawing are of rows with as many tokens at least: fewer do not fill a GPU."""
@@ -111,15 +121,21 @@ class Measured:
     """Versions of those compared with."""
 
     @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """Of `COLUMNS`, those that a row has anything for."""
+        there = {name for row in self.rows for name in row.providers}
+        return {title: names for title, names in COLUMNS.items() if there.intersection(names)}
+
+    @property
     def large(self) -> dict[str, list[Row]]:
         """Rows of many tokens in which our kernel was measured, by operation."""
         kept = [row for row in self.rows if row.tokens >= SUMMED_TOKENS and row.ours_ms is not None]
         return {op: [row for row in kept if row.op == op] for op in dict.fromkeys(row.op for row in kept)}
 
 
-def measured(folder: Path) -> Measured | None:
-    """What `kernels.json` holds; None if it is not there."""
-    path = folder / f"{KERNELS}.json"
+def measured(folder: Path, name: str = KERNELS) -> Measured | None:
+    """What a file holds; None if it is not there."""
+    path = folder / f"{name}.json"
     if not path.exists():
         return None
     found = json.loads(path.read_text())
@@ -129,24 +145,25 @@ def measured(folder: Path) -> Measured | None:
     return Measured(tuple(rows), found["copy_gb_s"], said, ", ".join(libraries))
 
 
-def every(folder: Path) -> str:
+def every(folder: Path, name: str = KERNELS) -> str:
     """One line a row."""
-    found = measured(folder)
+    found = measured(folder, name)
     if found is None:
-        return missing(f"{KERNELS}.json")
-    head = ("operation", "model", "tokens", "pass", "ours ms", *COLUMNS, "of a copy’s bandwidth", "result")
+        return missing(f"{name}.json")
+    head = ("operation", "model", "tokens", "pass", "ours ms", *found.columns, "of a copy’s bandwidth", "result")
     lines = [
         (
             *(row.title, row.model, f"{row.tokens:,}", row.which),
             NONE if row.ours_ms is None else f"{row.ours_ms:.3f}",
-            *(" / ".join(map(times, row.ratios(names))) or NONE for names in COLUMNS.values()),
+            *(" / ".join(map(times, row.ratios(names))) or NONE for names in found.columns.values()),
             NONE if row.share is None else f"{row.share:.0%}",
             row.result,
         )
         for row in found.rows
     ]
-    pairs = "Two numbers: GELU as a formula and as torch’s own; Liger’s head with bf16 and with fp32 sums; CCE with and without its filter"
-    return grid(head, lines) + f"\n\nTimes over ours, medians. {pairs}. {_said(found)}"
+    pairs = any(len(row.ratios(names)) > 1 for row in found.rows for names in found.columns.values())
+    said = f"{PAIRS} " if pairs else ""
+    return grid(head, lines) + f"\n\nTimes over ours, medians. {said}{_said(found)}"
 
 
 def summary(folder: Path) -> str:
@@ -156,7 +173,7 @@ def summary(folder: Path) -> str:
         return missing(f"{KERNELS}.json")
     lines = []
     for op, rows in found.large.items():
-        against = [[min(ratios) for row in rows if (ratios := row.ratios(names))] for names in COLUMNS.values()]
+        against = [[min(ratios) for row in rows if (ratios := row.ratios(names))] for names in found.columns.values()]
         shares = [row.share for row in rows if row.share is not None]
         first = sum(not row.missed for row in rows)
         lines.append(
@@ -167,7 +184,7 @@ def summary(folder: Path) -> str:
                 f"{min(shares):.0%}" if shares else NONE,
             )
         )
-    head = ("operation", "rows", *(f"against {name}" for name in COLUMNS), "fastest", "least of a copy’s bandwidth")
+    head = ("operation", "rows", *(f"against {name}" for name in found.columns), "fastest", "least of a copy’s bandwidth")
     said = f"Their time over ours, least / median of rows with {SUMMED_TOKENS:,} tokens or more: geometries, passes and variants."
     return grid(head, lines) + f"\n\n{said} {_said(found)}"
 

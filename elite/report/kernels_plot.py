@@ -3,12 +3,12 @@
 A mark is the median of an operation's rows, the line through it reaches from the least to the most. Left of 1× somebody is faster.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log2
 from statistics import median
 
-from elite.report.kernels import COLUMNS, SUMMED_TOKENS, Measured, spoken
+from elite.report.kernels import SUMMED_TOKENS, Measured, spoken
 from elite.report.plot import style, text
 
 WIDTH = 880
@@ -19,6 +19,7 @@ COLOURS = {
     "compile": ("#bc4c00", "#f0883e"),
     "Liger": ("#8250df", "#bc8cff"),
     "CCE": ("#1a7f37", "#3fb950"),
+    "bitsandbytes": ("#bf3989", "#f778ba"),
 }
 """On a light and on a dark page."""
 
@@ -41,7 +42,7 @@ def bands(found: Measured) -> list[Band]:
     made = []
     for op, rows in found.large.items():
         spans = {}
-        for column, names in COLUMNS.items():
+        for column, names in found.columns.items():
             ratios = [min(these) for row in rows if (these := row.ratios(names))]
             if ratios:
                 spans[column] = (min(ratios), median(ratios), max(ratios))
@@ -74,7 +75,7 @@ def drawn(found: Measured) -> str:
             f"<title>{title}</title>",
             f"<style>{_style()}</style>",
             f'<rect class="page" width="{WIDTH}" height="{height:g}" rx="8"/>',
-            *_legend(),
+            *_legend(found.columns),
             *lines,
             text((LEFT + RIGHT) / 2, bottom + 38, said, "middle"),
             text(20, height - 32, found.origin, "small"),
@@ -115,9 +116,9 @@ def _band(band: Band, top: float, scale: Scale) -> list[str]:
     return lines
 
 
-def _legend() -> list[str]:
+def _legend(columns: Iterable[str]) -> list[str]:
     lines = []
-    for i, column in enumerate(COLUMNS):
+    for i, column in enumerate(columns):
         x, y = LEFT + 130 * i, 36
         lines += [f'<line class="line {column}" x1="{x}" y1="{y}" x2="{x + 30}" y2="{y}"/>', _mark(column, x + 15, y)]
         lines.append(text(x + 38, y + 4, column))
@@ -133,6 +134,7 @@ def _mark(column: str, x: float, y: float) -> str:
         "eager": ((-4, -4), (4, -4), (4, 4), (-4, 4)),
         "compile": ((0, -5.5), (5.5, 0), (0, 5.5), (-5.5, 0)),
         "CCE": ((0, -5), (5, 4), (-5, 4)),
+        "bitsandbytes": ((0, 5), (5, -4), (-5, -4)),
     }[column]
     return f'<polygon {kind} points="{" ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in offsets)}"/>'
 

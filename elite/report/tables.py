@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "kernels_summary": kernels.summary,
     "kernels": kernels.every,
     "kernels_loss": kernels.losses,
+    "kernels_dequantise": partial(kernels.every, name=kernels.DEQUANTISE),
     "calibration_plot": calibration_figure,
     "calibration": calibration.summary,
     "calibration_rows": calibration.every,

@@ -12,6 +12,7 @@ from elite.kernels.dequantise import kernel as dequantise
 from elite.kernels.dequantise import reference as packed
 from elite.kernels.gate import kernel as gate
 from elite.kernels.group_sum import kernel as group_sum
+from elite.kernels.launch import UNFUSED
 from elite.kernels.merge import kernel as merge
 from elite.kernels.norm import kernel as norm
 from elite.kernels.pack import kernel as pack
@@ -62,7 +63,7 @@ def launches(dtype: str) -> Iterator[Launch]:
         | {"out": f"*{dtype}"}
         | strides("blocks", "inputs", "stride"),
         {"BLOCK": packed.BLOCK, "COARSE": packed.COARSE, "BLOCKS": dequantise.BLOCKS},
-        {"num_warps": dequantise.WARPS},
+        {"num_warps": dequantise.WARPS, **UNFUSED},
     )
     for gradient in (False, True):
         yield Launch(
@@ -134,12 +135,12 @@ def pack_launches(dtype: str) -> Iterator[Launch]:
     signature |= dict.fromkeys(("width", "groups", "row_bytes", "row_words", "scale_bytes", "low_bytes", "room"), "i32")
     signature |= strides("x_stride", "row_stride")
     signature |= dict.fromkeys(("least", "finer", "coarser", "edge"), "fp32") | {"count": "i64"}
-    yield Launch(pack._encode_int8, signature, {"TILE": pack.TILE}, pack.UNFUSED)
+    yield Launch(pack._encode_int8, signature, {"TILE": pack.TILE}, UNFUSED)
     yield Launch(pack._decode_int8, signature, {"TILE": pack.TILE})
     yield Launch(pack._decode_int4, signature, {"WORDS": pack.WORDS, "VALUES": pack.VALUES})
     for width in (576, 2560, 4096):
         sizes, warps = parted(pack._sizes(width))
-        yield Launch(pack._encode_int4, signature, sizes, warps | pack.UNFUSED)
+        yield Launch(pack._encode_int4, signature, sizes, warps | UNFUSED)
 
 
 @pytest.mark.parametrize("capability", SHARED_BYTES)

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from elite.kernels.dequantise.reference import BLOCK, COARSE, Packed
-from elite.kernels.launch import Launch
+from elite.kernels.launch import UNFUSED, Launch
 
 BLOCKS = 32
 """Of a program."""
@@ -33,7 +33,7 @@ def _kernel(
     tl.store(cells, tl.interleave(earlier, later).to(out.dtype.element_ty), mask=inside[:, None])
 
 
-_launch = Launch(_kernel, BLOCK=BLOCK, COARSE=COARSE, BLOCKS=BLOCKS, num_warps=WARPS)
+_launch = Launch(_kernel, BLOCK=BLOCK, COARSE=COARSE, BLOCKS=BLOCKS, num_warps=WARPS, **UNFUSED)
 
 
 def dequantised(packed: Packed, out: Tensor) -> Tensor:

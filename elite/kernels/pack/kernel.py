@@ -11,14 +11,13 @@ position is written where the value will be. The bits between two ends are then 
 """
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from elite.kernels.launch import Launch
+from elite.kernels.launch import UNFUSED, Launch
 from elite.kernels.pack import reference
 
 MOST_WIDTH = 2**14
@@ -37,8 +36,6 @@ SHIFT: tl.constexpr = tl.constexpr(1.5 * 2**23)
 SHIFT_BITS: tl.constexpr = tl.constexpr(0x4B400000)
 NAN_HALF: tl.constexpr = tl.constexpr(0x7FC0)
 """NaN in bf16."""
-UNFUSED: dict[str, Any] = {"enable_fp_fusion": False}
-"""Products must be rounded before SHIFT is added, as in the reference."""
 
 
 @triton.jit
