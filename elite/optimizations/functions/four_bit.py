@@ -1,7 +1,7 @@
 """Linear maps whose frozen weights are packed in four bits.
 
-bitsandbytes packs them and computes with them where nothing is trained. In training it makes each matrix whole in several operations of
-its own, each dispatched in Python, forward and backward; here one kernel does (elite/kernels/dequantise), bit for bit the same.
+bitsandbytes packs them, and multiplies with them where rows are few. Where they are many, as in training, it makes each matrix whole in
+several operations of its own, each dispatched in Python; here one kernel does (elite/kernels/dequantise), bit for bit the same.
 """
 
 from functools import cache
@@ -10,10 +10,14 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from elite.kernels.dequantise.reference import BLOCK, COARSE, Packed
+
+MANY = 64
+"""Rows from which a matrix is made whole first: fewer are those of generation."""
 
 
 class FourBitLinear(bnb.nn.Linear4bit):
@@ -25,23 +29,21 @@ class FourBitLinear(bnb.nn.Linear4bit):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] → [..., out]."""
         x = x if x.dtype is self.compute_dtype else x.to(self.compute_dtype)
-        weight: Any = self.weight
-        state = weight.quant_state
-        if not (torch.is_grad_enabled() and x.is_cuda and _has_kernel() and _is_known(state)):
+        if x.numel() < MANY * x.shape[-1]:
             out: Tensor = super().forward(x)
             return out
-        out = _FourBitProduct.apply(x, weight, state, self.bias)
+        fix_4bit_weight_quant_state_from_module(self)
+        weight: Any = self.weight
+        out = _Product.apply(x, weight, weight.quant_state, self.bias)
         return out
 
 
-class _FourBitProduct(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, state: Any, bias: Tensor | None) -> Tensor:
         # Frozen, and thus not among the saved tensors, each of which costs a layer that is recomputed two calls into Python.
         ctx.weight, ctx.state = weight, state
-        rows, whole = x.flatten(0, -2), _whole(weight, state, x.dtype).mT
-        out = rows @ whole if bias is None else torch.addmm(bias.to(x.dtype), rows, whole)
-        return out.view(*x.shape[:-1], -1)
+        return torch.nn.functional.linear(x, _whole(weight, state, x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     @once_differentiable
@@ -49,12 +51,14 @@ class _FourBitProduct(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None, None
         grad = upstream[0]
-        whole = _whole(ctx.weight, ctx.state, grad.dtype)
-        return (grad.flatten(0, -2) @ whole).view(*grad.shape[:-1], -1), None, None, None
+        return grad @ _whole(ctx.weight, ctx.state, grad.dtype), None, None, None
 
 
 def _whole(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     """The matrix [out, in]."""
+    if not (weight.is_cuda and _has_kernel() and _is_known(state)):
+        whole: Tensor = bnb.functional.dequantize_4bit(weight, state)
+        return whole.to(dtype)
     from elite.kernels.dequantise.kernel import dequantised
 
     packed = Packed(weight, state.code, state.absmax, state.state2.code, state.state2.absmax, state.offset)
