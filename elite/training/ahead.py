@@ -12,13 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elite.optimizations.hooks import Hook
 
 SMALL_BYTES = 1024**2
 """Up to here a tensor is small to torch's allocator, and lies apart: it is not cut from the piece (kSmallSize, c10/cuda)."""
 
+PAGE_BYTES = 20 * 1024**2
+"""By which a segment that grows does so (kLargeBuffer, c10/cuda)."""
+MOST_PIECES = 4
+"""Taken one after the other."""
 SPARE = 0.02
 """Share of what is planned by which gaps may extend what is reserved. Small, for the plan is off by as much then; not nothing, for what is
 allocated is planned to within about as much."""
@@ -66,8 +70,9 @@ class Ahead(Hook):
         state = 0.0 if self._optimizer.state else self._taking.optimizer_bytes
         # torch's takes the roots of all second moments at once.
         small = small_to_come(self._parameters, state, roots=isinstance(self._optimizer, torch.optim.AdamW))
-        missing = int(self._taking.reserved_bytes - there - small)
-        if missing > 0 and _take(missing, self._device):
+        # Loading leaves room between small tensors, too, which none but small ones can have.
+        target = int(self._taking.reserved_bytes - max(0.0, small - self._small_room()))
+        if target > there and _take(target, self._device):
             self._taken = torch.cuda.memory_reserved(self._device) - there
             self._held_bytes = self._taking.planned_bytes * (1 + SPARE)
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -94,6 +99,11 @@ class Ahead(Hook):
     def counts(self) -> dict[str, float]:
         return {"ahead_bytes": float(self._taken), "alloc_retries": float(self._retried() - self._retries)}
 
+    def _small_room(self) -> float:
+        """Bytes that are reserved for small tensors already and that none has."""
+        stats = torch.cuda.memory_stats(self._device)
+        return float(stats.get("reserved_bytes.small_pool.current", 0) - stats.get("allocated_bytes.small_pool.current", 0))
+
     def _retried(self) -> int:
         """Times that torch's allocator has given back all gaps."""
         return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0)) if self._device.type == "cuda" else 0
@@ -113,11 +123,13 @@ def small_to_come(parameters: Iterable[nn.Parameter], state_bytes: float, *, roo
     return (2 if roots else 1) * gradients + sum(2 * size * share for size in sizes if size * share <= SMALL_BYTES)
 
 
-def _take(missing: int, device: torch.device) -> bool:
-    """Whether the device had so much."""
+def _take(target: int, device: torch.device) -> bool:
+    """Whether the device had enough for so much to be reserved."""
+    pieces = list[Tensor]()
     try:
-        piece = torch.empty(missing, dtype=torch.uint8, device=device)
+        # A piece begins in what is left of the last page, so that less is reserved for it than its size.
+        while len(pieces) < MOST_PIECES and (missing := target - torch.cuda.memory_reserved(device)) >= PAGE_BYTES:
+            pieces.append(torch.empty(missing, dtype=torch.uint8, device=device))
     except torch.OutOfMemoryError:
-        return False
-    del piece
+        return bool(pieces)
     return True
