@@ -9,7 +9,7 @@ import pytest
 
 from elite import hardware
 from elite.config import Cap, HardwareConfig
-from elite.hardware.profiles import AttentionProfile, Profile, machine_of, measured_rates, path_of, read, write
+from elite.hardware.profiles import OF_RUNS, AttentionProfile, Profile, machine_of, measured_rates, path_of, read, write
 from elite.plan.rates import rates_of
 from tests.plan.helpers import hardware_config
 from tests.test_hardware import H100, RTX3090
@@ -107,6 +107,14 @@ def test_a_card_that_stands_in_for_an_older_one_uses_its_kernels(tmp_path: Path)
     emulated = hardware.device(replace(hardware_config("rtx2060s"), cap=Cap.emulate), lambda: [CARD], tmp_path)
     assert emulated.measured is not None
     assert emulated.measured.attention[64].forward == 1e14
+
+
+def test_a_runs_operations_take_the_host_longer_than_the_stress_tests() -> None:
+    profile = profile_of(CARD)
+    assert measured_rates(profile, None).operation_s == OF_RUNS * profile.operation_s
+    # Where the host computes, too, they are as long.
+    cpu = replace(profile, machine=replace(profile.machine, driver=""))
+    assert measured_rates(cpu, None).operation_s == profile.operation_s
 
 
 def test_a_square_at_half_the_rate_is_as_long_as_its_half_rate_length() -> None:

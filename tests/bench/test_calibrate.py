@@ -5,6 +5,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 import torch
 
 from elite import compose, modes
+from elite.bench.calibrate import measure
 from elite.bench.calibrate.__main__ import main
-from elite.bench.calibrate.caps import MARGINS, capped, margins
+from elite.bench.calibrate.caps import CAPPED_STEPS, MARGINS, capped, margins
 from elite.bench.calibrate.grid import Request, grid, left, one_of
 from elite.bench.calibrate.host import DriverMemory, ResidentMemory, Sampled
-from elite.bench.calibrate.measure import LONG_STEP_S, STEPS, Machine, measured
+from elite.bench.calibrate.measure import ALIKE, WATCHED, Machine, is_steady, measured
 from elite.bench.calibrate.sample import CPU, Drawn, draw
 from elite.errors import ConfigError
 from elite.facts import GIB
@@ -40,6 +42,12 @@ WHOLE = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps are never alike."""
+    monkeypatch.setattr(measure, "LONGEST_S", 0.2)
+
+
 @pytest.fixture
 def machine() -> Machine:
     return Machine()
@@ -55,8 +63,9 @@ def test_a_grid_and_its_reruns(tmp_path: Path, cache: Path, capsys: pytest.Captu
     assert json.loads(request.file.read_text()) == json.loads(json.dumps(found))
     assert [run["name"] for run in found["runs"]] == ["00", "01", "02"] and found["device"] == "CPU"
     for run in found["runs"]:
-        # After a long first step, as on a busy machine, one more must do.
-        assert run["outcome"] == "ran" and len(run["steps"]) == (2 if run["steps"][0]["step_s"] > LONG_STEP_S else STEPS)
+        assert run["outcome"] == "ran" and len(run["steps"]) > WATCHED
+        timed = [step["step_s"] for step in run["steps"][WATCHED:]]
+        assert is_steady(timed) and not is_steady(timed[:-1]) and run["measured"]["step_s"] == median(timed[-ALIKE:])
         # Random tokens of a random model: a guess among 512.
         assert all(step["loss"] == pytest.approx(6.24, abs=0.5) and step["step_s"] > 0 for step in run["steps"])
         parts = [step["allocated_by_part"] for step in run["steps"]]
@@ -70,6 +79,23 @@ def test_a_grid_and_its_reruns(tmp_path: Path, cache: Path, capsys: pytest.Captu
     assert len(grid(request)["runs"]) == runs
     with pytest.raises(ConfigError, match="holds another draw"):
         grid(replace(request, seed=4))
+
+
+@pytest.mark.parametrize(
+    ("timed", "steady"),
+    [
+        ([], False),
+        ([0.01, 0.01], False),
+        ([0.01, 0.01, 0.0104], True),
+        ([0.03, 0.01, 0.0104], False),
+        ([0.03, 0.01, 0.0104, 0.0102], True),
+        ([0.15], False),
+        ([0.15, 0.08], True),
+        ([0.3], True),
+    ],
+)
+def test_steps_are_timed_until_they_are_alike(timed: list[float], steady: bool) -> None:
+    assert is_steady(timed) is steady
 
 
 def test_live_bytes_agree_with_the_plan(machine: Machine, cache: Path) -> None:
@@ -96,7 +122,7 @@ def test_failures_are_rows(machine: Machine, cache: Path) -> None:
     assert tight["outcome"] == "oom" and tight["as_planned"] and tight["cap_around"] == "allocated"
     assert tight["predicted"]["allocated_bytes"] / 2 == pytest.approx(tight["cap_bytes"])
     ample = capped(Drawn("02", WHOLE), 0.5, machine, "reserved", str(cache))
-    assert ample["outcome"] == "ran" and ample["as_planned"] and len(ample["steps"]) == STEPS
+    assert ample["outcome"] == "ran" and ample["as_planned"] and len(ample["steps"]) == CAPPED_STEPS
     assert not capped(Drawn("03", (*WHOLE, "tier.context=100")), 0.05, machine, "reserved", str(cache))["as_planned"]
 
 

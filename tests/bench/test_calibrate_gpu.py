@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from elite.bench.calibrate.caps import capped
-from elite.bench.calibrate.measure import STEPS, Machine, measured
+from elite.bench.calibrate.measure import WATCHED, Machine, measured
 from elite.bench.calibrate.sample import Drawn
 
 pytestmark = pytest.mark.gpu
@@ -39,7 +39,7 @@ def test_every_peak_and_nothing_left(machine: Machine, cache: Path) -> None:
         assert row["outcome"] == "ran", row["error"]
         taken = row["measured"]
         assert 0 < taken["allocated_bytes"] <= taken["reserved_bytes"] < taken["device_bytes"]
-        assert taken["device_method"] in ("process", "total") and len(row["steps"]) == STEPS
+        assert taken["device_method"] in ("process", "total") and len(row["steps"]) > WATCHED
         assert row["allocated_before_bytes"] < 2**20
         # A few bytes are the bench's own.
         assert (taken["host_pinned_bytes"] > 64) == (name in (1, 2))

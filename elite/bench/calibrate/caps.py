@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 from elite.bench.calibrate.grid import Request, drawn, keep, left
-from elite.bench.calibrate.measure import STEPS, Machine, configured, ended, ready, stepped
+from elite.bench.calibrate.measure import Machine, configured, ended, ready, stepped
 from elite.bench.calibrate.sample import Drawn
 from elite.console import console
 from elite.plan.words import gib
 from elite.report.calibration import OUT_OF_MEMORY, RAN
 from elite.training.live_bytes import LiveBytes
 
+CAPPED_STEPS = 3
+"""Under a cap."""
 MARGINS = (0.03, 0.06)
 """Nearest and farthest share of the predicted peak between it and the cap."""
 
@@ -61,10 +63,10 @@ def capped(one: Drawn, margin: float, machine: Machine, peak: str, cache: str | 
             # What exists already counts too.
             limit = LiveBytes(row["cap_bytes"] - watch.live.current)
             with limit:
-                row["steps"] += [stepped(made, watch) for _ in range(STEPS)]
+                row["steps"] += [stepped(made, watch) for _ in range(CAPPED_STEPS)]
         else:
             torch.cuda.set_per_process_memory_fraction(row["cap_bytes"] / torch.cuda.get_device_properties(machine.device).total_memory)
-            for _ in range(STEPS):
+            for _ in range(CAPPED_STEPS):
                 row["steps"].append(stepped(made, watch))
     # Any other failure is neither.
     row["as_planned"] = row["outcome"] == (RAN if row["expected"] else OUT_OF_MEMORY)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
@@ -25,10 +26,12 @@ from elite.training.live_bytes import LiveBytes
 from elite.training.shortage import is_out_of_memory
 from elite.training.telemetry import pinned_bytes
 
-STEPS = 3
-"""The first warms up."""
-LONG_STEP_S = 4.0
-"""After a first step as long as this, one more must do."""
+WATCHED = 2
+"""Steps, of which the first warms up, while threads read what has no peak of its own."""
+ALIKE, SPREAD = 3, 0.05
+"""Steps are timed, nobody watching, until so many in a row differ by no more than this share of the fastest …"""
+LONGEST_S = 3.0
+"""… or have taken this long in all. Their median, of the last ones, is a step's time."""
 FAILED = "error"
 """How a configuration ended that neither ran nor was short of memory."""
 KINDS = ("allocated", "reserved", "requested", "active", "inactive_split")
@@ -68,6 +71,11 @@ def _warm() -> None:
     query = torch.ones(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
     torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
     (a @ a).sum().backward()
+    if find_spec("triton"):
+        from elite.kernels.norm.kernel import norm
+
+        # The compiler takes most for its first kernel.
+        norm(a, a[0], None, 1e-6, center=False)
     torch.cuda.synchronize()
 
 
@@ -128,11 +136,15 @@ def measured(drawn: Drawn, machine: Machine, cache: str | None = None) -> dict[s
     with ended(row):
         with ResidentMemory() as resident, ready(configured(drawn, cache), machine, row) as (made, watch):
             taken: dict[str, Any] = {}
+            steps: list[dict[str, Any]] = []
+            row["steps"] = steps
             with Sampled(machine.driver.read) if machine.driver else nullcontext() as driver:
-                steps: list[dict[str, Any]] = []
-                row["steps"] = steps
-                while len(steps) < (STEPS if not steps or steps[0]["step_s"] < LONG_STEP_S else STEPS - 1):
+                for _ in range(WATCHED):
                     steps.append(stepped(made, watch))
+            timed = list[float]()
+            while not is_steady(timed):
+                steps.append(stepped(made, watch))
+                timed.append(steps[-1]["step_s"])
             for kind in ("allocated", "reserved"):
                 if f"{kind}_peak_bytes" in steps[0]:
                     taken[f"{kind}_bytes"] = max(step[f"{kind}_peak_bytes"] for step in steps)
@@ -140,9 +152,15 @@ def measured(drawn: Drawn, machine: Machine, cache: str | None = None) -> dict[s
                 taken |= {"device_bytes": driver.peak, "device_method": machine.driver.method}
             attached = made.executors.attached
             taken["host_pinned_bytes"] = pinned_bytes(attached.runner.host_bytes() if attached else 0, machine.device)
-            taken |= {"step_s": median(step["step_s"] for step in steps[1:])}
+            taken |= {"step_s": median(timed[-ALIKE:])}
         row["measured"] = taken | {"host_rss_bytes": resident.growth, "host_rss_by_kernel": resident.by_kernel}
     return row
+
+
+def is_steady(timed: list[float]) -> bool:
+    """Whether steps of so many seconds say what one takes."""
+    last = timed[-ALIKE:]
+    return sum(timed) >= LONGEST_S or (len(last) == ALIKE and max(last) <= (1 + SPREAD) * min(last))
 
 
 @contextmanager
