@@ -21,8 +21,8 @@ log = logging.getLogger("elite.hardware")
 
 FORMAT = 1
 OF_RUNS = 1.47
-"""Host time of an operation of a run over that of the stress test's, one small model's over and over: `rates.OPERATION_S` holds on a host
-that gave 24.5 µs here (calibration_profile.json)."""
+"""Host time of an operation of a run over that of the stress test's, one small model's over and over (calibration_profile.json: steps that
+wait for the host, and the profile taken before them)."""
 FOLDER = "hardware"
 """In the cache folder."""
 

@@ -16,6 +16,8 @@ from elite.streaming import Place, Streaming
 
 PLAIN = {"gated": Cost(55, 88), "phi": Cost(57, 80)}
 """Norms, maps, rotary embedding, attention, activation and sums of one layer, no gradients of weights."""
+NORMS = 2
+"""Of a layer."""
 WEIGHT_GRADIENTS = 1
 """A map, in the backward."""
 ADAPTER = Cost(6, 4.5)
@@ -34,6 +36,8 @@ FUSED_ELEMENTWISE = Cost(-19, -25)
 and each costs the host about three of these (fitted as `DEQUANTISED`; Liger's alike)."""
 STREAMED = Cost(48, 5)
 """A chunk in a layer under the streamed executor, besides: staging, attention in parts, gradients added up."""
+STREAMED_WEIGHT = 0.62
+"""As `ADAPTER_WEIGHT` (fitted to the streamed steps of calibration_profile.json that wait for the host)."""
 STAGED = Cost(36, 0)
 """The same where rows come from host memory or disk to a GPU: copies, streams and events, which no CPU's count has (fitted to all streamed
 steps of calibration_fit, _first, _second and _third.json)."""
@@ -41,6 +45,9 @@ BLOCK = 6
 """A further block of keys in the backward of a chunk; where ranks share sequences, any block, forward and backward (assumption)."""
 AROUND = Cost(55, 20)
 """Embedding, head and loss."""
+UPDATE_8BIT = 1.25
+"""A tensor that is trained with moments in 8 bits, whose update is a call of its own: some 45 µs where an operation
+took 36 (a profile of Phi-2 at 2,048 tokens under `extreme`)."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,7 @@ def operations(facts: Facts, decisions: tuple[Decision, ...], layout: Streaming 
     if active(decisions, Site.BASE_WEIGHTS):
         layer += DEQUANTISED * maps
     if layout is not None:
-        layer += STREAMED
+        layer += STREAMED * STREAMED_WEIGHT
         if layout.boundaries is not Place.device and facts.device.kind == "cuda":
             layer += STAGED
         if facts.sharing > 1:
@@ -76,6 +83,15 @@ def operations(facts: Facts, decisions: tuple[Decision, ...], layout: Streaming 
             layer += Cost(0, BLOCK * facts.context / 2 / layout.block)
     whole = layer * (facts.model.num_hidden_layers * chunks(facts, layout)) + AROUND
     return Operations(whole.forward, whole.backward)
+
+
+def updates(facts: Facts) -> float:
+    """What the host hands over in an optimizer's step with moments in 8 bits."""
+    if facts.adapter == "lora":
+        tensors = 2 * len(facts.model.layer_linears)
+    else:
+        tensors = NORMS + sum(facts.adapter == "full" or linear.trained for linear in facts.model.layer_linears)
+    return UPDATE_8BIT * tensors * facts.model.num_hidden_layers
 
 
 def chunks(facts: Facts, layout: Streaming | None) -> int:

@@ -29,7 +29,7 @@ BATCH_BYTES = 24
 """Token ids, positions and labels, int64 each."""
 OUTPUT_MAP = 4
 """The attention's output map among a layer's parts."""
-CUDA_WORKSPACE_BYTES = 64 * 1024**2
+CUDA_WORKSPACE_BYTES = 32 * 1024**2
 """cuBLAS and cuBLASLt workspaces, taken from the same allocator (assumption: 8 MiB before Hopper, 32 MiB and more since)."""
 
 NOT_MODELLED = (

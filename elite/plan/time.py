@@ -247,7 +247,8 @@ class _Clock:
         facts, zero = self._facts, active_zero(self._decisions)
         own = facts.trainable_params / (1 if zero is None else facts.device.count)
         if traffic.active(self._decisions, Site.OPTIMIZER_STATE):
-            return UPDATE_8BIT_FLOPS * own / self.rates.fp32_flops_per_s
+            handed = 0.0 if facts.device.kind == "cpu" else launches.updates(facts) * self.rates.operation_s
+            return max(handed, UPDATE_8BIT_FLOPS * own / self.rates.fp32_flops_per_s)
         moved = traffic.OPTIMIZER * own
         if zero is None or facts.device.kind == "cpu" or not zero.config.offload_optimizer:
             return moved / self.rates.memory_bytes_per_s

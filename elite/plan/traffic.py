@@ -51,9 +51,8 @@ output and gradient (read and written in two bytes each, twice forward and three
 STREAMED = Cost(8.0, 20.0)
 """A value of one layer's attention output, besides, where chunks are merged and gradients of keys added up in fp32: each part read and
 written (kernels_h100.json, `merge` and `group_sum`)."""
-DEQUANTISED = 3.4
-"""A four-bit weight, each time it is needed (bitsandbytes' 5.0, fitted to all steps with QLoRA of calibration_fit, _first and _second.json,
-over how much faster our kernel is in kernels_dequantise.json)."""
+DEQUANTISED = 4.2
+"""A four-bit weight, each time it is needed: what a copy moves in the time of our kernel (kernels_dequantise.json, maps of MLPs)."""
 OPTIMIZER = 92.0
 """A trained parameter, in fp32: what torch's AdamW reads and writes where it takes all tensors at once, one operation after another (decay
 8, first moment 12, second 8 + 12, its root, quotient and epsilon 8 each, the weight 16), the gradients' norm 4 and their clipping 8."""

@@ -26,7 +26,9 @@ GPUS = (
 )
 """What benchmarks ran on."""
 BENCHMARKS = ("streamed_peers", "fused_steps")
-TRAININGS = ("first_gpu", "streamed_training", "quickstart_cpu")
+TRAININGS = ("first_gpu", "extreme_phi2", "streamed_training", "quickstart_cpu")
+OWN_MAPS = (0, 7, 4)
+"""Version from which a kernel of ours makes four-bit maps whole."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def measured_steps(folder: Path) -> tuple[Measured, ...]:
     named += [(name, run["name"], run) for name in BENCHMARKS for run in _runs(folder, name) if "layout" in run]
     # A benchmark's file gives only a part of the geometry; the rest is the preset's.
     found = [_benchmark(*line) for line in named if _preset_file(line[2]).exists()]
-    return (*found, *(_training(name, run) for name in TRAININGS for run in _runs(folder, name)))
+    return (*found, *(_training(name, run) for name in TRAININGS for run in _runs(folder, name) if _is_as_now(run)))
 
 
 def table(folder: Path) -> str:
@@ -87,6 +89,12 @@ def table(folder: Path) -> str:
 def _runs(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     path = folder / f"{name}.json"
     yield from json.loads(path.read_text())["runs"] if path.exists() else ()
+
+
+def _is_as_now(run: dict[str, Any]) -> bool:
+    """Whether such steps are still taken: four-bit maps were bitsandbytes', which took the host longer, before `OWN_MAPS`."""
+    active = {decision["name"] for decision in run["plan"]["decisions"] if decision["active"]}
+    return "qlora" not in active or tuple(map(int, run["environment"]["elite"].split("."))) >= OWN_MAPS
 
 
 def _preset_file(run: dict[str, Any]) -> Path:

@@ -24,7 +24,7 @@ WHOLE = (
     "adapter.rank=8",
     "executor=whole",
 )
-STREAMED = (*WHOLE, "executor=streamed", "optimizations.memory_pool.enabled=false")
+STREAMED = (*WHOLE, "executor=streamed", "executor.boundaries=host", "optimizations.memory_pool.enabled=false")
 
 
 @pytest.fixture(scope="module")

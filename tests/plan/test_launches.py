@@ -80,9 +80,18 @@ def test_operations_of_a_layer(overrides: tuple[str, ...], monkeypatch: pytest.M
         assert planned_two[i] - planned_one[i] == pytest.approx(two[i] - one[i], rel=WITHIN)
 
 
-def test_operations_of_a_streamed_layer() -> None:
+def test_operations_of_a_streamed_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "STREAMED_WEIGHT", 1.0)
     streamed = ("model=phi2", "model.num_key_value_heads=4", "executor=streamed")
     (one, planned_one), (two, planned_two) = counted(1, streamed), counted(2, streamed)
     assert planned_two[0] - planned_one[0] == pytest.approx(two[0] - one[0], rel=WITHIN)
     # Its backward computes the layer again.
     assert sum(planned_two) - sum(planned_one) == pytest.approx(two[1] - one[1], rel=WITHIN)
+
+
+@pytest.mark.parametrize(("adapter", "tensors"), [("lora", 2 * 7), ("full", 7 + 2)])
+def test_updates_in_8_bits_are_handed_over_one_by_one(adapter: str, tensors: int) -> None:
+    small = ("model=llama31_8b", "hardware=cpu", f"adapter.method={adapter}")
+    config = from_overrides(*small, "model.num_hidden_layers=3").config
+    facts = facts_of(config, hardware.device(config.hardware), geometry.shape(config.model), "whole")
+    assert launches.updates(facts) == launches.UPDATE_8BIT * tensors * 3

@@ -25,8 +25,10 @@ log = logging.getLogger("elite.executor")
 
 CHOICES = "attention_kernels.json"
 """File in the cache folder: what was measured, by what it was measured for."""
-MOST_QUERIES = 8192
+MOST_QUERIES = 4096
 """Timed at once, which fill a GPU: the trial comes in the first step, and its tensors should not be what that step takes most for."""
+LEFT_BYTES = 40 * 1024**2
+"""That may stay reserved for the trial's tensors."""
 REPEATS = 2
 """Timed runs of each case; the fastest counts."""
 LIMIT = 2e-2
@@ -154,8 +156,8 @@ def _measure(kernels: Sequence[Kernel], shape: AttentionShape, device: torch.dev
             wrong[kernel.name] = f"is wrong here by {found:.1e}"
             continue
         seconds[kernel.name] = sum(sum(_seconds(kernel, shape, device, case)) for case in _cases(shape, queries, min(block, 2 * queries)))
-    if _reserved(device) > reserved:
-        # What has been taken for the steps would go, too.
+    if _reserved(device) > reserved + LEFT_BYTES:
+        # What has been taken for the steps goes, too.
         torch.cuda.empty_cache()
     return {"choice": min(seconds, key=lambda name: seconds[name], default=None), "seconds": seconds, "wrong": wrong}
 
