@@ -302,8 +302,9 @@ def layer_parts(step: Step, facts: Facts, tokens: int, lowest: bool = False) -> 
         first = [_beside(part, stream, normed_ahead + (0.0 if step.recomputed else stream_ahead)) for part in first]
     if parallel:
         first = [first[0], *(_beside(part, normed, 0.0) for part in first[1:])]
-        # A kernel of both sums makes the gradients of both their terms at once.
-        waiting = made if model.residual_dropout and not form.keeps_masks else 0.0
+        # A kernel of both sums makes the gradients of both their terms at once; where the stream is of another dtype, attention's waits.
+        at_once = model.residual_dropout and not form.keeps_masks
+        waiting = made if at_once or s.hidden != s.value else 0.0
         mlp = [_beside(part, stream + waiting, normed_ahead + made) for part in mlp]
     else:
         again = replace(norm, whole_input=0.0)

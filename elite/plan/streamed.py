@@ -116,8 +116,8 @@ class StreamedMemory:
         hidden, embedding = self._stream_width * model.hidden_size * chunk, FP32 * model.embedding_params
         half, cuda, head = self._width < FP32, facts.device.kind == "cuda", 0.0
         if full:
-            # The sum over chunks and a chunk's own; the weight in the compute dtype; on a CPU a tile's product before it is added.
-            head = 2 * embedding + (self._width * model.embedding_params * (1 if cuda else 2) if half else 0)
+            # A chunk's own and, of several, their sum; the weight in the compute dtype; on a CPU a tile's product before it is added.
+            head = (1 + (chunk < facts.micro_tokens)) * embedding + (self._width * model.embedding_params * (1 if cuda else 2) if half else 0)
         tokens, words = tile_tokens(model.vocab_size), None
         if not full:
             tokens, words = frozen_tile(chunk, model.hidden_size, model.vocab_size)
