@@ -219,7 +219,10 @@ class _Clock:
     def head(self) -> float:
         """Head and loss, forward and backward."""
         products = self._products(_head(self._facts) * (1 + _frozen_backward(self._facts)))
-        gradient = self._loss_tiles() * traffic.HEAD_GRADIENT * self._facts.model.embedding_params / self.rates.memory_bytes_per_s
+        made = self._loss_tiles() * traffic.HEAD_GRADIENT
+        if self._facts.adapter != "lora":
+            made += launches.chunks(self._facts, self._layout) * traffic.HEAD_CHUNK
+        gradient = made * self._facts.model.embedding_params / self.rates.memory_bytes_per_s
         return products + gradient + self._moved(traffic.loss(self._facts, self._decisions))
 
     def _loss_tiles(self) -> int:
