@@ -5,7 +5,7 @@ divides gradients among ranks (elite/distributed/zero.py) in each.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -124,10 +124,21 @@ class DataParallel(GradientExchange):
         self.backward(loss)
 
 
-def in_this_thread() -> AbstractContextManager[Any]:
+@contextmanager
+def in_this_thread() -> Iterator[None]:
     """A backward within runs in the thread that asks for it. A GPU's own thread would have to wait for Python's lock at each of the many
-    functions that are Python's, and one rank has one device to keep busy."""
-    return torch.autograd.set_multithreading_enabled(False)
+    functions that are Python's, and one rank has one device to keep busy.
+
+    What a failed one had still to do would wait in this thread's queue, and its tensors on the device, until the next backward clears it:
+    a step that is done again would have less memory than the first.
+    """
+    with torch.autograd.set_multithreading_enabled(False):
+        try:
+            yield
+        except BaseException:
+            one = torch.zeros((), requires_grad=True)
+            torch.autograd.grad(one + one, one)
+            raise
 
 
 def gradient_exchange(model: nn.Module) -> GradientExchange:

@@ -11,7 +11,7 @@ and the largest of
                         layer's output, fp32 sums of gradients; if that part is the attention, b·2HDv, a kernel's gradients
                         of a block, expanded to all heads, and n·HD·4, dQ; b·2KDv, their sums over the heads that share keys, if any
                         do; b·2KD·4, where these leave for the host
-    the loss            one tile of logits and the gradient of a chunk; a trained head's gradient, three times
+    the loss            one tile of logits and the gradient of a chunk; a trained head's gradient, of several chunks twice
     the embedding       where it is trained, its gradient of a chunk beside the sum
     the update          what the optimizer needs meanwhile
 
@@ -117,7 +117,8 @@ class StreamedMemory:
         half, cuda, head = self._width < FP32, facts.device.kind == "cuda", 0.0
         if full:
             # A chunk's own and, of several, their sum; the weight in the compute dtype; on a CPU a tile's product before it is added.
-            head = (1 + (chunk < facts.micro_tokens)) * embedding + (self._width * model.embedding_params * (1 if cuda else 2) if half else 0)
+            converted = self._width * model.embedding_params * (1 if cuda else 2) if half else 0
+            head = (1 + (chunk < facts.micro_tokens)) * embedding + converted
         tokens, words = tile_tokens(model.vocab_size), None
         if not full:
             tokens, words = frozen_tile(chunk, model.hidden_size, model.vocab_size)

@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from elite import compose, modes
-from elite.bench.calibrate import measure
+from elite.bench.calibrate import host, measure
 from elite.bench.calibrate.__main__ import main
 from elite.bench.calibrate.caps import CAPPED_STEPS, MARGINS, capped, margins
 from elite.bench.calibrate.grid import Request, grid, left, one_of
 from elite.bench.calibrate.host import DriverMemory, ResidentMemory, Sampled
-from elite.bench.calibrate.measure import ALIKE, WATCHED, Machine, is_steady, measured
+from elite.bench.calibrate.measure import WATCHED, Machine, counted, is_steady, measured
 from elite.bench.calibrate.sample import CPU, Drawn, draw
 from elite.errors import ConfigError
 from elite.facts import GIB
@@ -64,8 +64,8 @@ def test_a_grid_and_its_reruns(tmp_path: Path, cache: Path, capsys: pytest.Captu
     assert [run["name"] for run in found["runs"]] == ["00", "01", "02"] and found["device"] == "CPU"
     for run in found["runs"]:
         assert run["outcome"] == "ran" and len(run["steps"]) > WATCHED
-        timed = [step["step_s"] for step in run["steps"][WATCHED:]]
-        assert is_steady(timed) and not is_steady(timed[:-1]) and run["measured"]["step_s"] == median(timed[-ALIKE:])
+        timed = [(step["step_s"], step["host_pace"]) for step in run["steps"][WATCHED:]]
+        assert is_steady(timed) and not is_steady(timed[:-1]) and run["measured"]["step_s"] == median(counted(timed))
         # Random tokens of a random model: a guess among 512.
         assert all(step["loss"] == pytest.approx(6.24, abs=0.5) and step["step_s"] > 0 for step in run["steps"])
         parts = [step["allocated_by_part"] for step in run["steps"]]
@@ -82,20 +82,32 @@ def test_a_grid_and_its_reruns(tmp_path: Path, cache: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    ("timed", "steady"),
+    ("timed", "steady", "counts"),
     [
-        ([], False),
-        ([0.01, 0.01], False),
-        ([0.01, 0.01, 0.0104], True),
-        ([0.03, 0.01, 0.0104], False),
-        ([0.03, 0.01, 0.0104, 0.0102], True),
-        ([0.15], False),
-        ([0.15, 0.08], True),
-        ([0.3], True),
+        ([], False, []),
+        ([0.01, 0.01], False, [0.01, 0.01]),
+        ([0.01, 0.01, 0.0104], True, [0.01, 0.01, 0.0104]),
+        ([0.03, 0.01, 0.0104], False, [0.03, 0.01, 0.0104]),
+        ([0.03, 0.01, 0.0104, 0.0102], True, [0.01, 0.0104, 0.0102]),
+        # What is negative here was disturbed.
+        ([0.01, 0.01, -0.0102], False, [0.01, 0.01]),
+        ([0.01, 0.01, -0.03, 0.0102], True, [0.01, 0.01, 0.0102]),
+        ([-0.03, -0.03, -0.03], False, [0.03, 0.03, 0.03]),
+        ([0.15], False, [0.15]),
+        ([0.15, -0.08], True, [0.15]),
+        ([-0.3], True, [0.3]),
     ],
 )
-def test_steps_are_timed_until_they_are_alike(timed: list[float], steady: bool) -> None:
-    assert is_steady(timed) is steady
+def test_steps_are_timed_until_they_are_alike(timed: list[float], steady: bool, counts: list[float]) -> None:
+    pairs = [(abs(seconds), 1.7 if seconds < 0 else 1.1) for seconds in timed]
+    assert is_steady(pairs) is steady and counted(pairs) == counts
+
+
+def test_a_pace_is_against_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    loops = iter([4.0] * host.LOOPS + [6.0, 2.0, 3.0])
+    monkeypatch.setattr(host, "_loop_s", lambda: next(loops))
+    pace = host.Pace()
+    assert [pace(), pace(), pace()] == [1.5, 1.0, 1.5]
 
 
 def test_live_bytes_agree_with_the_plan(machine: Machine, cache: Path) -> None:

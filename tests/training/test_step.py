@@ -1,14 +1,18 @@
 """The gradient of a global batch does not depend on how it is dealt."""
 
+import gc
 import threading
+import weakref
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from elite.data.batches import IGNORE, Batch
+from elite.distributed.gradients import in_this_thread
 from elite.distributed.ranks import Ranks
 from elite.executor.whole import WholeExecutor
 from elite.training.step import DivergedError, StepResult, accumulate, make_scaler, optimizer_step
@@ -128,4 +132,30 @@ def test_backward_runs_in_the_thread_that_asks_for_it(kind: str) -> None:
     executor = _Observing(alone.device)
     accumulate(executor, rows()[:3], make_scaler(alone.device, torch.float32), alone)
     assert _Observed.seen == [(threading.get_ident(), False)] * 3
+    assert torch._C._is_multithreading_enabled()
+
+
+class _Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("all of it")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_a_failed_backward_had_to_do_keeps_nothing(nested: bool) -> None:
+    """The step that is done again has as much memory as the first."""
+    x, kept = torch.ones(3, requires_grad=True), torch.ones(3)
+    alive = weakref.ref(kept)
+    other = x * kept
+    # Made last, it goes back first; nested, in a backward within the backward.
+    loss = (other + (checkpoint(_Fails.apply, x, use_reentrant=True) if nested else _Fails.apply(x))).sum()
+    with pytest.raises(torch.OutOfMemoryError), in_this_thread():
+        loss.backward()
+    del kept, other, loss
+    gc.collect()
+    assert alive() is None
     assert torch._C._is_multithreading_enabled()

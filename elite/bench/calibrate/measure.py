@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from elite.bench.assemble import Assembled, assembled, described
-from elite.bench.calibrate.host import DriverMemory, ResidentMemory, Sampled, free_host_memory
+from elite.bench.calibrate.host import DriverMemory, Pace, ResidentMemory, Sampled, free_host_memory
 from elite.bench.calibrate.sample import Drawn
 from elite.compose import from_overrides
 from elite.config import RunConfig
@@ -30,8 +30,10 @@ WATCHED = 2
 """Steps, of which the first warms up, while threads read what has no peak of its own."""
 ALIKE, SPREAD = 3, 0.05
 """Steps are timed, nobody watching, until so many in a row differ by no more than this share of the fastest …"""
-LONGEST_S = 3.0
+LONGEST_S = 6.0
 """… or have taken this long in all. Their median, of the last ones, is a step's time."""
+DISTURBED = 1.25
+"""The host's pace before or after a step from which that does not count, as long as others do."""
 FAILED = "error"
 """How a configuration ended that neither ran nor was short of memory."""
 KINDS = ("allocated", "reserved", "requested", "active", "inactive_split")
@@ -44,7 +46,7 @@ class Machine:
     def __init__(self) -> None:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
-        self.driver = DriverMemory() if cuda else None
+        self.driver, self.pace = DriverMemory() if cuda else None, Pace()
         if cuda:
             _warm()
         self.name = torch.cuda.get_device_name() if cuda else "CPU"
@@ -141,10 +143,12 @@ def measured(drawn: Drawn, machine: Machine, cache: str | None = None) -> dict[s
             with Sampled(machine.driver.read) if machine.driver else nullcontext() as driver:
                 for _ in range(WATCHED):
                     steps.append(stepped(made, watch))
-            timed = list[float]()
+            timed = list[tuple[float, float]]()
             while not is_steady(timed):
+                before = machine.pace()
                 steps.append(stepped(made, watch))
-                timed.append(steps[-1]["step_s"])
+                steps[-1]["host_pace"] = max(before, machine.pace())
+                timed.append((steps[-1]["step_s"], steps[-1]["host_pace"]))
             for kind in ("allocated", "reserved"):
                 if f"{kind}_peak_bytes" in steps[0]:
                     taken[f"{kind}_bytes"] = max(step[f"{kind}_peak_bytes"] for step in steps)
@@ -152,15 +156,23 @@ def measured(drawn: Drawn, machine: Machine, cache: str | None = None) -> dict[s
                 taken |= {"device_bytes": driver.peak, "device_method": machine.driver.method}
             attached = made.executors.attached
             taken["host_pinned_bytes"] = pinned_bytes(attached.runner.host_bytes() if attached else 0, machine.device)
-            taken |= {"step_s": median(timed[-ALIKE:])}
+            taken |= {"step_s": median(counted(timed))}
         row["measured"] = taken | {"host_rss_bytes": resident.growth, "host_rss_by_kernel": resident.by_kernel}
     return row
 
 
-def is_steady(timed: list[float]) -> bool:
-    """Whether steps of so many seconds say what one takes."""
-    last = timed[-ALIKE:]
-    return sum(timed) >= LONGEST_S or (len(last) == ALIKE and max(last) <= (1 + SPREAD) * min(last))
+def is_steady(timed: list[tuple[float, float]]) -> bool:
+    """Whether steps of so many seconds, at that pace of the host, say what one takes."""
+    last, calm = counted(timed), [pace < DISTURBED for _, pace in timed]
+    return sum(seconds for seconds, _ in timed) >= LONGEST_S or (
+        sum(calm) >= ALIKE and len(last) == ALIKE and max(last) <= (1 + SPREAD) * min(last)
+    )
+
+
+def counted(timed: list[tuple[float, float]]) -> list[float]:
+    """Seconds of the last steps that nothing disturbed; of the last ones where something disturbed all."""
+    calm = [seconds for seconds, pace in timed if pace < DISTURBED]
+    return (calm or [seconds for seconds, _ in timed])[-ALIKE:]
 
 
 @contextmanager
