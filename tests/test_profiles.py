@@ -9,7 +9,7 @@ import pytest
 
 from elite import hardware
 from elite.config import Cap, HardwareConfig
-from elite.hardware.profiles import OF_RUNS, AttentionProfile, Profile, machine_of, measured_rates, path_of, read, write
+from elite.hardware.profiles import IN_RUNS, OF_RUNS, AttentionProfile, Profile, machine_of, measured_rates, path_of, read, write
 from elite.plan.rates import rates_of
 from tests.plan.helpers import hardware_config
 from tests.test_hardware import H100, RTX3090
@@ -86,10 +86,10 @@ def test_this_machine_is_planned_with_what_was_measured(tmp_path: Path) -> None:
     write(profile_of(CARD), tmp_path)
     for config in (HardwareConfig(), hardware_config("h100"), replace(hardware_config("rtx3090"), cap=Cap.memory)):
         rates = rates_of(hardware.device(config, lambda: [CARD], tmp_path))
-        assert rates.matmul_flops_per_s == 6e14
+        assert rates.matmul_flops_per_s == IN_RUNS * 6e14
         assert rates.origin == "this machine, measured on 2026-01-02"
         # The fastest kernel, and the assumption where the disk had no room.
-        assert rates.attention[64].forward == 5e14
+        assert rates.attention[64].forward == IN_RUNS * 5e14
         assert rates.disk_write_bytes_per_s == 1e9
 
 
@@ -106,15 +106,18 @@ def test_a_card_that_stands_in_for_an_older_one_uses_its_kernels(tmp_path: Path)
     write(profile_of(CARD), tmp_path)
     emulated = hardware.device(replace(hardware_config("rtx2060s"), cap=Cap.emulate), lambda: [CARD], tmp_path)
     assert emulated.measured is not None
-    assert emulated.measured.attention[64].forward == 1e14
+    assert emulated.measured.attention[64].forward == IN_RUNS * 1e14
 
 
-def test_a_runs_operations_take_the_host_longer_than_the_stress_tests() -> None:
+def test_a_run_takes_longer_than_the_stress_test() -> None:
     profile = profile_of(CARD)
-    assert measured_rates(profile, None).operation_s == OF_RUNS * profile.operation_s
-    # Where the host computes, too, they are as long.
+    # Where the host computes, too, it does not.
     cpu = replace(profile, machine=replace(profile.machine, driver=""))
-    assert measured_rates(cpu, None).operation_s == profile.operation_s
+    slow, fast = (measured_rates(one, None) for one in (profile, cpu))
+    assert slow.operation_s == OF_RUNS * fast.operation_s == OF_RUNS * profile.operation_s
+    assert slow.matmul_flops_per_s == IN_RUNS * fast.matmul_flops_per_s == IN_RUNS * profile.matmul_flops
+    assert slow.attention[64].backward == IN_RUNS * fast.attention[64].backward
+    assert slow.memory_bytes_per_s == fast.memory_bytes_per_s == profile.copy_bytes
 
 
 def test_a_square_at_half_the_rate_is_as_long_as_its_half_rate_length() -> None:

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ FORMAT = 1
 OF_RUNS = 1.47
 """Host time of an operation of a run over that of the stress test's, one small model's over and over (calibration_profile.json: steps that
 wait for the host, and the profile taken before them)."""
+IN_RUNS = 0.96
+"""Rates of matrix products and attention in a run over the stress test's, which does one of a size over and over (calibration.json and
+calibration_profile.json: steps that do not wait for the host)."""
 FOLDER = "hardware"
 """In the cache folder."""
 
@@ -177,16 +180,18 @@ def measured_rates(profile: Profile, allowed: tuple[str, ...] | None) -> Rates:
         known = fastest.get(line.head_dim)
         if known is None or line.pair_s < known.pair_s:
             fastest[line.head_dim] = line
+    # A CPU's operations hold the computation.
+    of_runs, in_runs = (OF_RUNS, IN_RUNS) if profile.machine.driver else (1.0, 1.0)
+    attention = {dim: line.rates() for dim, line in fastest.items()}
     return Rates(
-        matmul_flops_per_s=profile.matmul_flops,
-        fp32_flops_per_s=profile.fp32_flops,
-        attention={dim: line.rates() for dim, line in fastest.items()},
+        matmul_flops_per_s=in_runs * profile.matmul_flops,
+        fp32_flops_per_s=in_runs * profile.fp32_flops,
+        attention={dim: replace(it, forward=in_runs * it.forward, backward=in_runs * it.backward) for dim, it in attention.items()},
         memory_bytes_per_s=profile.copy_bytes,
         to_device_bytes_per_s=profile.both_to_device_bytes,
         to_host_bytes_per_s=profile.both_to_host_bytes,
         disk_read_bytes_per_s=profile.disk_read_bytes or DISK_READ_BYTES_PER_S,
         disk_write_bytes_per_s=profile.disk_write_bytes or DISK_WRITE_BYTES_PER_S,
-        # A CPU's holds the computation.
-        operation_s=profile.operation_s * (OF_RUNS if profile.machine.driver else 1.0),
+        operation_s=of_runs * profile.operation_s,
         origin=f"this machine, measured on {profile.measured_at[:10]}",
     )

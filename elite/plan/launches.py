@@ -29,7 +29,7 @@ FUSED_ADAPTER = Cost(-1, 4.5)
 """The same under fused LoRA, whose functions convert nothing that is in the compute dtype already and serve siblings at once."""
 DEQUANTISED = Cost(3.5, 3.5)
 """A four-bit map, besides: one kernel makes it whole, within a function of its own. bitsandbytes' several operations, dispatched in Python,
-were six (fitted to calibration.json (seed 5) and fused_steps.json together with `FUSED_ELEMENTWISE`, and to nothing older: backwards ran
+were six (fitted to calibration_fourth.json and fused_steps.json together with `FUSED_ELEMENTWISE`, and to nothing older: backwards ran
 in another thread); of the same step of Phi-2, 2,048 tokens under `extreme`, side by side, the kernel saves 2.6 a map."""
 FUSED_ELEMENTWISE = Cost(-19, -25)
 """A layer whose norms, rotary embedding, activation and sums are kernels of their own, besides: four each way for some thirty operations,

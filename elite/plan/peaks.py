@@ -22,6 +22,10 @@ from elite.optimizations.contract import Decision, Site
 from elite.optimizations.parts import FP32
 from elite.plan.memory import folded
 
+SPARE = 0.02
+"""Share of what is planned by which gaps may extend what is reserved, where that is held to the plan (elite/training/ahead.py). Small, for
+the plan is off by as much then; not nothing, for what is allocated is planned to within about as much."""
+
 
 @dataclass(frozen=True)
 class Peaks:
@@ -59,7 +63,8 @@ def peaks(allocated_bytes: float, facts: Facts, decisions: tuple[Decision, ...],
         enough = allocated_bytes * (1 + share) + left
         # The headroom is for what is not modelled.
         ahead = min(enough, usable * (1 - asked.headroom_fraction))
-        reserved = enough if ahead == enough else max(ahead, reserved)
+        # Held to what is taken, a step has the gaps' pages first.
+        reserved = ahead if ahead >= min(enough, allocated_bytes * (1 + SPARE)) else max(ahead, reserved)
     return Peaks(ahead, reserved, reserved + known.context.bytes)
 
 

@@ -22,7 +22,7 @@ ATTENTION_SHARES_HOPPER = {
     # streamed_training.json, 32,768 and 131,072 tokens, less what is not attention.
     64: (0.43, 0.44, 1000.0, 1000.0),
     # probe_phi2_24gb_2m_one_layer.json and probe_phi2_8gb_1m_one_layer.json: the whole steps, nearly all attention; long rows of Phi-2 in
-    # calibration.json (seed 5) and calibration_third.json, on an H200, agree.
+    # calibration_fourth.json and calibration_third.json, on an H200, agree.
     80: (0.41, 0.35, 1000.0, 1000.0),
     # streamed_peers.json, `rates`: 604 and 513 of 989 TFLOP/s on a prefix.
     128: (0.61, 0.52, 1000.0, 1000.0),
@@ -45,7 +45,7 @@ HOST_UPDATE_BYTES_PER_S = 37e9
 step)."""
 UPDATE_8BIT_FLOPS = 1500.0
 """Operations in fp32 that take as long as the update of a parameter with moments in 8 bits, whose kernel searches the nearest of 256 values
-rather than wait for memory: 31 ps on an H100 and on an H200 alike (calibration_second.json, no. 22; calibration.json, seed 5, no. 16)."""
+rather than wait for memory: 31 ps on an H100 and on an H200 alike (calibration_second.json, no. 22; calibration_fourth.json, no. 16)."""
 LINK_DUPLEX_SHARE = 0.8
 """Of a host link's rate in each direction, with both at work (assumption)."""
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from elite.optimizations.hooks import Hook
+from elite.plan.peaks import SPARE
 
 SMALL_BYTES = 1024**2
 """Up to here a tensor is small to torch's allocator, and lies apart: it is not cut from the piece (kSmallSize, c10/cuda)."""
@@ -23,9 +24,6 @@ PAGE_BYTES = 20 * 1024**2
 """By which a segment that grows does so (kLargeBuffer, c10/cuda)."""
 MOST_PIECES = 4
 """Taken one after the other."""
-SPARE = 0.02
-"""Share of what is planned by which gaps may extend what is reserved. Small, for the plan is off by as much then; not nothing, for what is
-allocated is planned to within about as much."""
 
 
 @dataclass(frozen=True)

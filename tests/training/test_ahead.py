@@ -12,7 +12,8 @@ from elite.executor.whole import WholeExecutor
 from elite.facts import Facts
 from elite.optimizations import decide
 from elite.optimizations.memory_pool import MemoryPool
-from elite.training.ahead import PAGE_BYTES, SPARE, Ahead, Taking, small_to_come
+from elite.plan.peaks import SPARE
+from elite.training.ahead import PAGE_BYTES, Ahead, Taking, small_to_come
 from elite.training.around import loop_hooks
 from tests.plan.helpers import device, phi2, switches
 from tests.training.rig import adapted
