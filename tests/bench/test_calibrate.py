@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -216,6 +217,23 @@ def test_resident_memory_grows_with_what_is_touched() -> None:
         del block
     # Freed again before it is read: the peak stays.
     assert 0.24 * GIB < resident.growth < 0.4 * GIB
+
+
+def test_what_comes_aside_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    for by_kernel in (True, False):
+        if not by_kernel:
+            monkeypatch.setattr(host, "_reset", lambda: False)
+        with ResidentMemory() as resident:
+            before = torch.ones(GIB // 32, dtype=torch.float32)
+            time.sleep(4 * host.EVERY_S)
+            with resident.aside():
+                aside = torch.ones(GIB // 16, dtype=torch.float32)
+                time.sleep(4 * host.EVERY_S)
+                del aside
+            after = torch.ones(GIB // 64, dtype=torch.float32)
+            time.sleep(4 * host.EVERY_S)
+        assert 0.17 * GIB < resident.growth < 0.27 * GIB, by_kernel
+        del before, after
 
 
 def test_the_highest_sample_counts() -> None:

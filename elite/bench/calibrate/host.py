@@ -4,7 +4,8 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -121,6 +122,7 @@ class ResidentMemory:
         self.by_kernel = _reset()
         """Whether the kernel keeps the peak; else it is as good as its readings."""
         self._sampled = Sampled(lambda: float(self._process.memory_info().rss))
+        self._before = 0.0
 
     def __enter__(self) -> "ResidentMemory":
         if not self.by_kernel:
@@ -131,10 +133,21 @@ class ResidentMemory:
         if not self.by_kernel:
             self._sampled.__exit__(kind, error, trace)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What comes within does not count."""
+        self._before = self.growth
+        yield
+        give_back()
+        if self.by_kernel:
+            _reset()
+        else:
+            self._sampled.peak = 0.0
+
     @property
     def growth(self) -> float:
         """So far."""
-        return (_highest() if self.by_kernel else self._sampled.peak) - self.baseline
+        return max(self._before, (_highest() if self.by_kernel else self._sampled.peak) - self.baseline)
 
 
 def _reset() -> bool:
