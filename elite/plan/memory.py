@@ -30,7 +30,8 @@ BATCH_BYTES = 24
 OUTPUT_MAP = 4
 """The attention's output map among a layer's parts."""
 CUDA_WORKSPACE_BYTES = 32 * 1024**2
-"""cuBLAS and cuBLASLt workspaces, taken from the same allocator (assumption: 8 MiB before Hopper, 32 MiB and more since)."""
+"""cuBLAS's workspace, taken from the same allocator, of the one thread and stream that multiply (calibration.json, on Hopper; older cards
+take 8 MiB by torch's defaults)."""
 
 NOT_MODELLED = (
     "reserved memory in the verdict: it is judged by what is allocated; what is reserved beyond has the headroom, the context the reserve",

@@ -4,7 +4,6 @@ bitsandbytes packs them, and multiplies with them where rows are few. Where they
 several operations of its own, each dispatched in Python; here one kernel does (elite/kernels/dequantise), bit for bit the same.
 """
 
-from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,6 +14,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from elite.kernels.dequantise.reference import BLOCK, COARSE, Packed
+
+# Here and not where it is called, which the compiler traces.
+if torch.cuda.is_available() and find_spec("triton"):
+    from elite.kernels.dequantise.kernel import dequantised
+else:
+    dequantised: Any = None  # type: ignore[no-redef]
 
 MANY = 64
 """Rows from which a matrix is made whole first: fewer are those of generation."""
@@ -56,18 +61,11 @@ class _Product(torch.autograd.Function):
 
 def _whole(weight: Tensor, state: Any, dtype: torch.dtype) -> Tensor:
     """The matrix [out, in]."""
-    if not (weight.is_cuda and _has_kernel() and _is_known(state)):
+    if not (dequantised is not None and weight.is_cuda and _is_known(state)):
         whole: Tensor = bnb.functional.dequantize_4bit(weight, state)
         return whole.to(dtype)
-    from elite.kernels.dequantise.kernel import dequantised
-
     packed = Packed(weight, state.code, state.absmax, state.state2.code, state.state2.absmax, state.offset)
     return dequantised(packed, torch.empty(state.shape, dtype=dtype, device=weight.device))
-
-
-@cache
-def _has_kernel() -> bool:
-    return find_spec("triton") is not None
 
 
 def _is_known(state: Any) -> bool:
