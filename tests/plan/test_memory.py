@@ -110,6 +110,19 @@ def test_gradients_are_converted_while_what_was_saved_is_still_there(more: tuple
     assert estimate.total == pytest.approx(measured_peak(case, built(case, decisions)), rel=0.005)
 
 
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
+def test_attentions_gradient_waits_beside_a_parallel_mlp(dropout: float) -> None:
+    """Where the stream is fp32, as embeddings are trained: 2 bytes a value."""
+    case = Case("phi", CHECKPOINTED, cuda=True, full=True, dropout=dropout)
+    facts = facts_of(case)
+    decisions = decisions_of(case, facts)
+    peak = measured_peak(case, built(case, decisions))
+    if dropout:
+        # A mask has its values' dtype on a CPU, and bytes on a GPU.
+        peak -= case.tokens * case.width
+    assert passing(case, facts, decisions).total == pytest.approx(peak, rel=0.002)
+
+
 def check_fused_peaks(_device: str) -> None:
     """In a process of its own, where Triton interprets."""
     for case in FUSED:

@@ -270,10 +270,10 @@ def test_weights_that_are_trained_stay_on_the_device() -> None:
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "lora"])
-@pytest.mark.parametrize("kind", ["llama", "phi"])
-def test_the_loss_holds_what_is_said(kind: str, full: bool) -> None:
+@pytest.mark.parametrize(("kind", "chunk"), [("llama", 256), ("phi", 256), ("llama", 1024)])
+def test_the_loss_holds_what_is_said(kind: str, chunk: int, full: bool) -> None:
     """Where the vocabulary is large: tiles of logits, a trained head's gradients, and what stands around them."""
-    case, chunk = Case(kind, ("mixed_precision", "flash_attention"), cuda=True, full=full, tokens=1024, width=64, vocab=8192), 256
+    case = Case(kind, ("mixed_precision", "flash_attention"), cuda=True, full=full, tokens=1024, width=64, vocab=8192)
     facts = replace(facts_of(case), executor="streamed")
     decisions = decisions_of(case, facts)
     model = built(case, decisions)
