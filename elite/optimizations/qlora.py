@@ -1,8 +1,8 @@
 """QLoRA: frozen weights in 4 bits.
 
 What:   every linear map of the decoder layers stored as NF4 with double quantisation; adapters train on top.
-How:    each nn.Linear becomes bitsandbytes' Linear4bit, dequantised in the matrix product, in training on a GPU by a kernel of ours. Head
-        and embedding stay as they are.
+How:    each nn.Linear becomes bitsandbytes' Linear4bit, dequantised in the matrix product, of many rows on a GPU by a kernel of ours.
+        Head and embedding stay as they are.
 Memory: 0.5 byte a weight plus one 8-bit scale a block of 64 and one fp32 scale a block of 256 scales: 0.516 bytes; one linear
         map at a time stands there dequantised.
 Source: Dettmers et al. 2023, arXiv:2305.14314; bitsandbytes.

@@ -28,12 +28,12 @@ SmolLM2 and Phi-2 that wait for the host, of first_gpu.json and ablation_smollm2
 FUSED_ADAPTER = Cost(-1, 4.5)
 """The same under fused LoRA, whose functions convert nothing that is in the compute dtype already and serve siblings at once."""
 DEQUANTISED = Cost(3.5, 3.5)
-"""A four-bit map, besides: one kernel makes it whole, within a function of its own. bitsandbytes' several operations, dispatched in Python,
-were six (fitted to calibration_fourth.json and fused_steps.json together with `FUSED_ELEMENTWISE`, and to nothing older: backwards ran
-in another thread); of the same step of Phi-2, 2,048 tokens under `extreme`, side by side, the kernel saves 2.6 a map."""
+"""A four-bit map, besides: one kernel makes it whole, within a function of its own (assumption, that extreme_phi2.json and
+calibration_profile.json agree with; bitsandbytes' several operations, dispatched in Python, were six by calibration_fourth.json)."""
 FUSED_ELEMENTWISE = Cost(-19, -25)
 """A layer whose norms, rotary embedding, activation and sums are kernels of their own, besides: four each way for some thirty operations,
-and each costs the host about three of these (fitted as `DEQUANTISED`; Liger's alike)."""
+and each costs the host about three of these (fitted to calibration_fourth.json and fused_steps.json, and to nothing older, whose backwards
+ran in another thread; Liger's alike)."""
 STREAMED = Cost(48, 5)
 """A chunk in a layer under the streamed executor, besides: staging, attention in parts, gradients added up."""
 STREAMED_WEIGHT = 0.62
@@ -46,8 +46,8 @@ BLOCK = 6
 AROUND = Cost(55, 20)
 """Embedding, head and loss."""
 UPDATE_8BIT = 1.25
-"""A tensor that is trained with moments in 8 bits, whose update is a call of its own: some 45 µs where an operation
-took 36 (a profile of Phi-2 at 2,048 tokens under `extreme`)."""
+"""A tensor that is trained with moments in 8 bits, whose update is a call of its own (assumption, that extreme_phi2.json and
+calibration_profile.json agree with)."""
 
 
 @dataclass(frozen=True)

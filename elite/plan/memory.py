@@ -30,7 +30,7 @@ BATCH_BYTES = 24
 OUTPUT_MAP = 4
 """The attention's output map among a layer's parts."""
 CUDA_WORKSPACE_BYTES = 32 * 1024**2
-"""cuBLAS's, of the one thread and stream that multiply (calibration.json, on Hopper; older cards take 8 MiB by torch's defaults)."""
+"""cuBLAS's, of the one thread and stream that multiply (calibration_fourth.json, on Hopper; torch's default for older cards is 8 MiB)."""
 
 NOT_MODELLED = (
     "reserved memory in the verdict: it is judged by what is allocated; what is reserved beyond has the headroom, the context the reserve",

@@ -60,7 +60,8 @@ HEAD_GRADIENT = 8.0
 """A trained head's weight, each time a tile of tokens adds to its fp32 gradient."""
 HEAD_CHUNK = 44.0
 """The same weight, each time a chunk passes, or the whole pass: in the compute dtype (6), its gradient begun (4), scaled (8) and added to
-other chunks' (12), and of the embedding a gradient as large, which is begun (4) and added up (10 on average, tied or not)."""
+other chunks' (12), and of the embedding a gradient as large, which is begun (4) and added up (some 10): counted by hand, as what is read
+and written."""
 FP32_WIDTH = 2.0
 """fp32 over two-byte values."""
 

@@ -76,7 +76,7 @@ def _warm() -> None:
     if find_spec("triton"):
         from elite.kernels.norm.kernel import norm
 
-        # The compiler takes most for its first kernel.
+        # The compiler stays loaded.
         norm(a, a[0], None, 1e-6, center=False)
     torch.cuda.synchronize()
 

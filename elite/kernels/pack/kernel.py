@@ -219,6 +219,7 @@ def _decode_int4(
         tl.store(x + value, decoded.to(x.dtype.element_ty), mask=inside)
 
 
+# Encoders round a product before SHIFT is added, as the reference does.
 _encode_int8_launch = Launch(_encode_int8, TILE=TILE, **UNFUSED)
 _decode_int8_launch = Launch(_decode_int8, TILE=TILE)
 _decode_int4_launch = Launch(_decode_int4, WORDS=WORDS, VALUES=VALUES)
