@@ -23,7 +23,8 @@ DIVIDING = {ZeRO2.name, ZeRO3.name}
 """What acts or not as there are ranks to divide with."""
 OF_THE_RANKS = (
     *("ranks", "decisions", "micro_batch", "accumulation", "device", "device_kind", "device_present", "device_capped"),
-    *("memory", "total_bytes", "ahead_bytes", "reserved_bytes", "device_bytes", "usable_bytes", "headroom_bytes", "checkpoint_bytes"),
+    *("memory", "total_bytes", "needed_bytes", "ahead_bytes", "reserved_bytes", "device_bytes", "usable_bytes", "headroom_bytes"),
+    "checkpoint_bytes",
     *("host_bytes", "host_usable_bytes", "corpus_bytes", "disk_bytes"),
     *("step_flops", "step_s", "time", "exchanged", "rates", "tokens_per_s", "mfu", "epoch_s", "run_s", "stages"),
 )

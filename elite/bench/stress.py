@@ -20,7 +20,7 @@ from torch import Tensor
 
 from elite import hardware
 from elite.bench.stress_disk import disk
-from elite.bench.stress_host import largest_allocation, launch_s, operation_s
+from elite.bench.stress_host import Operations, largest_allocation, launch_s
 from elite.config import RunConfig
 from elite.console import console
 from elite.executor.streamed.kernels import KERNELS, AttentionShape, Kernel
@@ -122,7 +122,7 @@ class _Bench:
 
     def handed(self) -> dict[str, float]:
         """Host time of a launch and of an operation; the least so far."""
-        now = {"launch_s": launch_s(self.device), "operation_s": operation_s(self.device, self.dtype)}
+        now = {"launch_s": launch_s(self.device), "operation_s": Operations(self.device, self.dtype).seconds()}
         self._handed = {name: min(value, self._handed.get(name, value)) for name, value in now.items()}
         return self._handed
 

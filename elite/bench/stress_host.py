@@ -43,32 +43,39 @@ def launch_s(device: torch.device) -> float:
     return min(found)
 
 
-def operation_s(device: torch.device, dtype: torch.dtype) -> float:
-    """Host seconds of one eager operation of a real model, forward and backward: a step of a tiny one over the operations it has. The
-    fastest of several, as others that share the cores only take time."""
-    shape = geometry.shape(TINY)
-    facts = Facts(shape, hardware.device(HardwareConfig(name="cpu")), TOKENS, 1, shape.total_params, "full")
-    counted = operations(facts, (), None)
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        model = AutoModelForCausalLM.from_config(geometry.hf_config(TINY), dtype=torch.float32, attn_implementation="sdpa")
-        ids = torch.zeros(1, TOKENS, dtype=torch.int64)
+class Operations:
+    """Eager operations of a real model, forward and backward: steps of a tiny one.
 
-    def step() -> None:
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    Args:
+        dtype: of matrix products.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        shape = geometry.shape(TINY)
+        counted = operations(Facts(shape, hardware.device(HardwareConfig(name="cpu")), TOKENS, 1, shape.total_params, "full"), (), None)
+        self._device, self._dtype, self._count = device, dtype, counted.forward + counted.backward
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            self._model = AutoModelForCausalLM.from_config(geometry.hf_config(TINY), dtype=torch.float32, attn_implementation="sdpa")
+            self._ids = torch.zeros(1, TOKENS, dtype=torch.int64)
+
+    def seconds(self, steps: int = STEPS) -> float:
+        """Host seconds of one. The fastest step of several, as others that share the cores only take time."""
+        found, threads = list[float](), torch.get_num_threads()
+        # Tiny operations gain nothing from more threads, which wait for each other where others use the cores.
+        torch.set_num_threads(1)
+        for _ in range(steps):
+            _wait(self._device)
+            began = time.perf_counter()
+            self._step()
+            _wait(self._device)
+            found.append(time.perf_counter() - began)
+        torch.set_num_threads(threads)
+        return min(found) / self._count
+
+    def _step(self) -> None:
+        with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):
+            loss = self._model(input_ids=self._ids, labels=self._ids, use_cache=False).loss
         loss.backward()
-
-    found, threads = list[float](), torch.get_num_threads()
-    # Tiny operations gain nothing from more threads, which wait for each other where others use the cores.
-    torch.set_num_threads(1)
-    for _ in range(STEPS):
-        _wait(device)
-        began = time.perf_counter()
-        step()
-        _wait(device)
-        found.append(time.perf_counter() - began)
-    torch.set_num_threads(threads)
-    return min(found) / (counted.forward + counted.backward)
 
 
 def largest_allocation(device: torch.device) -> int:

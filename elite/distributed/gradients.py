@@ -136,9 +136,15 @@ def in_this_thread() -> Iterator[None]:
         try:
             yield
         except BaseException:
-            one = torch.zeros((), requires_grad=True)
-            torch.autograd.grad(one + one, one)
+            empty_queue()
             raise
+
+
+def empty_queue() -> None:
+    """Let go of what a failed backward of this thread had still to do."""
+    with torch.autograd.set_multithreading_enabled(False):
+        one = torch.zeros((), requires_grad=True)
+        torch.autograd.grad(one + one, one)
 
 
 def gradient_exchange(model: nn.Module) -> GradientExchange:

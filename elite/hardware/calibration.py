@@ -45,6 +45,8 @@ class Calibration:
 
     blocks: Slack
     pages: Slack
+    least: Slack
+    """In pages, once all that can be given back has been: gaps smaller than a page."""
     ahead: Ahead
     context: Context
 
@@ -58,7 +60,8 @@ def calibration() -> Calibration:
 def read(file: Path) -> Calibration:
     """What `write` wrote."""
     plain = json.loads(file.read_text())
-    return Calibration(Slack(**plain["blocks"]), Slack(**plain["pages"]), Ahead(**plain["ahead"]), Context(**plain["context"]))
+    slacks = {name: Slack(**plain[name]) for name in ("blocks", "pages", "least")}
+    return Calibration(**slacks, ahead=Ahead(**plain["ahead"]), context=Context(**plain["context"]))
 
 
 def write(made: Calibration, file: Path = FILE) -> None:

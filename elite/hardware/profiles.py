@@ -168,6 +168,11 @@ def _profile(plain: dict[str, Any]) -> Profile:
     return profile
 
 
+def in_runs(operation_s: float, *, on_gpu: bool) -> float:
+    """An operation's host time in a run, from the stress test's. A CPU's operations hold the computation."""
+    return (OF_RUNS if on_gpu else 1.0) * operation_s
+
+
 def measured_rates(profile: Profile, allowed: tuple[str, ...] | None) -> Rates:
     """A profile as the time model reads it.
 
@@ -180,18 +185,18 @@ def measured_rates(profile: Profile, allowed: tuple[str, ...] | None) -> Rates:
         known = fastest.get(line.head_dim)
         if known is None or line.pair_s < known.pair_s:
             fastest[line.head_dim] = line
-    # A CPU's operations hold the computation.
-    of_runs, in_runs = (OF_RUNS, IN_RUNS) if profile.machine.driver else (1.0, 1.0)
+    on_gpu = bool(profile.machine.driver)
+    share = IN_RUNS if on_gpu else 1.0
     attention = {dim: line.rates() for dim, line in fastest.items()}
     return Rates(
-        matmul_flops_per_s=in_runs * profile.matmul_flops,
-        fp32_flops_per_s=in_runs * profile.fp32_flops,
-        attention={dim: replace(it, forward=in_runs * it.forward, backward=in_runs * it.backward) for dim, it in attention.items()},
+        matmul_flops_per_s=share * profile.matmul_flops,
+        fp32_flops_per_s=share * profile.fp32_flops,
+        attention={dim: replace(it, forward=share * it.forward, backward=share * it.backward) for dim, it in attention.items()},
         memory_bytes_per_s=profile.copy_bytes,
         to_device_bytes_per_s=profile.both_to_device_bytes,
         to_host_bytes_per_s=profile.both_to_host_bytes,
         disk_read_bytes_per_s=profile.disk_read_bytes or DISK_READ_BYTES_PER_S,
         disk_write_bytes_per_s=profile.disk_write_bytes or DISK_WRITE_BYTES_PER_S,
-        operation_s=of_runs * profile.operation_s,
+        operation_s=in_runs(profile.operation_s, on_gpu=on_gpu),
         origin=f"this machine, measured on {profile.measured_at[:10]}",
     )

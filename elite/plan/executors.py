@@ -14,6 +14,7 @@ from elite.plan import streamed
 from elite.plan.batch import dividing, facts_of, sharing
 from elite.plan.exchange import exchanges
 from elite.plan.memory import host, predict
+from elite.plan.peaks import needed_bytes
 from elite.plan.time import StepTime, recomputed, step_flops, step_time
 from elite.streaming import Place, Streaming, WeightPlace, check_layout
 
@@ -200,4 +201,5 @@ def _streamed(config: RunConfig, device: Device, shape: ModelShape, accumulation
 def _fits(config: RunConfig, device: Device, estimate: Estimate, on_host: float) -> bool:
     """Whether both memories hold it; a CPU has but one."""
     there = device.kind == "cpu" or on_host <= streamed.host_usable(device)
-    return there and estimate.total <= device.memory_usable_bytes * (1 - config.plan.headroom_fraction)
+    usable = device.memory_usable_bytes
+    return there and estimate.total <= usable * (1 - config.plan.headroom_fraction) and needed_bytes(estimate.total, device) <= usable

@@ -75,7 +75,7 @@ def operations(facts: Facts, decisions: tuple[Decision, ...], layout: Streaming 
     if layout is not None:
         layer += STREAMED * STREAMED_WEIGHT
         if layout.boundaries is not Place.device and facts.device.kind == "cuda":
-            layer += STAGED
+            layer += STAGED * STREAMED_WEIGHT
         if facts.sharing > 1:
             layer += Cost(BLOCK, BLOCK) * passes(facts, layout)
         else:

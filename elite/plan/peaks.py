@@ -5,6 +5,8 @@
                  else what torch's allocator comes to by itself:
                      allocated · (1 + slack) + left behind + rounding, at most what the device grants: torch gives cached memory back
                      before it gives up
+                 near the device's limit what is taken ahead, or a little more than what is allocated (`SPARE`)
+    needed       allocated · (1 + least) + rounding: gaps that torch's allocator cannot give back are not there for tensors
     device use   reserved + context
 
 Left behind are logits in half precision: once they are there in fp32 they are freed, and what follows is too large for their place.
@@ -37,6 +39,12 @@ class Peaks:
     device_bytes: float
 
 
+def needed_bytes(allocated_bytes: float, device: Device) -> float:
+    """The least that has to be reserved for what is allocated: with less a step runs out of memory. On a CPU nothing is beyond."""
+    least = calibration().least
+    return allocated_bytes * (1 + least.share) + least.rounding_bytes if device.kind == "cuda" else allocated_bytes
+
+
 def may_be_held_up(allocated_bytes: float, decisions: tuple[Decision, ...], device: Device) -> bool:
     """Whether blocks of fixed sizes may leave no room for what would fit: what is freed is given back only where all of a block is free."""
     if device.kind != "cuda" or _paged(decisions):
@@ -55,16 +63,18 @@ def peaks(allocated_bytes: float, facts: Facts, decisions: tuple[Decision, ...],
     if device.kind != "cuda":
         return None
     usable, left = device.memory_usable_bytes, left_behind(facts, decisions, executor)
-    slack = known.pages if asked.take_ahead or _paged(decisions) else known.blocks
-    reserved = allocated_bytes * (1 + slack.share) + left + slack.rounding_bytes
-    reserved, ahead = min(reserved, max(allocated_bytes, usable)), 0.0
+    most, ahead = max(allocated_bytes, usable), 0.0
     if asked.take_ahead:
         share = known.ahead.whole if executor is Executor.whole else known.ahead.streamed
         enough = allocated_bytes * (1 + share) + left
         # The headroom is for what is not modelled.
         ahead = min(enough, usable * (1 - asked.headroom_fraction))
-        # Held to what is taken, a step has the gaps' pages first.
-        reserved = ahead if ahead >= min(enough, allocated_bytes * (1 + SPARE)) else max(ahead, reserved)
+        # Held to that, a step has the gaps' pages first.
+        reserved = max(ahead, min(enough, allocated_bytes * (1 + SPARE)))
+    else:
+        slack = known.pages if _paged(decisions) else known.blocks
+        reserved = allocated_bytes * (1 + slack.share) + left + slack.rounding_bytes
+    reserved = min(reserved, most)
     return Peaks(ahead, reserved, reserved + known.context.bytes)
 
 

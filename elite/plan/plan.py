@@ -16,7 +16,7 @@ from elite.plan.fix import smallest_change
 from elite.plan.generation import generation_tokens
 from elite.plan.memory import NOT_MODELLED, averages, folded
 from elite.plan.micro_batch import Settled, faster, settled
-from elite.plan.peaks import may_be_held_up, peaks
+from elite.plan.peaks import may_be_held_up, needed_bytes, peaks
 from elite.plan.rates import rates_of
 from elite.plan.stages import ContextStage, PlannedStage, curriculum_words, planned, predict_stages
 from elite.plan.streamed import host_usable
@@ -75,6 +75,8 @@ class Plan:
     """Bytes by component at the step's peak; they sum to `total_bytes`."""
     total_bytes: float
     """What is allocated at the peak."""
+    needed_bytes: float
+    """The least that has to be reserved for it."""
     ahead_bytes: float
     """What is reserved from before the first step on; 0 where memory is taken as it is needed."""
     reserved_bytes: float | None
@@ -132,7 +134,7 @@ class Plan:
         """What is too little for this plan, in words; empty if it fits."""
         found = []
         cuda = self.device_kind == "cuda"
-        short = self.total_bytes + self.headroom_bytes - self.usable_bytes + (0 if cuda else self.corpus_bytes)
+        short = max(self.total_bytes + self.headroom_bytes, self.needed_bytes) - self.usable_bytes + (0 if cuda else self.corpus_bytes)
         if short > 0:
             found.append(f"{gib(short)} too much with headroom")
         if cuda and self.host_bytes + self.corpus_bytes > self.host_usable_bytes:
@@ -170,7 +172,6 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
     fits = all(one.fits for _, one in stages) and (device.kind == "cpu" or in_memory <= host_usable(device))
     factor, positions = _positions(config, shape)
     usable = device.memory_usable_bytes * (1 - config.plan.headroom_fraction)
-    beyond = peaks(estimate.total, facts, made.decisions, made.executor, config.plan)
     return Plan(
         model=shape.name,
         model_type=shape.model_type,
@@ -195,9 +196,7 @@ def _planned(micro_batch: Settled, device: Device, shape: ModelShape, corpus: Co
         decisions=tuple(_switch(decision) for decision in made.decisions),
         memory=estimate.by_component(),
         total_bytes=estimate.total,
-        ahead_bytes=beyond.ahead_bytes if beyond else 0.0,
-        reserved_bytes=beyond.reserved_bytes if beyond else None,
-        device_bytes=beyond.device_bytes if beyond else None,
+        **_beyond(estimate.total, made, config),
         usable_bytes=device.memory_usable_bytes,
         headroom_bytes=device.memory_usable_bytes * config.plan.headroom_fraction,
         fits=fits,
@@ -240,6 +239,17 @@ def _fix(config: RunConfig, device: Device, shape: ModelShape, in_memory: float)
     if in_memory and choose_executor(config, device, shape, 1).fits:
         return f"optimizations.{MemoryMappedData.name}.enabled=true"
     return smallest_change(config, device, shape)
+
+
+def _beyond(total_bytes: float, made: Prediction, config: RunConfig) -> dict[str, Any]:
+    """A plan's fields about what the device has to hold besides what is allocated."""
+    found = peaks(total_bytes, made.facts, made.decisions, made.executor, config.plan)
+    return {
+        "needed_bytes": needed_bytes(total_bytes, made.facts.device),
+        "ahead_bytes": found.ahead_bytes if found else 0.0,
+        "reserved_bytes": found.reserved_bytes if found else None,
+        "device_bytes": found.device_bytes if found else None,
+    }
 
 
 def _switch(decision: Decision) -> Switch:

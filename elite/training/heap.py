@@ -4,6 +4,24 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from elite.distributed.gradients import empty_queue
+
+MOST_PASSES = 5
+"""Of the collector."""
+
+
+def let_go() -> None:
+    """Free everything that a pass has left, one that failed too. Whoever calls must have let go of its error, whose frames hold tensors.
+
+    One collection is not enough: a generator that is garbage runs what it has yet to run and lives until the next, and what a failed
+    backward had still to do is no garbage to Python.
+    """
+    for _ in range(MOST_PASSES):
+        found = gc.collect()
+        empty_queue()
+        if not found:
+            return
+
 
 @contextmanager
 def settled() -> Iterator[None]:

@@ -14,7 +14,6 @@ Ranks:  all must agree, or one would wait for gradients that never come. They do
 With dropout, masks are drawn anew for other sizes: the result is that of a run that had this size from the start.
 """
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -33,6 +32,7 @@ from elite.distributed.watchdog import Beat, no_beat
 from elite.executor.contract import Executor
 from elite.executor.streamed.runner import Runner
 from elite.optimizations.hooks import Hook
+from elite.training.heap import let_go
 from elite.training.shortage import MemoryShortage, is_out_of_memory
 from elite.training.step import begin, finish
 
@@ -234,7 +234,7 @@ class Recovery:
         """Give back everything that belongs to a step; a streamed model goes on in chunks of this many tokens."""
         for parameter in self.parameters:
             parameter.grad = None
-        gc.collect()
+        let_go()
         if self.ranks.device.type == "cuda":
             # What is still being copied must not be handed to others.
             torch.cuda.synchronize(self.ranks.device)

@@ -1,6 +1,5 @@
 """A forward and backward pass on random tokens that leaves no trace: what it takes, before a run depends on it."""
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,6 +13,7 @@ from elite.data.batches import random_batch
 from elite.distributed.exchange import Exchange
 from elite.distributed.gradients import in_this_thread
 from elite.executor.contract import Executor
+from elite.training.heap import let_go
 from elite.training.live_bytes import LiveBytes
 from elite.training.shortage import is_out_of_memory
 
@@ -126,7 +126,7 @@ def _settled(device: torch.device) -> Iterator[None]:
 
 def _settle(device: torch.device) -> None:
     """Give back everything that nothing refers to."""
-    gc.collect()
+    let_go()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -14,15 +14,17 @@ import pytest
 import torch
 
 from elite import compose, modes
+from elite.bench.assemble import assembled
 from elite.bench.calibrate import host, measure
 from elite.bench.calibrate.__main__ import main
 from elite.bench.calibrate.caps import CAPPED_STEPS, MARGINS, capped, margins
 from elite.bench.calibrate.grid import Request, grid, left, one_of
 from elite.bench.calibrate.host import DriverMemory, ResidentMemory, Sampled
-from elite.bench.calibrate.measure import WATCHED, Machine, counted, is_steady, measured
+from elite.bench.calibrate.measure import ALIKE, WATCHED, Machine, in_gaps, is_steady, measured, step_here_s
 from elite.bench.calibrate.sample import CPU, Drawn, draw
 from elite.errors import ConfigError
 from elite.facts import GIB
+from elite.plan.rates import CPU_OPERATION_S
 from elite.report.calibration import Row, errors
 
 WHOLE = (
@@ -64,9 +66,10 @@ def test_a_grid_and_its_reruns(tmp_path: Path, cache: Path, capsys: pytest.Captu
     assert json.loads(request.file.read_text()) == json.loads(json.dumps(found))
     assert [run["name"] for run in found["runs"]] == ["00", "01", "02"] and found["device"] == "CPU"
     for run in found["runs"]:
-        assert run["outcome"] == "ran" and len(run["steps"]) > WATCHED
-        timed = [(step["step_s"], step["host_pace"]) for step in run["steps"][WATCHED:]]
-        assert is_steady(timed) and not is_steady(timed[:-1]) and run["measured"]["step_s"] == median(counted(timed))
+        assert run["outcome"] == "ran" and len(run["steps"]) == WATCHED
+        seconds = [step["step_s"] for step in run["timed"]]
+        assert is_steady(seconds) and not is_steady(seconds[:-1])
+        assert all(run["measured"][name] == median(step[name] for step in run["timed"][-ALIKE:]) for name in ("step_s", "operation_s"))
         # Random tokens of a random model: a guess among 512.
         assert all(step["loss"] == pytest.approx(6.24, abs=0.5) and step["step_s"] > 0 for step in run["steps"])
         parts = [step["allocated_by_part"] for step in run["steps"]]
@@ -83,32 +86,29 @@ def test_a_grid_and_its_reruns(tmp_path: Path, cache: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    ("timed", "steady", "counts"),
+    ("seconds", "steady"),
     [
-        ([], False, []),
-        ([0.01, 0.01], False, [0.01, 0.01]),
-        ([0.01, 0.01, 0.0104], True, [0.01, 0.01, 0.0104]),
-        ([0.03, 0.01, 0.0104], False, [0.03, 0.01, 0.0104]),
-        ([0.03, 0.01, 0.0104, 0.0102], True, [0.01, 0.0104, 0.0102]),
-        # What is negative here was disturbed.
-        ([0.01, 0.01, -0.0102], False, [0.01, 0.01]),
-        ([0.01, 0.01, -0.03, 0.0102], True, [0.01, 0.01, 0.0102]),
-        ([-0.03, -0.03, -0.03], False, [0.03, 0.03, 0.03]),
-        ([0.15], False, [0.15]),
-        ([0.15, -0.08], True, [0.15]),
-        ([-0.3], True, [0.3]),
+        ([], False),
+        ([0.01, 0.01], False),
+        ([0.01, 0.01, 0.0104], True),
+        ([0.03, 0.01, 0.0104], False),
+        ([0.03, 0.01, 0.0104, 0.0102], True),
+        ([0.15], False),
+        ([0.15, 0.08], True),
     ],
 )
-def test_steps_are_timed_until_they_are_alike(timed: list[float], steady: bool, counts: list[float]) -> None:
-    pairs = [(abs(seconds), 1.7 if seconds < 0 else 1.1) for seconds in timed]
-    assert is_steady(pairs) is steady and counted(pairs) == counts
+def test_steps_are_timed_until_they_are_alike(seconds: list[float], steady: bool) -> None:
+    assert is_steady(seconds) is steady
 
 
-def test_a_pace_is_against_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
-    loops = iter([4.0] * host.LOOPS + [6.0, 2.0, 3.0])
-    monkeypatch.setattr(host, "_loop_s", lambda: next(loops))
-    pace = host.Pace()
-    assert [pace(), pace(), pace()] == [1.5, 1.0, 1.5]
+def test_a_step_is_planned_for_the_host_as_it_was(cache: Path) -> None:
+    """Twice as slow a host, twice the time of a step that only waits for it; as fast a one as the plan's, the plan's own time."""
+    config = compose.from_overrides(*WHOLE, f"output.cache={cache}").config
+    with assembled(config) as made:
+        planned = step_here_s(made, CPU_OPERATION_S)
+        assert planned == pytest.approx(made.plan.step_s)
+        slow = [step_here_s(made, factor * CPU_OPERATION_S) for factor in (1000, 2000)]
+    assert slow[1] == pytest.approx(2 * slow[0], rel=0.01)
 
 
 def test_live_bytes_agree_with_the_plan(machine: Machine, cache: Path) -> None:
@@ -136,7 +136,17 @@ def test_failures_are_rows(machine: Machine, cache: Path) -> None:
     assert tight["predicted"]["allocated_bytes"] / 2 == pytest.approx(tight["cap_bytes"])
     ample = capped(Drawn("02", WHOLE), 0.5, machine, "reserved", str(cache))
     assert ample["outcome"] == "ran" and ample["as_planned"] and len(ample["steps"]) == CAPPED_STEPS
+    assert "in_gaps_bytes" not in tight
     assert not capped(Drawn("03", (*WHOLE, "tier.context=100")), 0.05, machine, "reserved", str(cache))["as_planned"]
+
+
+def test_what_lay_in_gaps_is_read_from_torchs_words() -> None:
+    words = (
+        "CUDA out of memory. Tried to allocate 2.00 MiB. Of the allocated memory 1.21 GiB is allocated by PyTorch, and {} {} is reserved"
+    )
+    for number, unit, size in (("96.77", "MiB", 96.77 * 2**20), ("1.50", "GiB", 1.5 * 2**30), ("512", "bytes", 512.0)):
+        assert in_gaps(f"{words.format(number, unit)} by PyTorch but unallocated. If") == size
+    assert in_gaps("512 bytes of tensors at once") is None
 
 
 def test_caps_lie_on_both_sides() -> None:

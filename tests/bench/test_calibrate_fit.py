@@ -14,7 +14,8 @@ from elite.hardware.calibration import Ahead, Calibration, Context, Slack
 from elite.report.measurement import MEASUREMENTS
 
 ASSUMED = "assumption: x"
-KNOWN = Calibration(Slack(0.5, 1.0, ASSUMED), Slack(0.5, 2.0, ASSUMED), Ahead(0.25, 0.125, ASSUMED), Context(5.0, ASSUMED))
+SLACKS = {"blocks": Slack(0.5, 1.0, ASSUMED), "pages": Slack(0.5, 2.0, ASSUMED), "least": Slack(0.5, 3.0, ASSUMED)}
+KNOWN = Calibration(**SLACKS, ahead=Ahead(0.25, 0.125, ASSUMED), context=Context(5.0, ASSUMED))
 
 
 def run(gib: float, share: float, rounding: float, paged: bool = False, context: float | None = None, **changes: Any) -> dict[str, Any]:
@@ -39,6 +40,18 @@ def test_exact_constants_are_found(tmp_path: Path) -> None:
         assert found.share == pytest.approx(share, abs=1e-5) and found.rounding_bytes == pytest.approx(rounding, rel=1e-3)
         assert found.source == "measured: a.json, b.json"
     assert made.context.bytes == pytest.approx(GIB / 2)
+
+
+def test_what_cannot_be_given_back_is_known_under_caps(tmp_path: Path) -> None:
+    """All of a cap is reserved when memory runs out under it, in gaps or in tensors. Nothing else is told by such a configuration."""
+
+    def ended(gib: float, outcome: str = "oom", **found: float) -> dict[str, Any]:
+        return run(gib, 3, 0, True, outcome=outcome, cap_bytes=gib * GIB * 1.0625 + 2**25, **found)
+
+    runs = [ended(gib, in_gaps_bytes=gib * GIB * 0.0625 + 2**25) for gib in (1, 4, 20)]
+    made = fitted(KNOWN, [write(tmp_path / "a.json", *runs, ended(8), *[ended(8, "ran")] * 4)])
+    assert made.least.share == pytest.approx(0.0625, abs=1e-5) and made.least.rounding_bytes == pytest.approx(2**25, rel=1e-3)
+    assert replace(made, least=KNOWN.least) == KNOWN
 
 
 def test_nothing_becomes_negative(tmp_path: Path) -> None:

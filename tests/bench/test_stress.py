@@ -10,7 +10,7 @@ from rich.console import Console
 from elite import hardware
 from elite.bench.stress import HEAD_DIMS, Sizes, stress
 from elite.bench.stress_disk import disk
-from elite.bench.stress_host import operation_s
+from elite.bench.stress_host import Operations
 from elite.config import HardwareConfig
 from elite.hardware.profiles import machine_of, read, write
 from elite.plan.rates import rates_of
@@ -42,7 +42,7 @@ def test_every_figure_is_measured_kept_and_shown(tmp_path: Path) -> None:
 
 def test_threads_are_left_as_they_were() -> None:
     before = torch.get_num_threads()
-    operation_s(torch.device("cpu"), torch.float32)
+    Operations(torch.device("cpu"), torch.float32).seconds(2)
     assert torch.get_num_threads() == before
 
 

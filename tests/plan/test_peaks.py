@@ -50,13 +50,25 @@ def test_what_is_taken_ahead_is_what_is_reserved(executor: Executor, share: floa
 
 
 def test_nothing_is_taken_ahead_of_the_headroom() -> None:
-    """There the allocator comes to what it comes to, in pages, unless it is held to what was taken."""
+    """There the allocator is held to what was taken, or to a little more than what is allocated."""
     machine = device("rtx3090")
     usable = machine.memory_usable_bytes
     tight, roomy = (found(share * usable, machine, *POOL, asked=AHEAD) for share in (0.91, 0.895))
     assert tight.ahead_bytes == roomy.ahead_bytes == pytest.approx((1 - AHEAD.headroom_fraction) * usable)
-    assert tight.reserved_bytes == found(0.91 * usable, machine, *POOL).reserved_bytes > tight.ahead_bytes
+    assert found(0.91 * usable, machine, *POOL).reserved_bytes > tight.reserved_bytes == 0.91 * usable * (1 + peaks.SPARE)
     assert roomy.reserved_bytes == roomy.ahead_bytes < found(0.895 * usable, machine, *POOL).reserved_bytes
+
+
+def test_what_is_needed_decides_where_nothing_is_kept_free() -> None:
+    """Below it, and above what is allocated, a step would run out of memory in gaps."""
+    machine = device("rtx3090")
+    assert peaks.needed_bytes(10 * GIB, machine) == 10 * GIB * (1 + KNOWN.least.share) + KNOWN.least.rounding_bytes
+    assert peaks.needed_bytes(10 * GIB, device("cpu")) == 10 * GIB
+    config = replace(run_config(), plan=replace(AHEAD, headroom_fraction=0.0))
+    made = make_plan(config, machine, phi2(), CORPUS)
+    for usable, fits in ((made.needed_bytes, True), (made.needed_bytes - 2, False), (made.total_bytes + 2, False)):
+        tight = make_plan(config, replace(machine, memory_usable_bytes=int(usable) + 1), phi2(), CORPUS)
+        assert (tight.fits, not tight.shortage) == (fits, fits)
 
 
 def test_half_precision_logits_are_left_behind() -> None:
@@ -112,13 +124,17 @@ def test_a_cpu_has_neither() -> None:
 
 
 def test_every_constant_names_its_source() -> None:
-    for part in (KNOWN.blocks, KNOWN.pages, KNOWN.ahead, KNOWN.context):
+    for part in (KNOWN.blocks, KNOWN.pages, KNOWN.least, KNOWN.ahead, KNOWN.context):
         assert part.source.startswith(("measured: ", "assumption: "))
 
 
 def test_constants_survive_writing(tmp_path: Path) -> None:
     made = Calibration(
-        Slack(0.25, 7.0, "measured: a"), replace(KNOWN.pages, share=0.5), Ahead(0.5, 0.25, "assumption: c"), Context(3.0, "assumption: b")
+        Slack(0.25, 7.0, "measured: a"),
+        replace(KNOWN.pages, share=0.5),
+        replace(KNOWN.least, share=0.25),
+        Ahead(0.5, 0.25, "assumption: c"),
+        Context(3.0, "assumption: b"),
     )
     write(made, tmp_path / "calibration.json")
     assert read(tmp_path / "calibration.json") == made

@@ -24,7 +24,7 @@ def run(name: str, off: float, outcome: str = "ran", **changes: Any) -> dict[str
         "outcome": outcome,
         "device": "Card 1",
         "active": ["qlora"],
-        "predicted": {key: value * (1 + off) for key, value in real.items()},
+        "predicted": {key: value * (1 + off) for key, value in (real | {"step_here_s": real["step_s"]}).items()},
     }
     return made | ({"measured": real} if outcome == "ran" else {}) | changes
 

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache", help="folder of kernel choices")
     parser.add_argument("--list", action="store_true", help="only draw")
     parser.add_argument("--caps", action="store_true", help="under caps")
-    parser.add_argument("--around", choices=("reserved", "allocated"), default="reserved", help="the planned peak that caps are set around")
+    parser.add_argument("--around", choices=("needed", "allocated"), default="needed", help="the planned figure that caps are set around")
     parser.add_argument("--fit", type=Path, nargs="+", metavar="FILE", help="measurements to set constants by")
     return parser
 

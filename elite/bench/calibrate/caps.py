@@ -1,7 +1,7 @@
 """Does what the plan says fits run, and what it says does not, not? Configurations under a memory cap a little above or below their plan.
 
-The cap lies 3 to 6 % above or below the peak that the plan predicts, and holds for torch's allocator while the steps run. Above it the
-configuration must run, below it must run out of memory. They are drawn in pages (`memory_pool`), where little is reserved in vain.
+The cap lies 3 to 6 % above or below the least that the plan says has to be reserved, and holds for torch's allocator while the steps run.
+Above it the configuration must run, below it must run out of memory. They are drawn in pages (`memory_pool`), and nothing is taken ahead.
 """
 
 import random
@@ -23,11 +23,11 @@ MARGINS = (0.03, 0.06)
 """Nearest and farthest share of the predicted peak between it and the cap."""
 
 
-def caps(request: Request, peak: str = "reserved") -> dict[str, Any]:
+def caps(request: Request, peak: str = "needed") -> dict[str, Any]:
     """Run what is left of a draw under its caps; returns what the file gets.
 
     Args:
-        peak: the prediction that caps are set around, `reserved` or `allocated`; on a CPU `allocated` always.
+        peak: the prediction that caps are set around, `needed` or `allocated`; on a CPU `allocated` always.
 
     Raises:
         ConfigError: the file holds another draw.

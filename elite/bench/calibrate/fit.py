@@ -2,7 +2,8 @@
 
 Any file with runs, or one run, whose `steps` have `allocated_peak_bytes` and `reserved_peak_bytes` will do: a calibration grid, a probe,
 a comparison. A configuration counts with the highest allocated and the highest reserved peak of its steps. Where memory was taken ahead,
-what is reserved says nothing of the allocator, but whether that much was enough: where it was, less might have been, too.
+what is reserved says nothing of the allocator, but whether that much was enough: where it was, less might have been, too. What cannot be
+given back is known of configurations that ran out of memory under a cap.
 """
 
 import json
@@ -79,6 +80,9 @@ def fitted(known: Calibration, files: Sequence[Path]) -> Calibration:
         made = replace(made, blocks=slack(blocks, source))
     if len(pages) >= LEAST:
         made = replace(made, pages=slack(pages, source))
+    gaps = [gap for file in files for gap in _gaps(json.loads(file.read_text()))]
+    if len(gaps) >= LEAST:
+        made = replace(made, least=slack(gaps, source))
     needs = [need for file in files for need in _needs(json.loads(file.read_text()))]
     by_executor = [[need for need in needs if need.whole is whole] for whole in (True, False)]
     if min(sum(need.exact for need in some) for some in by_executor) >= LEAST:
@@ -132,6 +136,14 @@ def _points(content: dict[str, Any]) -> Iterator[Point]:
             yield point
 
 
+def _gaps(content: dict[str, Any]) -> Iterator[Point]:
+    """Configurations that ran out of memory under a cap: all of it was reserved, but for what could not be given back."""
+    for run in content.get("runs", []):
+        if "cap_bytes" in run and "in_gaps_bytes" in run:
+            cap, whole = run["cap_bytes"], run["executor"] == Executor.whole.value
+            yield Point(True, whole, cap - run["in_gaps_bytes"], 0.0, cap, None)
+
+
 def _needs(content: dict[str, Any]) -> Iterator[Need]:
     for point, ahead in _peaks(content):
         if point.paged:
@@ -146,7 +158,7 @@ def _peaks(content: dict[str, Any]) -> Iterator[tuple[Point, float]]:
         steps = [step for step in run.get("steps", []) if "reserved_peak_bytes" in step]
         if "probe" in run:
             steps.append(run["probe"])
-        if not steps or run.get("outcome", "ran") != "ran":
+        if not steps or run.get("outcome", "ran") != "ran" or "cap_bytes" in run:
             continue
         allocated, reserved = (max(step[f"{kind}_peak_bytes"] for step in steps) for kind in ("allocated", "reserved"))
         if reserved < AT_THE_LIMIT * run.get("usable_bytes", float("inf")):

@@ -1,9 +1,7 @@
 """What a process takes of its machine while something runs: host memory, and device memory by the driver's account."""
 
-import gc
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,11 +14,10 @@ import torch
 
 from elite.executor.streamed.rows import give_back
 from elite.hardware import visible
+from elite.training.heap import let_go
 
 EVERY_S = 0.005
 """Between two readings of what has no peak of its own."""
-LOOP, LOOPS = 50_000, 200
-"""Additions in Python that tell a host's pace, and how often they do to begin with."""
 RESET = "5"
 """Written to `clear_refs`, sets a process's highest resident memory back to what it has now (Linux, proc(5))."""
 
@@ -49,28 +46,6 @@ class Sampled:
 
     def _take(self) -> None:
         self.peak = max(self.peak, self._read())
-
-
-class Pace:
-    """How much slower the host is just now than it has been at best: the time of a loop in Python over the fastest one so far.
-
-    Cores that others share lose and regain their speed within seconds, and with it steps that wait for the host.
-    """
-
-    def __init__(self) -> None:
-        self._best = min(_loop_s() for _ in range(LOOPS))
-
-    def __call__(self) -> float:
-        now = _loop_s()
-        self._best = min(self._best, now)
-        return now / self._best
-
-
-def _loop_s() -> float:
-    began, total = time.perf_counter(), 0
-    for i in range(LOOP):
-        total += i
-    return time.perf_counter() - began
 
 
 class DriverMemory:
@@ -168,7 +143,7 @@ def _highest() -> float:
 
 def free_host_memory() -> None:
     """Give what is not used back to the system: garbage, torch's cached pinned memory, the heap's free pages."""
-    gc.collect()
+    let_go()
     if torch.cuda.is_initialized():
         # Its name since torch 2.12, and the one before.
         empty = getattr(torch._C, "_accelerator_emptyHostCache", None) or getattr(torch._C, "_host_emptyCache", None)

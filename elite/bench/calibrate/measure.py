@@ -3,25 +3,38 @@
 On a CPU, where no allocator counts, `allocated` is what live tensors take, and there is neither a reserved peak nor a driver's.
 """
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from elite import geometry, hardware
 from elite.bench.assemble import Assembled, assembled, described
-from elite.bench.calibrate.host import DriverMemory, Pace, ResidentMemory, Sampled, free_host_memory
+from elite.bench.calibrate.host import DriverMemory, ResidentMemory, Sampled, free_host_memory
 from elite.bench.calibrate.sample import Drawn
+from elite.bench.stress import HEAD_DIMS
+from elite.bench.stress_host import Operations
 from elite.compose import from_overrides
 from elite.config import RunConfig
 from elite.data.batches import Batch
 from elite.executor.contract import Executor
+from elite.executor.streamed.choose import error as kernel_error
+from elite.executor.streamed.kernels import KERNELS, AttentionShape
+from elite.hardware import profiles
+from elite.optimizations import decide
+from elite.plan import facts_of, streamed
+from elite.plan.rates import rates_of
+from elite.plan.time import recomputed, step_time
 from elite.report.calibration import OUT_OF_MEMORY, RAN
+from elite.streaming import Streaming
 from elite.training.live_bytes import LiveBytes
 from elite.training.shortage import is_out_of_memory
 from elite.training.telemetry import pinned_bytes
@@ -32,10 +45,13 @@ ALIKE, SPREAD = 3, 0.05
 """Steps are timed, nobody watching, until so many in a row differ by no more than this share of the fastest …"""
 LONGEST_S = 6.0
 """… or have taken this long in all. Their median, of the last ones, is a step's time."""
-DISTURBED = 1.25
-"""The host's pace before or after a step from which that does not count, as long as others do."""
+TRIES = 3
+"""Steps of the tiny model by which the stress test times the host's operations, before and after each of them."""
 FAILED = "error"
 """How a configuration ended that neither ran nor was short of memory."""
+IN_GAPS = re.compile(r"and ([\d.]+) (\w+) is reserved by PyTorch but unallocated")
+UNITS = {"bytes": 1, "KiB": 1024, "MiB": 1024**2, "GiB": 1024**3}
+"""Of torch's own words when memory runs out."""
 KINDS = ("allocated", "reserved", "requested", "active", "inactive_split")
 """Of the figures in bytes that torch's allocator keeps a peak of."""
 
@@ -46,7 +62,7 @@ class Machine:
     def __init__(self) -> None:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
-        self.driver, self.pace = DriverMemory() if cuda else None, Pace()
+        self.driver = DriverMemory() if cuda else None
         if cuda:
             _warm()
         self.name = torch.cuda.get_device_name() if cuda else "CPU"
@@ -70,9 +86,12 @@ class Machine:
 def _warm() -> None:
     """Load the libraries that every configuration needs, so that the first one's host memory is not theirs."""
     a = torch.ones(256, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    query = torch.ones(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
-    torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True)
     (a @ a).sum().backward()
+    for head_dim in HEAD_DIMS:
+        shape = AttentionShape(2, 2, head_dim, torch.bfloat16)
+        for kernel in KERNELS.values():
+            if kernel.supports(shape, a.device) is None:
+                kernel_error(kernel, shape, a.device)
     if find_spec("triton"):
         from elite.kernels.norm.kernel import norm
 
@@ -146,12 +165,6 @@ def measured(drawn: Drawn, machine: Machine, cache: str | None = None) -> dict[s
                     steps.append(stepped(made, watch))
                 while len(steps) < WATCHED:
                     steps.append(stepped(made, watch))
-            timed = list[tuple[float, float]]()
-            while not is_steady(timed):
-                before = machine.pace()
-                steps.append(stepped(made, watch))
-                steps[-1]["host_pace"] = max(before, machine.pace())
-                timed.append((steps[-1]["step_s"], steps[-1]["host_pace"]))
             for kind in ("allocated", "reserved"):
                 if f"{kind}_peak_bytes" in steps[0]:
                     taken[f"{kind}_bytes"] = max(step[f"{kind}_peak_bytes"] for step in steps)
@@ -159,23 +172,42 @@ def measured(drawn: Drawn, machine: Machine, cache: str | None = None) -> dict[s
                 taken |= {"device_bytes": driver.peak, "device_method": machine.driver.method}
             attached = made.executors.attached
             taken["host_pinned_bytes"] = pinned_bytes(attached.runner.host_bytes() if attached else 0, machine.device)
-            taken |= {"step_s": median(counted(timed))}
-        row["measured"] = taken | {"host_rss_bytes": resident.growth, "host_rss_by_kernel": resident.by_kernel}
+            taken |= {"host_rss_bytes": resident.growth, "host_rss_by_kernel": resident.by_kernel}
+            row["timed"] = timed(made)
+            taken |= {name: median(step[name] for step in row["timed"][-ALIKE:]) for name in ("step_s", "operation_s")}
+            row["predicted"]["step_here_s"] = step_here_s(made, taken["operation_s"])
+        row["measured"] = taken
     return row
 
 
-def is_steady(timed: list[tuple[float, float]]) -> bool:
-    """Whether steps of so many seconds, at that pace of the host, say what one takes."""
-    last, calm = counted(timed), [pace < DISTURBED for _, pace in timed]
-    return sum(seconds for seconds, _ in timed) >= LONGEST_S or (
-        sum(calm) >= ALIKE and len(last) == ALIKE and max(last) <= (1 + SPREAD) * min(last)
-    )
+def timed(made: Assembled) -> list[dict[str, float]]:
+    """Steps one after another, and beside each what an operation took the host just then: cores that others share lose and regain their
+    speed within seconds, and steps that wait for the host with them."""
+    found, operations = list[dict[str, float]](), Operations(made.ranks.device, made.dtype)
+    before = operations.seconds(TRIES)
+    while not is_steady([step["step_s"] for step in found]):
+        seconds = made.step()["step_s"]
+        after = operations.seconds(TRIES)
+        found.append({"step_s": seconds, "operation_s": (before + after) / 2})
+        before = after
+    return found
 
 
-def counted(timed: list[tuple[float, float]]) -> list[float]:
-    """Seconds of the last steps that nothing disturbed; of the last ones where something disturbed all."""
-    calm = [seconds for seconds, pace in timed if pace < DISTURBED]
-    return (calm or [seconds for seconds, _ in timed])[-ALIKE:]
+def is_steady(seconds: list[float]) -> bool:
+    """Whether steps of so many seconds say what one takes."""
+    last = seconds[-ALIKE:]
+    return sum(seconds) >= LONGEST_S or (len(last) == ALIKE and max(last) <= (1 + SPREAD) * min(last))
+
+
+def step_here_s(made: Assembled, operation_s: float) -> float:
+    """The plan's step on a host that takes so long for an operation of the stress test; all other rates as they were for the plan."""
+    config, shape = made.config, geometry.shape(made.config.model)
+    device = hardware.device(config.hardware, cache=Path(config.output.cache).expanduser())
+    rates = replace(rates_of(device), operation_s=profiles.in_runs(operation_s, on_gpu=device.kind == "cuda"))
+    facts = facts_of(config, replace(device, measured=rates), shape, made.plan.executor)
+    decisions, layout = decide(config.optimizations, facts), Streaming.from_dict(made.plan.layout) if made.plan.layout else None
+    again = recomputed(decisions) if layout is None else streamed.recomputed(facts, layout)
+    return step_time(facts, decisions, again, made.plan.accumulation, layout).total
 
 
 @contextmanager
@@ -188,6 +220,8 @@ def ended(row: dict[str, Any]) -> Iterator[None]:
     except Exception as failure:
         # A miss is a result; so is whatever a library raises for one configuration, and no reason to lose the others' figures.
         row |= {"outcome": OUT_OF_MEMORY if is_out_of_memory(failure) else FAILED, "error": reason(failure)}
+        if (stuck := in_gaps(str(failure))) is not None:
+            row["in_gaps_bytes"] = stuck
     row["seconds"] = time.perf_counter() - began
 
 
@@ -228,6 +262,7 @@ def predicted(made: Assembled) -> dict[str, Any]:
     plan = made.plan
     return {
         "allocated_bytes": plan.total_bytes,
+        "needed_bytes": plan.needed_bytes,
         "reserved_bytes": plan.reserved_bytes,
         "ahead_bytes": plan.ahead_bytes,
         "device_bytes": plan.device_bytes,
@@ -236,6 +271,12 @@ def predicted(made: Assembled) -> dict[str, Any]:
         "step_flops": plan.step_flops,
         "memory": plan.memory,
     }
+
+
+def in_gaps(words: str) -> float | None:
+    """Bytes that torch's allocator had reserved when memory ran out, that nobody used and that it could not give back."""
+    found = IN_GAPS.search(words)
+    return None if found is None else float(found[1]) * UNITS[found[2]]
 
 
 def reason(failure: BaseException) -> str:

@@ -17,6 +17,8 @@ from elite.errors import ModelError, PlanError
 from elite.executor.streamed.rows import HOST_RESERVE_BYTES, give_back, pinned
 from elite.facts import GIB
 
+HOST = 2
+"""Where a layer's weights wait; 0 and 1 are the device's buffers."""
 ALIGNMENT = 256
 """Bytes at which each weight begins, as the device's allocator aligns them."""
 
@@ -111,6 +113,8 @@ class StreamedWeights(Weights):
         self._host = [self._moved(pieces, size) for pieces, size in plans]
         most = max(size for _, size in plans)
         self._buffers = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(2)]
+        # Made once: layers come and go many times in a step.
+        self._views = [[_views(pieces, place) for place in (*self._buffers, host)] for pieces, host in zip(self._pieces, self._host)]
         self._holds: list[int | None] = [None, None]
         self._arrived: list[Any] = [None, None]
         # The computation may still have to come to who had this memory before.
@@ -125,11 +129,11 @@ class StreamedWeights(Weights):
             self._bring(following, other_than=slot)
         if self._cuda:
             torch.cuda.current_stream(self._device).wait_event(self._arrived[slot])
-        self._point(layer, self._buffers[slot])
+        self._point(layer, slot)
         try:
             yield
         finally:
-            self._point(layer, self._host[layer])
+            self._point(layer, HOST)
             if self._cuda:
                 self._free[slot] = torch.cuda.current_stream(self._device).record_event()
 
@@ -149,11 +153,10 @@ class StreamedWeights(Weights):
     def refresh(self) -> None:
         """Take over what others have written to the weights since the last step: a loaded checkpoint, a merged adapter."""
         self._holds = [None, None]
-        for pieces, host in zip(self._pieces, self._host, strict=True):
-            for piece in pieces:
+        for pieces, views in zip(self._pieces, self._views, strict=True):
+            for piece, here in zip(pieces, views[HOST], strict=True):
                 if piece.parameter.requires_grad:
                     raise ModelError("a weight that is streamed has become trainable", "undo the attachment and attach again")
-                here = piece.within(host)
                 if piece.parameter.data_ptr() != here.data_ptr():
                     here.copy_(piece.parameter.data)
                     piece.parameter.data = here
@@ -195,9 +198,16 @@ class StreamedWeights(Weights):
         self._holds[slot] = layer
         return slot
 
-    def _point(self, layer: int, buffer: Tensor) -> None:
-        for piece in self._pieces[layer]:
-            piece.parameter.data = piece.within(buffer)
+    def _point(self, layer: int, place: int) -> None:
+        # A packed weight's own class would look at every assignment.
+        with torch._C.DisableTorchFunctionSubclass():
+            for piece, view in zip(self._pieces[layer], self._views[layer][place], strict=True):
+                piece.parameter.data = view
+
+
+def _views(pieces: list[_Piece], place: Tensor) -> list[Tensor]:
+    """A layer's weights in a buffer."""
+    return [piece.within(place) for piece in pieces]
 
 
 def _pieces(layer: nn.Module) -> tuple[list[_Piece], int]:
