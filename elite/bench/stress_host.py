@@ -70,6 +70,7 @@ class Operations:
             _wait(self._device)
             found.append(time.perf_counter() - began)
         torch.set_num_threads(threads)
+        self._model.zero_grad(set_to_none=True)
         return min(found) / self._count
 
     def _step(self) -> None:

@@ -27,6 +27,9 @@ ADAPTER_WEIGHT = 0.7
 SmolLM2 and Phi-2 that wait for the host, of first_gpu.json and ablation_smollm2_4k.json)."""
 FUSED_ADAPTER = Cost(-1, 4.5)
 """The same under fused LoRA, whose functions convert nothing that is in the compute dtype already and serve siblings at once."""
+PACKED_ADAPTER = Cost(2.5, 6)
+"""The same beside a four-bit map: both are functions of their own, and siblings are not served at once (fitted to extreme_phi2.json and to
+steps of calibration_sixth.json and calibration_seventh.json that wait for the host)."""
 DEQUANTISED = Cost(3.5, 3.5)
 """A four-bit map, besides: one kernel makes it whole, within a function of its own (assumption, that extreme_phi2.json and
 calibration_profile.json agree with; bitsandbytes' several operations, dispatched in Python, were six by calibration_fourth.json)."""
@@ -67,7 +70,8 @@ def operations(facts: Facts, decisions: tuple[Decision, ...], layout: Streaming 
     elif facts.adapter == "converted":
         layer += Cost(0, WEIGHT_GRADIENTS) * sum(linear.trained for linear in facts.model.layer_linears)
     else:
-        layer += (FUSED_ADAPTER if active(decisions, Site.LORA_FORWARD) else ADAPTER * ADAPTER_WEIGHT) * maps
+        fused = PACKED_ADAPTER if active(decisions, Site.BASE_WEIGHTS) else FUSED_ADAPTER
+        layer += (fused if active(decisions, Site.LORA_FORWARD) else ADAPTER * ADAPTER_WEIGHT) * maps
     if active(decisions, Site.ELEMENTWISE):
         layer += FUSED_ELEMENTWISE
     if active(decisions, Site.BASE_WEIGHTS):

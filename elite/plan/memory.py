@@ -298,14 +298,14 @@ def layer_parts(step: Step, facts: Facts, tokens: int, lowest: bool = False) -> 
     stream_ahead = 0.0 if norm.whole_input else stream
     normed_ahead = normed if parallel and not maps.keeps_input else 0.0
     mlp = _mlp(step, facts, tokens, norm.hands, parallel and maps.keeps_input, lowest and parallel) if into_mlp else []
+    # A kernel of both sums makes all gradients at once, the stream's if it goes on; where that is of another dtype, attention's waits too.
+    at_once = parallel and model.residual_dropout and not form.keeps_masks
+    passed = 0.0 if at_once and lowest else stream
     if mlp:
-        first = [_beside(part, stream, normed_ahead + (0.0 if step.recomputed else stream_ahead)) for part in first]
+        first = [_beside(part, passed, normed_ahead + (0.0 if step.recomputed else stream_ahead)) for part in first]
     if parallel:
         first = [first[0], *(_beside(part, normed, 0.0) for part in first[1:])]
-        # A kernel of both sums makes the gradients of both their terms at once; where the stream is of another dtype, attention's waits.
-        at_once = model.residual_dropout and not form.keeps_masks
-        waiting = made if at_once or s.hidden != s.value else 0.0
-        mlp = [_beside(part, stream + waiting, normed_ahead + made) for part in mlp]
+        mlp = [_beside(part, passed + (made if at_once or s.hidden != s.value else 0.0), normed_ahead + made) for part in mlp]
     else:
         again = replace(norm, whole_input=0.0)
         mlp = [_beside(part, stream, stream_ahead) for part in ([again] if mlp else []) + mlp]

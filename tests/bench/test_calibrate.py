@@ -13,17 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-from elite import compose, modes
+from elite import compose, geometry, modes
 from elite.bench.assemble import assembled
 from elite.bench.calibrate import host, measure
 from elite.bench.calibrate.__main__ import main
 from elite.bench.calibrate.caps import CAPPED_STEPS, MARGINS, capped, margins
 from elite.bench.calibrate.grid import Request, grid, left, one_of
 from elite.bench.calibrate.host import DriverMemory, ResidentMemory, Sampled
-from elite.bench.calibrate.measure import ALIKE, WATCHED, Machine, in_gaps, is_steady, measured, step_here_s
-from elite.bench.calibrate.sample import CPU, Drawn, draw
+from elite.bench.calibrate.measure import SMALL, WARM, WATCHED, Machine, are_alike, counted, in_gaps, measured, step_here_s
+from elite.bench.calibrate.sample import CPU, Drawn, draw, stand_in
 from elite.errors import ConfigError
-from elite.facts import GIB
+from elite.facts import GIB, NO_CORPUS
+from elite.plan import make_plan
 from elite.plan.rates import CPU_OPERATION_S
 from elite.report.calibration import Row, errors
 
@@ -67,9 +68,9 @@ def test_a_grid_and_its_reruns(tmp_path: Path, cache: Path, capsys: pytest.Captu
     assert [run["name"] for run in found["runs"]] == ["00", "01", "02"] and found["device"] == "CPU"
     for run in found["runs"]:
         assert run["outcome"] == "ran" and len(run["steps"]) == WATCHED
-        seconds = [step["step_s"] for step in run["timed"]]
-        assert is_steady(seconds) and not is_steady(seconds[:-1])
-        assert all(run["measured"][name] == median(step[name] for step in run["timed"][-ALIKE:]) for name in ("step_s", "operation_s"))
+        steps = run["timed"]
+        assert not are_alike(steps[:-1]) and (are_alike(steps) or sum(step["step_s"] for step in steps) >= measure.LONGEST_S)
+        assert all(run["measured"][name] == median(step[name] for step in counted(steps)) for name in ("step_s", "operation_s"))
         # Random tokens of a random model: a guess among 512.
         assert all(step["loss"] == pytest.approx(6.24, abs=0.5) and step["step_s"] > 0 for step in run["steps"])
         parts = [step["allocated_by_part"] for step in run["steps"]]
@@ -86,19 +87,19 @@ def test_a_grid_and_its_reruns(tmp_path: Path, cache: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    ("seconds", "steady"),
+    ("seconds", "alike", "count"),
     [
-        ([], False),
-        ([0.01, 0.01], False),
-        ([0.01, 0.01, 0.0104], True),
-        ([0.03, 0.01, 0.0104], False),
-        ([0.03, 0.01, 0.0104, 0.0102], True),
-        ([0.15], False),
-        ([0.15, 0.08], True),
+        ([], False, 0),
+        ([0.01, 0.01], False, 2),
+        ([0.01, 0.01, 0.0104], True, 3),
+        ([0.03, 0.01, 0.0104], False, 3),
+        ([0.03, 0.01, 0.0104, 0.0102], True, 3),
+        ([0.03, 0.01, 0.02, 0.03, 0.01], False, 5),
     ],
 )
-def test_steps_are_timed_until_they_are_alike(seconds: list[float], steady: bool) -> None:
-    assert is_steady(seconds) is steady
+def test_the_last_steps_count_if_they_are_alike(seconds: list[float], alike: bool, count: int) -> None:
+    steps = [{"step_s": value} for value in seconds]
+    assert are_alike(steps) is alike and counted(steps) == steps[len(steps) - count :]
 
 
 def test_a_step_is_planned_for_the_host_as_it_was(cache: Path) -> None:
@@ -122,22 +123,31 @@ def test_live_bytes_agree_with_the_plan(machine: Machine, cache: Path) -> None:
 def _model() -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
-    from elite import geometry
-
     model: torch.nn.Module = AutoModelForCausalLM.from_config(geometry.hf_config(compose.from_overrides(*WHOLE).config.model))
     return model
+
+
+@pytest.mark.parametrize("overrides", WARM, ids=" ".join)
+def test_what_warms_a_machine_would_run(overrides: tuple[str, ...]) -> None:
+    config = compose.from_overrides(*SMALL, *overrides).config
+    made = make_plan(config, stand_in(config, "h100"), geometry.shape(config.model), NO_CORPUS)
+    # Liger and Triton are for GPUs.
+    missing = [
+        one.name for one in made.decisions if one.requested and not one.active and f"optimizations.{one.name}.enabled=true" in overrides
+    ]
+    assert made.fits and set(missing) <= {"liger_kernels", "fused_kernels"}
 
 
 def test_failures_are_rows(machine: Machine, cache: Path) -> None:
     broken = measured(Drawn("00", (*WHOLE, "tier.context=100")), machine, str(cache))
     assert broken["outcome"] == "error" and broken["error"].startswith("PlanError: tier.context=100")
-    tight = capped(Drawn("01", WHOLE), -0.5, machine, "reserved", str(cache))
+    tight = capped(Drawn("01", WHOLE), -0.5, machine, "needed", str(cache))
     assert tight["outcome"] == "oom" and tight["as_planned"] and tight["cap_around"] == "allocated"
     assert tight["predicted"]["allocated_bytes"] / 2 == pytest.approx(tight["cap_bytes"])
-    ample = capped(Drawn("02", WHOLE), 0.5, machine, "reserved", str(cache))
+    ample = capped(Drawn("02", WHOLE), 0.5, machine, "needed", str(cache))
     assert ample["outcome"] == "ran" and ample["as_planned"] and len(ample["steps"]) == CAPPED_STEPS
     assert "in_gaps_bytes" not in tight
-    assert not capped(Drawn("03", (*WHOLE, "tier.context=100")), 0.05, machine, "reserved", str(cache))["as_planned"]
+    assert not capped(Drawn("03", (*WHOLE, "tier.context=100")), 0.05, machine, "needed", str(cache))["as_planned"]
 
 
 def test_what_lay_in_gaps_is_read_from_torchs_words() -> None:

@@ -72,6 +72,8 @@ FUSED = [
     Case("phi", (*CHECKPOINTED, "fused_kernels", "fused_lora"), cuda=True),
     Case("llama", (*HALF, "fused_loss", "fused_kernels", "fused_lora"), cuda=True),
     Case("llama", (*CHECKPOINTED, "fused_kernels"), cuda=True, full=True),
+    # Its only layer passes no gradient on.
+    Case("phi", (*CHECKPOINTED, "fused_kernels", "fused_lora"), cuda=True, dropout=0.1, layers=1),
 ]
 MORE_FUSED = [
     Case("llama", (*HALF, "fused_loss", "fused_kernels", "fused_lora", "sequence_packing"), cuda=True, mlp=1),

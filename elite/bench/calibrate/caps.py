@@ -32,7 +32,7 @@ def caps(request: Request, peak: str = "needed") -> dict[str, Any]:
     Raises:
         ConfigError: the file holds another draw.
     """
-    found, machine = drawn(request), Machine()
+    found, machine = drawn(request), Machine(request.cache)
     placed = margins(request.seed, request.count)
     for one in left(found):
         run = capped(one, placed[int(one.name)], machine, peak, request.cache)

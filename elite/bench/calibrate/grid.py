@@ -65,7 +65,7 @@ def grid(request: Request) -> dict[str, Any]:
     began = time.perf_counter()
     found = drawn(request)
     pending = left(found)
-    machine = None if request.fresh else Machine()
+    machine = None if request.fresh else Machine(request.cache)
     for one in pending:
         if request.seconds is not None and time.perf_counter() - began > request.seconds:
             console.print(f"{len(left(found))} configurations are left; the same command goes on with them")
@@ -123,7 +123,7 @@ def one_of(file: Path, name: str, cache: str | None = None) -> None:
     chosen = [one for one in left(found) if one.name == name]
     if not chosen:
         raise ConfigError(f"--only {name}: not among the configurations left in {file}", "one of those it lists, not measured yet")
-    machine = Machine()
+    machine = Machine(cache)
     keep(file, found, measured(chosen[0], machine, cache), machine.name)
 
 

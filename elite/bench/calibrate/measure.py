@@ -44,7 +44,7 @@ WATCHED = 2
 ALIKE, SPREAD = 3, 0.05
 """Steps are timed, nobody watching, until so many in a row differ by no more than this share of the fastest …"""
 LONGEST_S = 6.0
-"""… or have taken this long in all. Their median, of the last ones, is a step's time."""
+"""… or have taken this long in all."""
 TRIES = 3
 """Steps of the tiny model by which the stress test times the host's operations, before and after each of them."""
 FAILED = "error"
@@ -56,16 +56,52 @@ KINDS = ("allocated", "reserved", "requested", "active", "inactive_split")
 """Of the figures in bytes that torch's allocator keeps a peak of."""
 
 
-class Machine:
-    """The device at hand, and everything to read on it. Made before CUDA begins."""
+SMALL = (
+    "model=llama31_8b",
+    "model.weights=random",
+    "model.num_hidden_layers=2",
+    "model.hidden_size=512",
+    "model.intermediate_size=1024",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "model.vocab_size=4096",
+    "tier=tier1",
+    "tier.context=2048",
+    "tier.target_length=64",
+    "training.max_steps=1",
+    "training.global_batch_tokens=2048",
+)
+WARM = tuple(
+    ("optimizations=none", executor, *(f"optimizations.{name}.enabled=true" for name in names))
+    for executor, *names in (
+        ("executor=whole", "mixed_precision", "flash_attention", "qlora", "checkpoint_offload", "liger_kernels", "adamw_8bit"),
+        ("executor=streamed", "mixed_precision", "fused_kernels", "fused_lora"),
+    )
+)
+"""Small configurations, which between them need every library."""
 
-    def __init__(self) -> None:
+
+class Machine:
+    """The device at hand, and everything to read on it. Made before CUDA begins.
+
+    Args:
+        cache: folder of converted models and kernel choices; unset: the usual one.
+    """
+
+    def __init__(self, cache: str | None = None) -> None:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
         self.driver = DriverMemory() if cuda else None
         if cuda:
             _warm()
         self.name = torch.cuda.get_device_name() if cuda else "CPU"
+        # Before any configuration, so that its memory never lies beside what was taken for steps.
+        self.operations = Operations(self.device, torch.bfloat16 if cuda else torch.float32)
+        self._own_bytes = torch.cuda.memory_allocated() if cuda else 0
+        for number, overrides in enumerate(WARM if cuda else ()):
+            # Libraries that some configurations need are loaded then, and their host memory is no configuration's.
+            with assembled(configured(Drawn(str(number), (*SMALL, *overrides)), cache)) as made:
+                made.step()
 
     def cleared(self) -> float:
         """Forget the last configuration; bytes that are still allocated on the device."""
@@ -80,7 +116,7 @@ class Machine:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0)
         self.driver.settle()
-        return float(torch.cuda.memory_allocated())
+        return float(torch.cuda.memory_allocated() - self._own_bytes)
 
 
 def _warm() -> None:
@@ -173,30 +209,35 @@ def measured(drawn: Drawn, machine: Machine, cache: str | None = None) -> dict[s
             attached = made.executors.attached
             taken["host_pinned_bytes"] = pinned_bytes(attached.runner.host_bytes() if attached else 0, machine.device)
             taken |= {"host_rss_bytes": resident.growth, "host_rss_by_kernel": resident.by_kernel}
-            row["timed"] = timed(made)
-            taken |= {name: median(step[name] for step in row["timed"][-ALIKE:]) for name in ("step_s", "operation_s")}
+            row["timed"] = timed(made, machine.operations)
+            taken |= {name: median(step[name] for step in counted(row["timed"])) for name in ("step_s", "operation_s")}
             row["predicted"]["step_here_s"] = step_here_s(made, taken["operation_s"])
         row["measured"] = taken
     return row
 
 
-def timed(made: Assembled) -> list[dict[str, float]]:
+def timed(made: Assembled, operations: Operations) -> list[dict[str, float]]:
     """Steps one after another, and beside each what an operation took the host just then: cores that others share lose and regain their
     speed within seconds, and steps that wait for the host with them."""
-    found, operations = list[dict[str, float]](), Operations(made.ranks.device, made.dtype)
+    found, retries = list[dict[str, float]](), _retries(made)
     before = operations.seconds(TRIES)
-    while not is_steady([step["step_s"] for step in found]):
+    while not are_alike(found) and sum(step["step_s"] for step in found) < LONGEST_S:
         seconds = made.step()["step_s"]
         after = operations.seconds(TRIES)
-        found.append({"step_s": seconds, "operation_s": (before + after) / 2})
-        before = after
+        found.append({"step_s": seconds, "operation_s": (before + after) / 2, "alloc_retries": _retries(made) - retries})
+        before, retries = after, _retries(made)
     return found
 
 
-def is_steady(seconds: list[float]) -> bool:
-    """Whether steps of so many seconds say what one takes."""
-    last = seconds[-ALIKE:]
-    return sum(seconds) >= LONGEST_S or (len(last) == ALIKE and max(last) <= (1 + SPREAD) * min(last))
+def are_alike(steps: list[dict[str, float]]) -> bool:
+    """Whether the last ones took the same time."""
+    last = [step["step_s"] for step in steps[-ALIKE:]]
+    return len(last) == ALIKE and max(last) <= (1 + SPREAD) * min(last)
+
+
+def counted(steps: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Those whose median is a step's time: the last ones if they are alike, else all."""
+    return steps[-ALIKE:] if are_alike(steps) else steps
 
 
 def step_here_s(made: Assembled, operation_s: float) -> float:
@@ -247,14 +288,18 @@ def ready(config: RunConfig, machine: Machine, row: dict[str, Any]) -> Iterator[
 
 def stepped(made: Assembled, watch: Watch) -> dict[str, Any]:
     """One optimizer step: seconds, loss, peaks, those of its forward and of what follows, and retries of the allocator."""
-    cuda = made.ranks.device.type == "cuda"
-    before = torch.cuda.memory_stats().get("num_alloc_retries", 0) if cuda else 0
+    before = _retries(made)
     watch.begin()
     done = made.step()
     watch.end("backward")
     parts = {part: peaks["allocated_peak_bytes"] for part, peaks in watch.found.items()}
     found = {name: done[name] for name in ("step_s", "tokens_per_s", "loss")} | watch.highest() | {"allocated_by_part": parts}
-    return found | ({"alloc_retries": torch.cuda.memory_stats().get("num_alloc_retries", 0) - before} if cuda else {})
+    return found | {"alloc_retries": _retries(made) - before}
+
+
+def _retries(made: Assembled) -> int:
+    """Times that torch's allocator has given back all gaps."""
+    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0)) if made.ranks.device.type == "cuda" else 0
 
 
 def predicted(made: Assembled) -> dict[str, Any]:
