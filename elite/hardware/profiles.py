@@ -24,8 +24,8 @@ OF_RUNS = 1.47
 """Host time of an operation of a run over that of the stress test's, one small model's over and over (calibration_profile.json: steps that
 wait for the host, and the profile taken before them, the median of ten where the fastest counts now)."""
 IN_RUNS = 0.96
-"""Rates of matrix products and attention in a run over the stress test's, which does one of a size over and over (calibration.json of
-seed 6 and calibration_profile.json: steps that do not wait for the host)."""
+"""Rates of matrix products and attention in a run over the stress test's, which does one of a size over and over (calibration_fifth.json
+and calibration_profile.json: steps that do not wait for the host)."""
 FOLDER = "hardware"
 """In the cache folder."""
 

@@ -114,12 +114,12 @@ def moments(step: Step, facts: Facts) -> Iterator[Estimate]:
             # No gradient passes the first norm where the embedding is frozen.
             behind = packing(step, facts, layer_parts(step, facts, facts.micro_tokens, lowest=True), forward=False)
             behind = (replace(behind[0], saved=0.0, whole_input=0.0), *behind[1:])
-            if step.inputs_at_once is not None:
-                # Nor does anybody hold what came back, once it has been read.
-                held = replace(held, layer_inputs=0.0)
         if step.recomputed:
             again = [*behind[:-1], replace(behind[-1], forward=behind[-1].forward - behind[-1].spared)]
             yield from _passing(_plus(held, layer_workspace=width * facts.micro_tokens), again, forward=True)
+        if step.inputs_at_once is not None and not behind[0].whole_input:
+            # What came back for this layer has been read, and no norm keeps it.
+            held = _plus(held, layer_inputs=-width * facts.micro_tokens)
         yield from _passing(held, behind, forward=False, makes=made > 0)
     if full and (made or step.gradients_stand):
         # The embedding's gradient is dense, and waits for nothing but itself, unless the head's is to be added to it.

@@ -45,6 +45,9 @@ ADAPTER = {EAGER: Cost(6.0, 9.0), FUSED: Cost(3.0, 4.0)}
 """A linear map's input or output, for its adapter (kernels_h100.json, `lora` at 8,192 tokens, less the products)."""
 LOSS = {EAGER: 42.0, FUSED: 5.0}
 """A logit, forward and backward (kernels_h100.json, `linear_cross_entropy` with a frozen head, less its products)."""
+CONVERTED = Cost(6.0, 18.0)
+"""A value of what autocast keeps in fp32, a layer norm's output or the activation's, for each function beyond the first that reads it and
+multiplies in half precision: read in four bytes and written in two; its gradient the other way round, and added up in fp32."""
 ATTENTION_LAYOUT = Cost(8.0, 12.0)
 """Queries, keys, values and output of a layer, each value: copies between the layouts of linear maps and kernels, and the products of
 output and gradient (read and written in two bytes each, twice forward and three times backward)."""
@@ -62,6 +65,8 @@ HEAD_CHUNK = 44.0
 """The same weight, each time a chunk passes, or the whole pass: in the compute dtype (6), its gradient begun (4), scaled (8) and added to
 other chunks' (12), and of the embedding a gradient as large, which is begun (4) and added up (some 10): counted by hand, as what is read
 and written."""
+PHI_READERS = 4
+"""Maps that read the one norm of Phi's layers: queries, keys, values and the MLP's first."""
 FP32_WIDTH = 2.0
 """fp32 over two-byte values."""
 
@@ -76,10 +81,22 @@ def layer(facts: Facts, decisions: tuple[Decision, ...]) -> Cost:
     if phi:
         found = (per["layer_norm"] + per["dropped_sums"]) * model.hidden_size + per["partial_rotary"] * heads
         found += per["formula_gelu"] * mlp_width(facts)
+        if how == EAGER and active(decisions, Site.COMPUTE_DTYPE):
+            of_norm, of_activation = _readers(facts, decisions)
+            found += CONVERTED * ((of_norm - 1) * model.hidden_size + (of_activation - 1) * mlp_width(facts))
     else:
         found = (per["rms_norm"] + per["sum"]) * (2 * model.hidden_size) + per["rotary"] * heads
         found += per["gated" if is_gated(facts) else "activation"] * mlp_width(facts)
     return (found + ATTENTION_LAYOUT * (2 * heads)) * _width(decisions)
+
+
+def _readers(facts: Facts, decisions: tuple[Decision, ...]) -> tuple[int, int]:
+    """Functions that read the norm and the activation of a parallel block: maps and their adapters, which a fused LoRA joins."""
+    if facts.adapter != "lora":
+        return PHI_READERS, 1
+    if active(decisions, Site.LORA_FORWARD) and not active(decisions, Site.BASE_WEIGHTS):
+        return 2, 1
+    return 2 * PHI_READERS, 2
 
 
 def adapters(facts: Facts, decisions: tuple[Decision, ...]) -> Cost:

@@ -167,7 +167,7 @@ def _capped(folder: Path) -> str:
         return ""
     runs = json.loads(path.read_text())["runs"]
     right = sum(run["as_planned"] for run in runs)
-    return f" Under caps 3 to 6 % above or below the planned peak {right} of {len(runs)} ran or ran out of memory as planned."
+    return f" Under caps 3 to 6 % above or below the least that was planned {right} of {len(runs)} ran or ran out of memory as planned."
 
 
 def _origin(content: dict[str, Any]) -> str:

@@ -247,13 +247,16 @@ def test_pinned_memory_of_offload_is_what_runs_took() -> None:
     assert seen == {True, False}
 
 
-def test_offloaded_inputs_leave_the_device() -> None:
+@pytest.mark.parametrize(("more", "at_once"), [((), 1), (("fused_kernels",), 2)], ids=["eager", "fused"])
+def test_offloaded_inputs_leave_the_device(more: tuple[str, ...], at_once: int) -> None:
+    """But for the one that comes next, and a layer's own as long as its norm keeps it: an eager one keeps a copy in fp32."""
     facts = facts_phi2(32768)
     here, there = (
-        predict(facts, decide(switches(*HALF, "fused_loss", name), facts)) for name in ("gradient_checkpointing", "checkpoint_offload")
+        predict(facts, decide(switches(*HALF, "fused_loss", *more, name), facts))
+        for name in ("gradient_checkpointing", "checkpoint_offload")
     )
     one = 2 * facts.context * facts.model.hidden_size
-    assert (here.layer_inputs, there.layer_inputs) == (32 * one, 2 * one)
+    assert (here.layer_inputs, there.layer_inputs) == (32 * one, at_once * one)
     # What takes most is then a low layer, beside gradients of those above it.
     assert here.gradients == 0 < there.gradients
     assert replace(there, layer_inputs=here.layer_inputs, gradients=0.0) == here

@@ -1,11 +1,15 @@
 """The bytes of the time model against what was measured of each operation."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from elite.plan.traffic import EAGER, FUSED, PER_UNIT
+from elite.facts import Facts
+from elite.optimizations import decide
+from elite.plan.traffic import EAGER, FP32_WIDTH, FUSED, PER_UNIT, layer
 from elite.report.measurement import MEASUREMENTS
+from tests.plan.helpers import device, phi2, switches
 
 TOKENS = 32768
 HEADS = {"phi2": 2 * 32 * 80, "llama31_8b": (32 + 8) * 128, "qwen25_coder_1_5b": (12 + 2) * 128}
@@ -25,6 +29,25 @@ WITHIN = 0.15
 """Small tensors take a little longer a byte than large ones."""
 AUTOCAST = frozenset({"layer_norm", "formula_gelu"})
 """Eager operations that training takes in fp32 and the measurement in bf16: they move more, but not more than thrice."""
+
+
+@pytest.mark.parametrize(
+    ("on", "of_norm", "of_activation"),
+    [((), 7, 1), (("fused_lora",), 1, 0), (("qlora",), 7, 1), (("qlora", "fused_lora"), 7, 1), (("fused_kernels",), 0, 0)],
+    ids=lambda part: "+".join(part) if isinstance(part, tuple) else str(part),
+)
+def test_what_autocast_keeps_in_fp32_is_converted_by_every_reader(on: tuple[str, ...], of_norm: int, of_activation: int) -> None:
+    """Beyond the first: four maps and their adapters read Phi's norm, two functions the activation. Under fp32 nobody converts."""
+    model = phi2()
+    facts = Facts(model, device("h100"), 4096, 1, model.lora_params(8), "lora")
+    half, bare = (layer(facts, decide(switches(*on, *also), facts)) for also in (("mixed_precision",), ()))
+    more = half + bare * (-1 / FP32_WIDTH)
+    values = of_norm * model.hidden_size + of_activation * 10240
+    assert (more.forward, more.backward) == pytest.approx((6 * values, 18 * values), abs=1)
+    full = replace(facts, adapter="full", trainable_params=model.total_params)
+    if not on:
+        more = layer(full, decide(switches("mixed_precision"), full)) + layer(full, decide(switches(), full)) * (-1 / FP32_WIDTH)
+        assert more.forward == pytest.approx(6 * 3 * model.hidden_size, abs=1)
 
 
 @pytest.mark.parametrize(("kind", "op", "model"), list(UNITS), ids=lambda part: str(part))

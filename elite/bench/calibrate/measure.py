@@ -70,6 +70,8 @@ SMALL = (
     "tier.target_length=64",
     "training.max_steps=1",
     "training.global_batch_tokens=2048",
+    # Its plan knows nothing of kernels being tried.
+    "plan.take_ahead=false",
 )
 WARM = tuple(
     ("optimizations=none", executor, *(f"optimizations.{name}.enabled=true" for name in names))
@@ -97,11 +99,12 @@ class Machine:
         self.name = torch.cuda.get_device_name() if cuda else "CPU"
         # Before any configuration, so that its memory never lies beside what was taken for steps.
         self.operations = Operations(self.device, torch.bfloat16 if cuda else torch.float32)
-        self._own_bytes = torch.cuda.memory_allocated() if cuda else 0
+        self._own_bytes = 0.0
         for number, overrides in enumerate(WARM if cuda else ()):
             # Libraries that some configurations need are loaded then, and their host memory is no configuration's.
             with assembled(configured(Drawn(str(number), (*SMALL, *overrides)), cache)) as made:
                 made.step()
+        self._own_bytes = self.cleared()
 
     def cleared(self) -> float:
         """Forget the last configuration; bytes that are still allocated on the device."""
@@ -116,7 +119,7 @@ class Machine:
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0)
         self.driver.settle()
-        return float(torch.cuda.memory_allocated() - self._own_bytes)
+        return torch.cuda.memory_allocated() - self._own_bytes
 
 
 def _warm() -> None:
