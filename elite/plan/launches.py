@@ -43,7 +43,7 @@ STREAMED_WEIGHT = 0.62
 """As `ADAPTER_WEIGHT` (fitted to the streamed steps of calibration_profile.json that wait for the host)."""
 STAGED = Cost(36, 0)
 """The same where rows come from host memory or disk to a GPU: copies, streams and events, which no CPU's count has (fitted to all streamed
-steps of calibration_fit, _first, _second and _third.json)."""
+steps of calibration_fit, _first, _second and _third.json; weighted as `STREAMED`, with which calibration_sixth.json agrees better)."""
 BLOCK = 6
 """A further block of keys in the backward of a chunk; where ranks share sequences, any block, forward and backward (assumption)."""
 AROUND = Cost(55, 20)

@@ -20,7 +20,7 @@ from elite.training.live_bytes import LiveBytes
 CAPPED_STEPS = 3
 """Under a cap."""
 MARGINS = (0.03, 0.06)
-"""Nearest and farthest share of the predicted peak between it and the cap."""
+"""Nearest and farthest share of the prediction between it and the cap."""
 
 
 def caps(request: Request, peak: str = "needed") -> dict[str, Any]:

@@ -93,12 +93,13 @@ class Machine:
     def __init__(self, cache: str | None = None) -> None:
         cuda = torch.cuda.is_available()
         self.device = torch.device("cuda" if cuda else "cpu")
-        self.driver = DriverMemory() if cuda else None
+        self.driver, half = DriverMemory() if cuda else None, torch.float32
         if cuda:
-            _warm()
+            half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            _warm(half)
         self.name = torch.cuda.get_device_name() if cuda else "CPU"
         # Before any configuration, so that its memory never lies beside what was taken for steps.
-        self.operations = Operations(self.device, torch.bfloat16 if cuda else torch.float32)
+        self.operations = Operations(self.device, half)
         self._own_bytes = 0.0
         for number, overrides in enumerate(WARM if cuda else ()):
             # Libraries that some configurations need are loaded then, and their host memory is no configuration's.
@@ -122,12 +123,12 @@ class Machine:
         return torch.cuda.memory_allocated() - self._own_bytes
 
 
-def _warm() -> None:
+def _warm(half: torch.dtype) -> None:
     """Load the libraries that every configuration needs, so that the first one's host memory is not theirs."""
-    a = torch.ones(256, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    a = torch.ones(256, 256, device="cuda", dtype=half, requires_grad=True)
     (a @ a).sum().backward()
     for head_dim in HEAD_DIMS:
-        shape = AttentionShape(2, 2, head_dim, torch.bfloat16)
+        shape = AttentionShape(2, 2, head_dim, half)
         for kernel in KERNELS.values():
             if kernel.supports(shape, a.device) is None:
                 kernel_error(kernel, shape, a.device)

@@ -114,7 +114,9 @@ class StreamedWeights(Weights):
         most = max(size for _, size in plans)
         self._buffers = [torch.empty(most, dtype=torch.uint8, device=device) for _ in range(2)]
         # Made once: layers come and go many times in a step.
-        self._views = [[_views(pieces, place) for place in (*self._buffers, host)] for pieces, host in zip(self._pieces, self._host)]
+        self._views = [
+            [_views(pieces, place) for place in (*self._buffers, host)] for pieces, host in zip(self._pieces, self._host, strict=True)
+        ]
         self._holds: list[int | None] = [None, None]
         self._arrived: list[Any] = [None, None]
         # The computation may still have to come to who had this memory before.
