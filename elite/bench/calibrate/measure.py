@@ -223,9 +223,9 @@ def measured(drawn: Drawn, machine: Machine, cache: str | None = None) -> dict[s
 def timed(made: Assembled, operations: Operations) -> list[dict[str, float]]:
     """Steps one after another, and beside each what an operation took the host just then: cores that others share lose and regain their
     speed within seconds, and steps that wait for the host with them."""
-    found, retries = list[dict[str, float]](), _retries(made)
+    began, found, retries = time.perf_counter(), list[dict[str, float]](), _retries(made)
     before = operations.seconds(TRIES)
-    while not are_alike(found) and sum(step["step_s"] for step in found) < LONGEST_S:
+    while not found or (not are_alike(found) and time.perf_counter() - began < LONGEST_S):
         seconds = made.step()["step_s"]
         after = operations.seconds(TRIES)
         found.append({"step_s": seconds, "operation_s": (before + after) / 2, "alloc_retries": _retries(made) - retries})
