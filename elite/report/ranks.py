@@ -5,6 +5,7 @@ says so.
 """
 
 import json
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -112,8 +113,14 @@ def _read(folder: Path, name: str) -> dict[str, Any] | None:
 def _model(run: dict[str, Any]) -> str:
     """Its name, and how much of it there was."""
     model = run["model"]
-    own, layers = from_overrides(f"model={model['name']}").config.model.num_hidden_layers, model["num_hidden_layers"]
+    own, layers = _layers(model["name"]), model["num_hidden_layers"]
     return str(model["name"]) if layers == own else f"{model['name']}, {layers} of its {own} layers"
+
+
+@cache
+def _layers(model: str) -> int:
+    """Of a preset, whose configuration takes a while to compose."""
+    return from_overrides(f"model={model}").config.model.num_hidden_layers
 
 
 def _own(run: dict[str, Any]) -> str:
