@@ -17,9 +17,9 @@ def let_go() -> None:
     backward had still to do is no garbage to Python.
     """
     for _ in range(MOST_PASSES):
-        found = gc.collect()
+        # First, for what it lets go of may be garbage.
         empty_queue()
-        if not found:
+        if not gc.collect():
             return
 
 

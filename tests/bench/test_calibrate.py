@@ -69,7 +69,7 @@ def test_a_grid_and_its_reruns(tmp_path: Path, cache: Path, capsys: pytest.Captu
     for run in found["runs"]:
         assert run["outcome"] == "ran" and len(run["steps"]) == WATCHED
         steps = run["timed"]
-        assert steps and not are_alike(steps[:-1])
+        assert not are_alike(steps[:-1]) and (are_alike(steps) or run["seconds"] >= measure.LONGEST_S)
         assert all(run["measured"][name] == median(step[name] for step in counted(steps)) for name in ("step_s", "operation_s"))
         # Random tokens of a random model: a guess among 512.
         assert all(step["loss"] == pytest.approx(6.24, abs=0.5) and step["step_s"] > 0 for step in run["steps"])

@@ -14,6 +14,7 @@ from elite.optimizations import decide
 from elite.plan import facts_of, launches
 from elite.plan.launches import operations
 from elite.streaming import Streaming
+from tests.plan.helpers import switches
 
 SMALL = ("model.hidden_size=64", "model.intermediate_size=128", "model.num_attention_heads=4", "model.vocab_size=256")
 RUN = ("hardware=cpu", "model.weights=random", "tier.context=256", "tier.target_length=32", "training.global_batch_tokens=256")
@@ -95,3 +96,13 @@ def test_updates_in_8_bits_are_handed_over_one_by_one(adapter: str, tensors: int
     config = from_overrides(*small, "model.num_hidden_layers=3").config
     facts = facts_of(config, hardware.device(config.hardware), geometry.shape(config.model), "whole")
     assert launches.updates(facts) == launches.UPDATE_8BIT * tensors * 3
+
+
+def test_a_fused_adapter_beside_a_packed_map_is_a_function_of_its_own() -> None:
+    """Seven maps in each of three layers; beside maps as they are, it is theirs."""
+    config = from_overrides("model=llama31_8b", "hardware=cpu", "model.num_hidden_layers=3").config
+    facts = facts_of(config, hardware.device(config.hardware), geometry.shape(config.model), "whole")
+    plain, packed = (operations(facts, decide(switches("fused_lora", *more), facts), None) for more in ((), ("qlora",)))
+    one = launches.PACKED_ADAPTER + launches.FUSED_ADAPTER * -1 + launches.DEQUANTISED
+    assert packed.forward - plain.forward == pytest.approx(one.forward * 7 * 3)
+    assert packed.backward - plain.backward == pytest.approx(one.backward * 7 * 3)

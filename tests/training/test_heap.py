@@ -3,13 +3,12 @@
 import gc
 import sys
 import weakref
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from elite.training.heap import let_go, settled
+from tests.training.failing import Fails
 
 
 class Node:
@@ -55,21 +54,11 @@ def test_all_garbage_goes_that_other_garbage_makes() -> None:
     assert sys.getrefcount(held) == alone
 
 
-class _Fails(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("all of it")
-
-
 def test_what_a_failed_backward_had_still_to_do_goes() -> None:
     x, kept = torch.ones(3, requires_grad=True), torch.ones(3)
     alive = weakref.ref(kept)
     # Made last, it goes back first.
-    loss = (x * kept + _Fails.apply(x)).sum()
+    loss = (x * kept + Fails.apply(x)).sum()
     with torch.autograd.set_multithreading_enabled(False), pytest.raises(torch.OutOfMemoryError):
         loss.backward()
     del kept, loss

@@ -17,6 +17,7 @@ from elite.distributed.ranks import Ranks
 from elite.executor.whole import WholeExecutor
 from elite.training.step import DivergedError, StepResult, accumulate, make_scaler, optimizer_step
 from tests.models import tiny
+from tests.training.failing import Fails
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 LENGTHS = (40, 3, 17, 29, 8, 33, 12, 25)
@@ -135,16 +136,6 @@ def test_backward_runs_in_the_thread_that_asks_for_it(kind: str) -> None:
     assert torch._C._is_multithreading_enabled()
 
 
-class _Fails(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("all of it")
-
-
 @pytest.mark.parametrize("nested", [False, True])
 def test_what_a_failed_backward_had_to_do_keeps_nothing(nested: bool) -> None:
     """The step that is done again has as much memory as the first."""
@@ -152,7 +143,7 @@ def test_what_a_failed_backward_had_to_do_keeps_nothing(nested: bool) -> None:
     alive = weakref.ref(kept)
     other = x * kept
     # Made last, it goes back first; nested, in a backward within the backward.
-    loss = (other + (checkpoint(_Fails.apply, x, use_reentrant=True) if nested else _Fails.apply(x))).sum()
+    loss = (other + (checkpoint(Fails.apply, x, use_reentrant=True) if nested else Fails.apply(x))).sum()
     with pytest.raises(torch.OutOfMemoryError), in_this_thread():
         loss.backward()
     del kept, other, loss

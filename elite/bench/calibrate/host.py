@@ -28,7 +28,13 @@ class Sampled:
     def __init__(self, read: Callable[[], float]) -> None:
         self._read, self._over = read, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._lock = threading.Lock()
         self.peak = 0.0
+
+    def forget(self) -> None:
+        """What was read so far, and what is being read."""
+        with self._lock:
+            self.peak = 0.0
 
     def __enter__(self) -> "Sampled":
         self._take()
@@ -45,7 +51,8 @@ class Sampled:
             self._take()
 
     def _take(self) -> None:
-        self.peak = max(self.peak, self._read())
+        with self._lock:
+            self.peak = max(self.peak, self._read())
 
 
 class DriverMemory:
@@ -117,7 +124,7 @@ class ResidentMemory:
         if self.by_kernel:
             _reset()
         else:
-            self._sampled.peak = 0.0
+            self._sampled.forget()
 
     @property
     def growth(self) -> float:
