@@ -127,6 +127,7 @@ def _added_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool) 
         small=low,
         forward=returned + max(unpacked(s, maps), last) + converted,
         arrives=returned,
+        lets_go=True,
         leaves=into * read,
         keeps_input=True,
         work=through - (own if len(maps) == 1 else 0) + low + gradients,

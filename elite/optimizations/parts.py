@@ -44,6 +44,8 @@ class Part:
     spared: float = 0.0
     """Of that, what it does without if nobody reads its output (a recomputation's last map)."""
     arrives: float = 0.0
+    lets_go: bool = False
+    """That gradient is gone by the highest moment of its backward, if nobody else has it."""
     leaves: float = 0.0
     work: float = 0.0
     """What its backward holds besides the gradients that arrive and leave."""
@@ -221,6 +223,7 @@ def _adapted_maps(s: Sizes, maps: Sequence[LinearShape], read: float, kept: bool
         # A recomputation ends with the last tensor that is saved, the adapter's low-rank values.
         spared=last,
         arrives=arrives,
+        lets_go=True,
         leaves=into,
         work=work + FP32 * first,
         gradients=FP32 * rank * sum(m.inputs + m.outputs for m in maps),

@@ -12,14 +12,16 @@ gradients that arrive and leave, what it needs meanwhile, and gradients that wai
 and the peak is the moment that holds most: its components sum to it.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from elite.facts import Facts
 from elite.optimizations.contract import Decision, Estimate, Site, Step
 from elite.optimizations.parts import FP32, Part, Sizes
 from elite.optimizations.shapes import PARALLEL_BLOCKS, adapter_rank, layer_maps
+from elite.plan.moments import passing, plus
 from elite.plan.packing import packed_bytes, packing
+from elite.plan.tiled import Whole, tiled
 
 ADAM_STATE_BYTES = 8
 """Two fp32 moments a trained parameter."""
@@ -92,52 +94,67 @@ def moments(step: Step, facts: Facts) -> Iterator[Estimate]:
     """Memory at every moment that may be the peak, in the order of a step."""
     layers, parts = facts.model.num_hidden_layers, layer_parts(step, facts, facts.micro_tokens)
     model, width, full = facts.model, step.hidden * facts.model.hidden_size, facts.adapter == "full"
-    standing = _plus(step.standing, batch=2 * model.rotary_dim * step.hidden * facts.micro_tokens)
+    standing = plus(step.standing, batch=2 * model.rotary_dim * step.hidden * facts.micro_tokens)
     # While it works forward, a layer that packs has its tensors beside their copies; while it goes back, what is read is there again.
     ahead, behind = packing(step, facts, parts, forward=True), packing(step, facts, parts, forward=False)
     made = _first_made(step, facts)
-    before = _plus(standing, gradients=-made)
+    before = plus(standing, gradients=-made)
     # Autocast's copies of weights stay through the forward; those that a backward reads are among what parts save.
     copies = layers * sum(part.weights for part in parts) if step.recomputed and step.copies_stay else 0.0
-    yield from _forward(_plus(before, _kept(step, facts, parts, layers, True)), step, ahead, copies)
-    yield from _loss(step, facts, _plus(before, _kept(step, facts, parts, layers, False)), copies)
+    yield from _forward(plus(before, _kept(step, facts, parts, layers, True)), step, ahead, copies)
+    yield from _loss(step, facts, plus(before, _kept(step, facts, parts, layers, False)), copies)
     # The lowest passes no gradient on, unless the embedding is trained: the one above it may hold more.
     for layer in (layers, min(layers, 2), 1):
         above = FP32 * _outer_params(facts) + (layers - layer) * gradients_of_layer(facts)
         # A map's, where gradients leave as they are made.
         largest = max(linear.inputs * linear.outputs for linear in model.layer_linears)
         leaving = step.leaving(largest) if full and step.gradients_stand else 0.0
-        held = _plus(before, _kept(step, facts, parts, layer, True), gradients=min(above, made) + leaving)
+        held = plus(before, _kept(step, facts, parts, layer, True), gradients=min(above, made) + leaving)
         if step.loss_tile is not None:
-            held = _plus(held, runtime=step.beside_head)
+            held = plus(held, runtime=step.beside_head)
         if layer == 1 and not full:
             # No gradient passes the first norm where the embedding is frozen.
             behind = packing(step, facts, layer_parts(step, facts, facts.micro_tokens, lowest=True), forward=False)
             behind = (replace(behind[0], saved=0.0, whole_input=0.0), *behind[1:])
         if step.recomputed:
             again = [*behind[:-1], replace(behind[-1], forward=behind[-1].forward - behind[-1].spared)]
-            yield from _passing(_plus(held, layer_workspace=width * facts.micro_tokens), again, forward=True)
+            arrived = _arrived(step, facts, lowest=layer == 1 and not full)
+            yield from passing(plus(held, layer_workspace=arrived), again, forward=True)
         if step.inputs_at_once is not None and not behind[0].whole_input:
             # What came back for this layer has been read, and no norm keeps it.
-            held = _plus(held, layer_inputs=-width * facts.micro_tokens)
-        yield from _passing(held, behind, forward=False, makes=made > 0)
+            held = plus(held, layer_inputs=-width * facts.micro_tokens)
+        yield from passing(held, behind, forward=False, makes=made > 0)
     if full and (made or step.gradients_stand):
         # The embedding's gradient is dense, and waits for nothing but itself, unless the head's is to be added to it.
         leaving = step.leaving(model.embedding_params) if step.gradients_stand else 0.0
         beside = leaving + (FP32 * model.embedding_params if model.tied else 0)
-        yield _plus(standing, layer_workspace=width * facts.micro_tokens + beside)
+        yield plus(standing, layer_workspace=width * facts.micro_tokens + beside)
     yield replace(standing, optimizer_workspace=step.optimizer_workspace)
+
+
+def _arrived(step: Step, facts: Facts, lowest: bool) -> float:
+    """Gradients that wait for a layer to be computed again: its output's. A kernel of both sums, which needs nothing of the layer, has made
+    one of it for each branch, and goes on with its own unless nobody asks for it."""
+    model, stream = facts.model, step.hidden * facts.model.hidden_size * facts.micro_tokens
+    if not _at_once(step, facts):
+        return stream
+    return (0.0 if lowest else stream) + 2 * step.value * model.hidden_size * facts.micro_tokens
+
+
+def _at_once(step: Step, facts: Facts) -> bool:
+    """Whether one kernel adds both branches of a layer to the stream, behind their dropouts."""
+    return facts.model.model_type in PARALLEL_BLOCKS and facts.model.residual_dropout and not step.form.keeps_masks
 
 
 def _forward(held: Estimate, step: Step, parts: tuple[Part, ...], copies: float) -> Iterator[Estimate]:
     """Moments of the last layer's forward, beside what the layers before it keep and all layers' copies of weights."""
     if not step.recomputed:
-        yield from _passing(held, parts, forward=True)
+        yield from passing(held, parts, forward=True)
         return
     for index, part in enumerate(parts):
         # Where nothing stays for a backward, a part meets its input and no more, and those copies that have been made.
         made = copies - sum(later.weights for later in parts[index + 1 :]) if step.copies_stay else part.weights
-        yield from _passing(_plus(held, trainable_copy=made), [replace(part, saved=part.saved - part.weights)], forward=True)
+        yield from passing(plus(held, trainable_copy=made), [replace(part, saved=part.saved - part.weights)], forward=True)
 
 
 def _first_made(step: Step, facts: Facts) -> float:
@@ -197,26 +214,6 @@ def _unread_in_first(facts: Facts, parts: tuple[Part, ...]) -> float:
     return parts[0].saved + (sum(part.saved for part in parts if part.wide) if beside else 0.0)
 
 
-def _passing(held: Estimate, parts: Sequence[Part], forward: bool, makes: bool = False) -> Iterator[Estimate]:
-    """Moments at which each part in turn is at work, beside what is held.
-
-    Args:
-        makes: gradients of weights come into being.
-    """
-    for index, part in enumerate(parts):
-        before = parts[: index + 1]
-        saved, scores = sum(p.saved for p in before), sum(p.scores for p in before)
-        at_work = part.forward if forward else part.backward
-        yield _plus(
-            held,
-            saved_activations=saved - scores - (parts[0].whole_input if held.layer_inputs else 0.0),
-            attention_scores=scores,
-            gradients=sum(p.gradients for p in parts[index + 1 :]) if makes else 0.0,
-            layer_workspace=0.0 if part.wide else at_work,
-            mlp_workspace=at_work if part.wide else 0.0,
-        )
-
-
 def _loss(step: Step, facts: Facts, held: Estimate, copies: float) -> Iterator[Estimate]:
     """Moments of the final norm, the head and the loss, beside what the layers keep.
 
@@ -225,21 +222,21 @@ def _loss(step: Step, facts: Facts, held: Estimate, copies: float) -> Iterator[E
     """
     s, vocab, full = step.sizes(facts, facts.micro_tokens), facts.model.vocab_size, facts.adapter == "full"
     norm = step.form.norm(s)
-    hidden, kept = norm.hands * s.d * s.tokens, _plus(held, saved_activations=norm.saved)
+    hidden, kept = norm.hands * s.d * s.tokens, plus(held, saved_activations=norm.saved)
     head = facts.model.embedding_params if full else 0
     # A trained head multiplies in a copy, where it is not in the compute dtype.
     copy = s.value * head if s.half else 0
     made = FP32 * head if _first_made(step, facts) else 0.0
     if step.loss_tile is None:
         read = s.value * s.d * s.tokens if full else 0
-        yield _plus(kept, loss_workspace=LOSS_BYTES * s.tokens * vocab + copy + read)
-        yield _plus(kept, gradients=made, loss_workspace=s.value * (s.tokens * vocab + head) + copy + 2 * read)
+        yield plus(kept, loss_workspace=LOSS_BYTES * s.tokens * vocab + copy + read)
+        yield plus(kept, gradients=made, loss_workspace=s.value * (s.tokens * vocab + head) + copy + 2 * read)
     else:
         tile = loss_tile(step, facts, s.tokens, norm.hands)
-        yield _plus(kept, loss_workspace=2 * hidden + tile + FP32 * head + copy, trainable_copy=copies)
+        yield plus(kept, loss_workspace=2 * hidden + tile + FP32 * head + copy, trainable_copy=copies)
         # The backward scales in place.
-        yield _plus(kept, loss_workspace=hidden + (step.leaving(head) if step.gradients_stand else FP32 * head))
-    yield from _passing(_plus(held, gradients=made), [norm], forward=False)
+        yield plus(kept, loss_workspace=hidden + (step.leaving(head) if step.gradients_stand else FP32 * head))
+    yield from passing(plus(held, gradients=made), [norm], forward=False)
 
 
 def loss_tile(step: Step, facts: Facts, tokens: int, handed: float) -> float:
@@ -265,7 +262,7 @@ def layer_moments(step: Step, facts: Facts, tokens: int) -> list[tuple[Part, Est
         outputs = (OUTPUT_MAP, -1) if facts.model.model_type in PARALLEL_BLOCKS else (-1,)
         for index in outputs:
             parts[index] = _unread(parts[index], step.sizes(facts, tokens))
-    return list(zip(parts, _passing(Estimate(), parts, forward=False, makes=True), strict=True))
+    return list(zip(parts, passing(Estimate(), parts, forward=False, makes=True), strict=True))
 
 
 def _unread(part: Part, s: Sizes) -> Part:
@@ -299,13 +296,16 @@ def layer_parts(step: Step, facts: Facts, tokens: int, lowest: bool = False) -> 
     normed_ahead = normed if parallel and not maps.keeps_input else 0.0
     mlp = _mlp(step, facts, tokens, norm.hands, parallel and maps.keeps_input, lowest and parallel) if into_mlp else []
     # A kernel of both sums makes all gradients at once, the stream's if it goes on; where that is of another dtype, attention's waits too.
-    at_once = parallel and model.residual_dropout and not form.keeps_masks
+    at_once = _at_once(step, facts)
     passed = 0.0 if at_once and lowest else stream
     if mlp:
         first = [_beside(part, passed, normed_ahead + (0.0 if step.recomputed else stream_ahead)) for part in first]
     if parallel:
-        first = [first[0], *(_beside(part, normed, 0.0) for part in first[1:])]
-        mlp = [_beside(part, passed + (made if at_once or s.hidden != s.value else 0.0), normed_ahead + made) for part in mlp]
+        # The MLP's gradient of what it shares with the attention.
+        first = [first[0], *(_beside(part, 0.0 if lowest else normed, 0.0) for part in first[1:])]
+        waiting = passed + (made if at_once or s.hidden != s.value else 0.0)
+        # Tiles save what the norm hands over, if nobody did before.
+        mlp = [_beside(part, waiting, made + (0.0 if form.mlp_tile and len(mlp) == 1 else normed_ahead)) for part in mlp]
     else:
         again = replace(norm, whole_input=0.0)
         mlp = [_beside(part, stream, stream_ahead) for part in ([again] if mlp else []) + mlp]
@@ -358,43 +358,8 @@ def _mlp(step: Step, facts: Facts, tokens: int, read: float, kept: bool, ends: b
         row = [form.maps(s, into, read, kept), activation, form.maps(s, [out], activation.hands, False)]
         return [replace(part, wide=True) for part in row]
     alone, rest = replace(step, form=replace(form, mlp_tile=None), recomputed=True), tokens % tile or tile
-    # A tile's output gradient is a view of the whole one's, so it neither takes memory nor gives any back.
     joined = replace(facts, model=replace(facts.model, residual_dropout=False))
-    inner, short = ([*p[:-1], replace(p[-1], arrives=0.0)] for p in (_mlp(alone, joined, n, read, True, ends) for n in (tile, rest)))
-    normed, made = read * s.d * tokens, s.value * out.outputs * tokens
-    leaves = 0.0 if ends else normed
-    # The first forward of a tile leaves nothing.
-    ahead = max(_highest([part], forward=True) for part in inner)
-    highest, first = (max(_highest(parts, forward=True), _highest(parts, forward=False)) for parts in (inner, short))
-    # The last tile goes back first. The gradients of the tiles' inputs are put together at the end.
-    pieces = 0.0 if ends else read * s.d * (tokens - tile)
-    # So do the gradients of trained weights, which sum over tiles in the compute dtype.
-    made_weights = sum(part.gradients for part in inner)
-    pieces += made_weights / FP32 * s.value
-    # When the input's gradients through base and adapter of the last one are added up, nobody else reads the output's.
-    gone = made if facts.model.residual_dropout and facts.adapter == "lora" else 0.0
-    return [
-        Part(
-            "tiled MLP",
-            saved=0.0 if kept else normed,
-            forward=made + max(ahead, made),
-            arrives=made,
-            leaves=leaves,
-            work=max(highest + pieces - gone - leaves, first - leaves, leaves),
-            gradients=made_weights,
-            wide=True,
-        )
-    ]
-
-
-def _highest(parts: Sequence[Part], forward: bool) -> float:
-    """Bytes at the highest moment of a row of parts."""
-    return max(moment.total for moment in _passing(Estimate(), parts, forward))
-
-
-def _plus(one: Estimate, other: Estimate | None = None, **more: float) -> Estimate:
-    """Sums by component."""
-    sums = one.by_component()
-    for name, value in [*(other.by_component() if other else {}).items(), *more.items()]:
-        sums[name] += value
-    return Estimate(**sums)
+    inner, short = (_mlp(alone, joined, n, read, True, ends) for n in (tile, rest))
+    lets_go = facts.model.residual_dropout and facts.adapter == "lora"
+    whole = Whole(read * s.d * tokens, s.value * out.outputs * tokens, ends, lets_go)
+    return [tiled(inner, short, step.sizes(facts, tile), tokens, whole, kept)]

@@ -41,7 +41,8 @@ def test_every_layout_gives_the_gradients_of_the_reference(config: RunConfig, mo
         passes = [run["whole"], run["repeated"], run["other_kernel"], *run["streamed"]]
         assert all(line["loss"] == pytest.approx(run["reference_loss"], abs=1e-5) for line in passes)
         assert all(0 < line["worst_error"] <= 1e-5 for line in passes)
-        assert run["repeated"]["worst_ratio"] == pytest.approx(1) and run["other_kernel"]["worst_ratio"] != 1
+        # Of some tensors the error may be the same to the last bit.
+        assert run["repeated"]["worst_ratio"] == pytest.approx(1) and run["other_kernel"]["mean_ratio"] != pytest.approx(1)
         assert len(run["streamed"]) == len(gradients.layouts(CONTEXT, AdapterMethod(run["adapter"])))
         assert {line["divides"] for line in run["streamed"]} == {True, False}
 
