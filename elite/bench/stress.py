@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
 from elite import hardware
+from elite.bench.calm import CalmCores
 from elite.bench.stress_disk import disk
 from elite.bench.stress_host import Operations, largest_allocation, launch_s
 from elite.config import RunConfig
@@ -122,7 +123,12 @@ class _Bench:
 
     def handed(self) -> dict[str, float]:
         """Host time of a launch and of an operation; the least so far."""
-        now = {"launch_s": launch_s(self.device), "operation_s": Operations(self.device, self.dtype).seconds()}
+        cores = CalmCores()
+        operations = Operations(self.device, self.dtype, cores)
+        with cores.chosen():
+            cores.settle()
+            launching = launch_s(self.device)
+        now = {"launch_s": launching, "operation_s": operations.seconds()}
         self._handed = {name: min(value, self._handed.get(name, value)) for name, value in now.items()}
         return self._handed
 

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from elite import geometry, hardware
+from elite.bench.calm import CalmCores
 from elite.config import HardwareConfig, ModelConfig
 from elite.facts import Facts
 from elite.plan.launches import operations
@@ -24,6 +25,8 @@ TINY = ModelConfig(
 """So small that its steps wait for the host alone."""
 TOKENS = 16
 STEPS = 60
+TOGETHER = 5
+"""Steps on a core before another look at it, which what is at hand there does not outlive."""
 LAUNCHES = 200
 """Fewer than a device queues, so that the host never waits for it."""
 REPEATS = 5
@@ -48,9 +51,11 @@ class Operations:
 
     Args:
         dtype: of matrix products.
+        cores: which of them the host works on; unset: found out.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, cores: CalmCores | None = None) -> None:
+        self._cores = cores or CalmCores()
         shape = geometry.shape(TINY)
         counted = operations(Facts(shape, hardware.device(HardwareConfig(name="cpu")), TOKENS, 1, shape.total_params, "full"), (), None)
         self._device, self._dtype, self._count = device, dtype, counted.forward + counted.backward
@@ -59,16 +64,19 @@ class Operations:
             self._ids = torch.zeros(1, TOKENS, dtype=torch.int64)
 
     def seconds(self, steps: int = STEPS) -> float:
-        """Host seconds of one. The fastest step of several, as others that share the cores only take time."""
+        """Host seconds of one. The fastest step of several on calm cores, as others that share them only take time."""
         found, threads = list[float](), torch.get_num_threads()
         # Tiny operations gain nothing from more threads, which wait for each other where others use the cores.
         torch.set_num_threads(1)
-        for _ in range(steps):
-            _wait(self._device)
-            began = time.perf_counter()
-            self._step()
-            _wait(self._device)
-            found.append(time.perf_counter() - began)
+        with self._cores.chosen():
+            for number in range(steps):
+                if number % TOGETHER == 0:
+                    self._cores.settle()
+                _wait(self._device)
+                began = time.perf_counter()
+                self._step()
+                _wait(self._device)
+                found.append(time.perf_counter() - began)
         torch.set_num_threads(threads)
         self._model.zero_grad(set_to_none=True)
         return min(found) / self._count

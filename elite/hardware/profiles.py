@@ -20,9 +20,9 @@ from elite.hardware.detect import DISK_READ_BYTES_PER_S, DISK_WRITE_BYTES_PER_S,
 log = logging.getLogger("elite.hardware")
 
 FORMAT = 1
-OF_RUNS = 1.47
-"""Host time of an operation of a run over that of the stress test's, one small model's over and over (calibration_profile.json: steps that
-wait for the host, and the profile taken before them, the median of ten where the fastest counts now)."""
+OF_RUNS = 1.1
+"""Host time of an operation of a run over that of the stress test's, one small model's over and over (host_paths.json: its steps, and the
+stress test's beside them)."""
 IN_RUNS = 0.96
 """Rates of matrix products and attention in a run over the stress test's, which does one of a size over and over (calibration_fifth.json
 and calibration_profile.json: steps that do not wait for the host)."""

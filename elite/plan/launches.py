@@ -1,8 +1,9 @@
-"""How many operations the host hands to the device in a step: short contexts are bound by that, not by the device.
+"""What the host does for a step, counted in operations: short contexts are bound by that, not by the device.
 
-An operation is one of a layer's own, with what stands around it in Python; lighter ones are parts of one. Counts are of torch's dispatcher
-on a CPU, a layer's forward and backward apart, views and allocations left out (tests/plan/test_launches.py counts anew). What only a CUDA
-device runs is counted by what it replaces.
+An operation is one of a layer's own, with what stands around it in Python: the stress test times it (elite/bench/stress_host.py). Those of
+a plain layer are counted by torch's dispatcher on a CPU, forward and backward apart, views and allocations left out
+(tests/plan/test_launches.py counts anew). What optimizations and executors add or spare is measured, in steps of tiny models that wait for
+the host alone (host_paths.json; `python -m elite.bench.host_paths`), and divided by the time of an operation.
 """
 
 from dataclasses import dataclass
@@ -20,37 +21,39 @@ NORMS = 2
 """Of a layer."""
 WEIGHT_GRADIENTS = 1
 """A map, in the backward."""
-ADAPTER = Cost(6, 4.5)
+ADAPTER = Cost(5.8, 5.2)
 """An adapted map under peft."""
-ADAPTER_WEIGHT = 0.7
-"""Of the host's time for an operation: bare products and sums, without modules, hooks and interfaces around them (fitted to steps of
-SmolLM2 and Phi-2 that wait for the host, of first_gpu.json and ablation_smollm2_4k.json)."""
-FUSED_ADAPTER = Cost(-1, 4.5)
-"""The same under fused LoRA, whose functions convert nothing that is in the compute dtype already and serve siblings at once."""
-PACKED_ADAPTER = Cost(2.5, 6)
-"""The same beside a four-bit map: both are functions of their own, and siblings are not served at once (fitted to extreme_phi2.json and to
-steps of calibration_sixth.json and calibration_seventh.json that wait for the host)."""
-DEQUANTISED = Cost(3.5, 3.5)
-"""A four-bit map, besides: one kernel makes it whole, within a function of its own (assumption, that extreme_phi2.json and
-calibration_profile.json agree with; bitsandbytes' several operations, dispatched in Python, were six by calibration_fourth.json)."""
-FUSED_ELEMENTWISE = Cost(-19, -25)
+FUSED_ADAPTER = Cost(7.6, 2.3)
+"""The same under fused LoRA: fewer operations, and more Python around them."""
+PACKED_ADAPTER = Cost(9.8, 1.1)
+"""The same beside a four-bit map: both are functions of their own, and siblings are not served at once."""
+DEQUANTISED = Cost(7.3, 6.1)
+"""A four-bit map, besides: one kernel makes it whole, within a function of its own."""
+KERNELS = {"gated": Cost(-12, -32), "phi": Cost(-9, -24)}
 """A layer whose norms, rotary embedding, activation and sums are kernels of their own, besides: four each way for some thirty operations,
-and each costs the host about three of these (fitted to calibration_fourth.json and fused_steps.json, and to nothing older, whose backwards
-ran in another thread; Liger's alike)."""
-STREAMED = Cost(48, 5)
+each of which costs the host several of these."""
+LIGER_KERNELS = {"gated": Cost(12, -11), "phi": Cost(0, 0)}
+"""The same with Liger's, which has none for Phi's layers."""
+CHECKPOINTED = Cost(57, 29)
+"""A layer that is computed again, besides: whatever is saved passes Python, forward and backward."""
+OFFLOADED = Cost(73, 35)
+"""The same where its input goes to host memory."""
+FEWER_SAVED = 0.7
+"""Of that under fused LoRA, whose functions save fewer tensors (fitted to nos. 19 and 36 of calibration_seventh.json)."""
+STREAMED = Cost(70, -10)
 """A chunk in a layer under the streamed executor, besides: staging, attention in parts, gradients added up."""
-STREAMED_WEIGHT = 0.62
-"""As `ADAPTER_WEIGHT` (fitted to the streamed steps of calibration_profile.json that wait for the host)."""
-STAGED = Cost(36, 0)
-"""The same where rows come from host memory or disk to a GPU: copies, streams and events, which no CPU's count has (fitted to all streamed
-steps of calibration_fit, _first, _second and _third.json; weighted as `STREAMED`, with which calibration_sixth.json agrees better)."""
+STAGED = Cost(9, 11)
+"""The same where rows come from host memory or disk to a GPU: copies, streams and events."""
 BLOCK = 6
 """A further block of keys in the backward of a chunk; where ranks share sequences, any block, forward and backward (assumption)."""
-AROUND = Cost(55, 20)
+AROUND = Cost(100, 40)
 """Embedding, head and loss."""
-UPDATE_8BIT = 1.25
-"""A tensor that is trained with moments in 8 bits, whose update is a call of its own (assumption, that extreme_phi2.json and
-calibration_profile.json agree with)."""
+UPDATE = 1.0
+"""A tensor that is trained, in the gradients' norm and the optimizer's step over all tensors at once."""
+UPDATE_8BIT = 2.3
+"""The same with moments in 8 bits, besides: its update is a call of its own."""
+AROUND_UPDATE = 46
+"""The optimizer's step, whatever it trains: the device is waited for twice."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +67,13 @@ class Operations:
 def operations(facts: Facts, decisions: tuple[Decision, ...], layout: Streaming | None) -> Operations:
     """What the host hands over, all layers and chunks."""
     kind = "phi" if facts.model.model_type in FORMULA_GELU else "gated"
-    maps, layer = len(facts.model.layer_linears), PLAIN[kind]
-    if facts.adapter == "full":
-        layer += Cost(0, WEIGHT_GRADIENTS) * maps
-    elif facts.adapter == "converted":
-        layer += Cost(0, WEIGHT_GRADIENTS) * sum(linear.trained for linear in facts.model.layer_linears)
-    else:
-        fused = PACKED_ADAPTER if active(decisions, Site.BASE_WEIGHTS) else FUSED_ADAPTER
-        layer += (fused if active(decisions, Site.LORA_FORWARD) else ADAPTER * ADAPTER_WEIGHT) * maps
+    layer = PLAIN[kind] + _maps(facts, decisions)
     if active(decisions, Site.ELEMENTWISE):
-        layer += FUSED_ELEMENTWISE
-    if active(decisions, Site.BASE_WEIGHTS):
-        layer += DEQUANTISED * maps
+        layer += (LIGER_KERNELS if _named("liger_kernels", decisions) else KERNELS)[kind]
     if layout is not None:
-        layer += STREAMED * STREAMED_WEIGHT
+        layer += STREAMED
         if layout.boundaries is not Place.device and facts.device.kind == "cuda":
-            layer += STAGED * STREAMED_WEIGHT
+            layer += STAGED
         if facts.sharing > 1:
             layer += Cost(BLOCK, BLOCK) * passes(facts, layout)
         else:
@@ -89,13 +83,49 @@ def operations(facts: Facts, decisions: tuple[Decision, ...], layout: Streaming 
     return Operations(whole.forward, whole.backward)
 
 
-def updates(facts: Facts) -> float:
-    """What the host hands over in an optimizer's step with moments in 8 bits."""
+def phases(facts: Facts, decisions: tuple[Decision, ...], layout: Streaming | None, again: float) -> Operations:
+    """The same of a micro-batch's forward phase and of its backward phase, with what is computed again.
+
+    Args:
+        again: forward passes besides the first one; under the streamed executor all but one are part of the forward phase.
+    """
+    once = operations(facts, decisions, layout)
+    if layout is not None:
+        return Operations(again * once.forward, once.forward + once.backward)
+    around = recomputing(facts, decisions)
+    return Operations(once.forward + around.forward, again * once.forward + once.backward + around.backward)
+
+
+def _maps(facts: Facts, decisions: tuple[Decision, ...]) -> Cost:
+    """What the linear maps of a layer add: gradients of weights or adapters, and weights that are packed."""
+    linears, packed = facts.model.layer_linears, active(decisions, Site.BASE_WEIGHTS)
+    if facts.adapter == "lora":
+        fused = PACKED_ADAPTER if packed else FUSED_ADAPTER
+        each = fused if active(decisions, Site.LORA_FORWARD) else ADAPTER
+        return (each + DEQUANTISED if packed else each) * len(linears)
+    trained = sum(facts.adapter == "full" or linear.trained for linear in linears)
+    return Cost(0, WEIGHT_GRADIENTS) * trained + DEQUANTISED * (len(linears) if packed else 0)
+
+
+def recomputing(facts: Facts, decisions: tuple[Decision, ...]) -> Cost:
+    """What it takes the whole executor to compute its layers again, besides their forwards."""
+    if not active(decisions, Site.LAYER_ACTIVATIONS):
+        return Cost(0, 0)
+    each = OFFLOADED if _named("checkpoint_offload", decisions) else CHECKPOINTED
+    return each * (facts.model.num_hidden_layers * (FEWER_SAVED if active(decisions, Site.LORA_FORWARD) else 1.0))
+
+
+def _named(name: str, decisions: tuple[Decision, ...]) -> bool:
+    return any(decision.active and decision.name == name for decision in decisions)
+
+
+def updates(facts: Facts, *, in_8_bits: bool) -> float:
+    """What the host hands over in an optimizer's step."""
     if facts.adapter == "lora":
         tensors = 2 * len(facts.model.layer_linears)
     else:
         tensors = NORMS + sum(facts.adapter == "full" or linear.trained for linear in facts.model.layer_linears)
-    return UPDATE_8BIT * tensors * facts.model.num_hidden_layers
+    return AROUND_UPDATE + (UPDATE + (UPDATE_8BIT if in_8_bits else 0)) * tensors * facts.model.num_hidden_layers
 
 
 def chunks(facts: Facts, layout: Streaming | None) -> int:

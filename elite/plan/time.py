@@ -30,7 +30,7 @@ from elite.plan import launches, traffic
 from elite.plan.copies import Copies, offloaded, parts, streamed
 from elite.plan.exchange import exposed_s
 from elite.plan.memory import folded
-from elite.plan.rates import HOST_UPDATE_BYTES_PER_S, UPDATE_8BIT_FLOPS, attention_of, rates_of
+from elite.plan.rates import HOST_UPDATE_BYTES_PER_S, UPDATE_8BIT_FLOPS, attention_of, products_share, rates_of
 from elite.streaming import Streaming
 
 ATTENTION_BACKWARD = 2.5
@@ -151,17 +151,12 @@ def step_time(
     pass_s = sum(forward.values())
     swept, repeated = sweeps * pass_s, clock.repeated(again[0] - sweeps, again[1] - sweeps)
     head, copies = clock.head(), clock.copies(1 + sweeps)
-    operations = launches.operations(facts, decisions, layout)
+    handed = launches.phases(facts, decisions, layout, again[0])
     # Rows of one chunk are under way behind another's computation; weights of a layer behind another layer's in any case.
     alone = layout is not None and launches.chunks(facts, layout) == 1
     rows = (copies.forward - copies.forward_ahead, copies.backward - copies.backward_ahead) if alone else (0.0, 0.0)
-    ahead = _wait(pass_s + swept + head, (1 + sweeps) * operations.forward * clock.rates.operation_s, copies.forward, rows[0])
-    behind = _wait(
-        sum(backward.values()) + repeated,
-        ((again[0] - sweeps) * operations.forward + operations.backward) * clock.rates.operation_s,
-        copies.backward,
-        rows[1],
-    )
+    ahead = _wait(pass_s + swept + head, handed.forward * clock.rates.operation_s, copies.forward, rows[0])
+    behind = _wait(sum(backward.values()) + repeated, handed.backward * clock.rates.operation_s, copies.backward, rows[1])
     found = {name: forward[name] + backward[name] for name in forward}
     found |= {"head_and_loss": head, "computed_again": swept + repeated}
     found |= {"exposed_copies": ahead[0] + behind[0] + copies.flushed, "waiting_for_host": ahead[1] + behind[1]}
@@ -187,7 +182,8 @@ class _Clock:
         self._facts, self._decisions, self._layout = facts, decisions, layout
         self.rates = rates_of(facts.device)
         self._half = traffic.active(decisions, Site.COMPUTE_DTYPE)
-        self._flops_per_s = self.rates.matmul_flops_per_s if self._half else self.rates.fp32_flops_per_s
+        share = products_share(facts.model.hidden_size, streamed=layout is not None)
+        self._flops_per_s = share * self.rates.matmul_flops_per_s if self._half else self.rates.fp32_flops_per_s
         self._layer = traffic.layer(facts, decisions) * facts.model.num_hidden_layers
         self._adapters = traffic.adapters(facts, decisions) * facts.model.num_hidden_layers
 
@@ -248,13 +244,16 @@ class _Clock:
     def update(self) -> float:
         """The optimizer's step, of a rank's part where parameters are divided; in host memory with what comes back from there."""
         facts, zero = self._facts, active_zero(self._decisions)
-        own = facts.trainable_params / (1 if zero is None else facts.device.count)
-        if traffic.active(self._decisions, Site.OPTIMIZER_STATE):
-            handed = 0.0 if facts.device.kind == "cpu" else launches.updates(facts) * self.rates.operation_s
+        own, in_8_bits = (
+            facts.trainable_params / (1 if zero is None else facts.device.count),
+            traffic.active(self._decisions, Site.OPTIMIZER_STATE),
+        )
+        handed = 0.0 if facts.device.kind == "cpu" else launches.updates(facts, in_8_bits=in_8_bits) * self.rates.operation_s
+        if in_8_bits:
             return max(handed, UPDATE_8BIT_FLOPS * own / self.rates.fp32_flops_per_s)
         moved = traffic.OPTIMIZER * own
         if zero is None or facts.device.kind == "cpu" or not zero.config.offload_optimizer:
-            return moved / self.rates.memory_bytes_per_s
+            return max(handed, moved / self.rates.memory_bytes_per_s)
         back = 0.0 if folded(facts, self._decisions).offloaded_weights else FP32 * own
         return moved / HOST_UPDATE_BYTES_PER_S + back / self.rates.to_device_bytes_per_s
 

@@ -41,8 +41,13 @@ PER_UNIT: dict[str, dict[str, Cost]] = {
     "activation": {EAGER: Cost(4.0, 6.0), FUSED: Cost(4.0, 5.9)},
 }
 """From kernels_h100.json, rows of 32,768 tokens: `eager` and `elite`."""
-ADAPTER = {EAGER: Cost(6.0, 9.0), FUSED: Cost(3.0, 4.0)}
-"""A linear map's input or output, for its adapter (kernels_h100.json, `lora` at 8,192 tokens, less the products)."""
+ADAPTER = {EAGER: Cost(3.6, 5.4), FUSED: Cost(1.0, 1.2)}
+"""A linear map's input or output, for its adapter (fitted to the device-bound steps of the grids of calibration)."""
+PACKED_ADAPTER = {EAGER: Cost(6.0, 9.0), FUSED: Cost(5.5, 7.5)}
+"""The same beside a four-bit map, to whose output a further product adds."""
+IN_STEPS = {EAGER: 1.12, FUSED: 0.85}
+"""What `PER_UNIT` takes in steps over what it took alone: what was just written is still at hand for fused kernels, and a faster memory
+than the H100's is not wholly used by eager ones (the same grids, on an H200)."""
 LOSS = {EAGER: 42.0, FUSED: 5.0}
 """A logit, forward and backward (kernels_h100.json, `linear_cross_entropy` with a frozen head, less its products)."""
 CONVERTED = Cost(6.0, 18.0)
@@ -56,9 +61,10 @@ STREAMED = Cost(8.0, 20.0)
 written (kernels_h100.json, `merge` and `group_sum`)."""
 DEQUANTISED = 4.2
 """A four-bit weight, each time it is needed: what a copy moves in the time of our kernel (kernels_dequantise.json, maps of MLPs)."""
-OPTIMIZER = 92.0
+OPTIMIZER = 108.0
 """A trained parameter, in fp32: what torch's AdamW reads and writes where it takes all tensors at once, one operation after another (decay
-8, first moment 12, second 8 + 12, its root, quotient and epsilon 8 each, the weight 16), the gradients' norm 4 and their clipping 8."""
+8, first moment 12, second 8 + 12, its root, quotient and epsilon 8 each, the weight 16), the gradients' norm 4 and their clipping 8; all
+of it at some six sevenths of a copy's rate (grids of calibration, full fine-tuning)."""
 HEAD_GRADIENT = 8.0
 """A trained head's weight, each time a tile of tokens adds to its fp32 gradient."""
 HEAD_CHUNK = 44.0
@@ -77,7 +83,7 @@ def layer(facts: Facts, decisions: tuple[Decision, ...]) -> Cost:
     how = FUSED if active(decisions, Site.ELEMENTWISE) else EAGER
     phi = model.model_type in FORMULA_GELU
     heads = (model.num_attention_heads + model.num_key_value_heads) * model.head_dim
-    per = {name: costs[how] for name, costs in PER_UNIT.items()}
+    per = {name: costs[how] * IN_STEPS[how] for name, costs in PER_UNIT.items()}
     if phi:
         found = (per["layer_norm"] + per["dropped_sums"]) * model.hidden_size + per["partial_rotary"] * heads
         found += per["formula_gelu"] * mlp_width(facts)
@@ -104,8 +110,9 @@ def adapters(facts: Facts, decisions: tuple[Decision, ...]) -> Cost:
     if facts.adapter != "lora":
         return Cost(0.0, 0.0)
     how = FUSED if active(decisions, Site.LORA_FORWARD) else EAGER
+    cost = PACKED_ADAPTER if active(decisions, Site.BASE_WEIGHTS) else ADAPTER
     units = sum(linear.inputs + linear.outputs for linear in facts.model.layer_linears)
-    return ADAPTER[how] * units * _width(decisions)
+    return cost[how] * units * _width(decisions)
 
 
 def loss(facts: Facts, decisions: tuple[Decision, ...]) -> float:

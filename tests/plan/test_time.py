@@ -8,7 +8,7 @@ from elite.optimizations.contract import Decision
 from elite.optimizations.zero_3 import ZeRO3
 from elite.plan import launches, streamed, traffic
 from elite.plan.copies import Copies, parts
-from elite.plan.rates import HOST_UPDATE_BYTES_PER_S, rates_of
+from elite.plan.rates import HOST_UPDATE_BYTES_PER_S, products_share, rates_of
 from elite.plan.time import StepTime, model_flops_per_token, recomputed, step_flops, step_time
 from elite.streaming import Keep, Place, Streaming, WeightPlace
 from tests.plan.helpers import device, phi2, switches
@@ -58,7 +58,13 @@ def test_linear_maps_take_their_operations_over_the_rate() -> None:
     one = facts(64)
     decisions = decide(switches("mixed_precision", "flash_attention"), one)
     expected = 2 * 2 * one.model.linear_params * 64 / rates_of(one.device).matmul_flops_per_s
-    assert step_time(one, decisions, (0, 0), 1).linear_maps == pytest.approx(expected)
+    found = step_time(one, decisions, (0, 0), 1).linear_maps
+    assert found == pytest.approx(expected / products_share(one.model.hidden_size, streamed=False))
+
+
+def test_wide_layers_reach_more_and_chunks_less() -> None:
+    narrow, wide = ([products_share(width, streamed=on) for on in (False, True)] for width in (1536, 2560))
+    assert wide[0] > narrow[0] == 1 and wide[1] >= narrow[1] and all(streamed < whole for whole, streamed in (narrow, wide))
 
 
 def test_fused_kernels_spare_traffic_and_nothing_else() -> None:
@@ -72,12 +78,12 @@ def test_fused_kernels_spare_traffic_and_nothing_else() -> None:
 
 def test_short_steps_wait_for_the_host_and_long_ones_do_not() -> None:
     short, long = (
-        step_time(one, decide(switches("mixed_precision", "flash_attention"), one), (0, 0), 1) for one in (facts(128), facts(65536))
+        step_time(one, decide(switches("mixed_precision", "flash_attention"), one), (0, 0), 1) for one in (facts(32), facts(65536))
     )
     assert short.waiting_for_host > 0.7 * short.total
     assert long.waiting_for_host < 0.01 * long.total
     # Its floor is the host's: half the tokens take as long.
-    shorter = facts(64)
+    shorter = facts(16)
     assert step_time(shorter, decide(switches("mixed_precision", "flash_attention"), shorter), (0, 0), 1).total > 0.9 * short.total
 
 
@@ -147,7 +153,8 @@ def test_every_chunk_dequantises_weights_anew() -> None:
     layouts = [Streaming(keep=Keep.layers, chunk=chunk) for chunk in (16384, 4096)]
     asked = [[launches.operations(found, decisions, layout).forward for decisions in (plain, packed)] for layout in layouts]
     maps = 32 * len(found.model.layer_linears)
-    assert [besides - without for without, besides in asked] == [maps * launches.DEQUANTISED.forward * chunks for chunks in (1, 4)]
+    each = [besides - without for without, besides in asked]
+    assert each == pytest.approx([maps * launches.DEQUANTISED.forward * chunks for chunks in (1, 4)])
 
 
 def test_a_disk_is_slower_than_a_link() -> None:

@@ -20,6 +20,7 @@ from elite import geometry, hardware
 from elite.bench.assemble import Assembled, assembled, described
 from elite.bench.calibrate.host import DriverMemory, ResidentMemory, Sampled, free_host_memory
 from elite.bench.calibrate.sample import Drawn
+from elite.bench.calm import CalmCores
 from elite.bench.stress import HEAD_DIMS
 from elite.bench.stress_host import Operations
 from elite.compose import from_overrides
@@ -42,7 +43,7 @@ from elite.training.telemetry import pinned_bytes
 WATCHED = 2
 """Steps, of which the first warms up, while threads read what has no peak of its own."""
 ALIKE, SPREAD = 3, 0.05
-"""Steps are timed, nobody watching, until so many in a row differ by no more than this share of the fastest …"""
+"""Steps are timed, nobody watching, until the fastest so many differ by no more than this share …"""
 LONGEST_S = 6.0
 """… or have taken this long in all."""
 TRIES = 3
@@ -99,7 +100,8 @@ class Machine:
             _warm(half)
         self.name = torch.cuda.get_device_name() if cuda else "CPU"
         # Before any configuration, so that its memory never lies beside what was taken for steps.
-        self.operations = Operations(self.device, half)
+        self.cores = CalmCores()
+        self.operations = Operations(self.device, half, self.cores)
         self._own_bytes = 0.0
         for number, overrides in enumerate(WARM if cuda else ()):
             # Libraries that some configurations need are loaded then, and their host memory is no configuration's.
@@ -213,35 +215,39 @@ def measured(drawn: Drawn, machine: Machine, cache: str | None = None) -> dict[s
             attached = made.executors.attached
             taken["host_pinned_bytes"] = pinned_bytes(attached.runner.host_bytes() if attached else 0, machine.device)
             taken |= {"host_rss_bytes": resident.growth, "host_rss_by_kernel": resident.by_kernel}
-            row["timed"] = timed(made, machine.operations)
+            row["timed"] = timed(made, machine)
             taken |= {name: median(step[name] for step in counted(row["timed"])) for name in ("step_s", "operation_s")}
             row["predicted"]["step_here_s"] = step_here_s(made, taken["operation_s"])
         row["measured"] = taken
     return row
 
 
-def timed(made: Assembled, operations: Operations) -> list[dict[str, float]]:
-    """Steps one after another, and beside each what an operation took the host just then: cores that others share lose and regain their
-    speed within seconds, and steps that wait for the host with them."""
+def timed(made: Assembled, machine: Machine) -> list[dict[str, float]]:
+    """Steps one after another, each on a core that was calm when it began, and beside each what an operation took the host just then:
+    cores that others share lose and regain their speed within seconds, and steps that wait for the host with them."""
     began, found, retries = time.perf_counter(), list[dict[str, float]](), _retries(made)
-    before = operations.seconds(TRIES)
+    before = machine.operations.seconds(TRIES)
     while not found or (not are_alike(found) and time.perf_counter() - began < LONGEST_S):
-        seconds = made.step()["step_s"]
-        after = operations.seconds(TRIES)
+        with machine.cores.chosen():
+            if machine.driver is not None:
+                # A CPU computes on all of its cores.
+                machine.cores.settle()
+            seconds = made.step()["step_s"]
+        after = machine.operations.seconds(TRIES)
         found.append({"step_s": seconds, "operation_s": (before + after) / 2, "alloc_retries": _retries(made) - retries})
         before, retries = after, _retries(made)
     return found
 
 
 def are_alike(steps: list[dict[str, float]]) -> bool:
-    """Whether the last ones took the same time."""
-    last = [step["step_s"] for step in steps[-ALIKE:]]
-    return len(last) == ALIKE and max(last) <= (1 + SPREAD) * min(last)
+    """Whether the fastest ones took the same time."""
+    fastest = [step["step_s"] for step in counted(steps)]
+    return len(fastest) == ALIKE and fastest[-1] <= (1 + SPREAD) * fastest[0]
 
 
 def counted(steps: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Those whose median is a step's time: the last ones if they are alike, else all."""
-    return steps[-ALIKE:] if are_alike(steps) else steps
+    """Those whose median is a step's time, the fastest: whoever shares the machine only adds to it."""
+    return sorted(steps, key=lambda step: step["step_s"])[:ALIKE]
 
 
 def step_here_s(made: Assembled, operation_s: float) -> float:
