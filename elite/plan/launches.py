@@ -129,5 +129,12 @@ def updates(facts: Facts, *, in_8_bits: bool) -> float:
 
 
 def chunks(facts: Facts, layout: Streaming | None) -> int:
-    """Times that a pass calls each layer in a micro-batch."""
-    return 1 if layout is None else ceil(facts.micro_tokens / layout.chunk)
+    """Times that a pass calls each layer in a micro-batch: a row longer than a chunk is cut by itself, shorter ones are collected whole
+    (elite/chunks.py)."""
+    if layout is None:
+        return 1
+    if facts.sharing > 1:
+        return ceil(facts.micro_tokens / layout.chunk)
+    if facts.context > layout.chunk:
+        return facts.micro_batch * ceil(facts.context / layout.chunk)
+    return ceil(facts.micro_batch / (layout.chunk // facts.context))

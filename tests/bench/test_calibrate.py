@@ -104,6 +104,17 @@ def test_the_fastest_steps_count(seconds: list[float], alike: bool, fastest: lis
     assert are_alike(steps) is alike and [step["step_s"] for step in counted(steps)] == fastest
 
 
+@pytest.mark.parametrize(("executor", "chunk"), [("executor=whole", None), ("executor=streamed", measure.FEW // 4)])
+def test_a_rehearsal_is_the_same_configuration_at_few_tokens(executor: str, chunk: int | None) -> None:
+    """So that it compiles the same kernels, those that join chunks among them."""
+    sized = ("tier.context=65536", "training.global_batch_tokens=131072", "training.micro_batch=2", "executor.chunk=4096")
+    others = ("model=phi2", "hardware=h100", "adapter.rank=4", "optimizations.fused_kernels.enabled=true", executor)
+    drawn = measure.at_few_tokens(Drawn("00", (*others, *sized)))
+    config = compose.from_overrides(*drawn.overrides).config
+    assert (drawn.name, config.tier.context, config.training.micro_batch, config.executor.chunk) == ("00", measure.FEW, 1, chunk)
+    assert set(others) <= set(drawn.overrides) and not set(sized) & set(drawn.overrides)
+
+
 def test_a_step_is_planned_for_the_host_as_it_was(cache: Path) -> None:
     """Twice as slow a host, twice the time of a step that only waits for it; as fast a one as the plan's, the plan's own time."""
     config = compose.from_overrides(*WHOLE, f"output.cache={cache}").config

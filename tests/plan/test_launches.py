@@ -1,6 +1,7 @@
 """Operations of a layer against torch's dispatcher, which sees every one of them."""
 
 import json
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from elite import geometry, hardware
 from elite.bench.assemble import assembled
 from elite.bench.host_paths import paths
+from elite.chunks import cut
 from elite.compose import from_overrides
 from elite.config import HardwareConfig
 from elite.data.batches import random_batch
@@ -118,6 +120,16 @@ def test_layers_that_are_computed_again_pass_python(name: str, cost: launches.Co
     assert launches.recomputing(facts, decide(switches(name), facts)) == cost * 3
     assert launches.recomputing(facts, decide(switches(name, "fused_lora"), facts)).forward < cost.forward * 3
     assert launches.recomputing(facts, decide(switches("fused_lora"), facts)) == launches.Cost(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "context", "chunk"), [(3, 5376, 2048), (3, 5376, 8192), (4, 2048, 8192), (5, 2048, 8192), (1, 4096, 8192)]
+)
+def test_chunks_are_counted_as_rows_are_cut(rows: int, context: int, chunk: int) -> None:
+    config = from_overrides("model=llama31_8b", "hardware=h100").config
+    known = facts_of(config, hardware.device(config.hardware), geometry.shape(config.model), "streamed")
+    facts = replace(known, context=context, micro_batch=rows)
+    assert launches.chunks(facts, Streaming(chunk=chunk)) == sum(map(len, cut([context] * rows, chunk)))
 
 
 def test_a_fused_adapter_beside_a_packed_map_is_a_function_of_its_own() -> None:

@@ -45,7 +45,7 @@ WATCHED = 2
 ALIKE, SPREAD = 3, 0.05
 """Steps are timed, nobody watching, until the fastest so many differ by no more than this share …"""
 LONGEST_S = 6.0
-"""… or have taken this long in all."""
+"""… and the host is no slower than planned, as far as that matters; or until they have taken this long in all."""
 TRIES = 3
 """Steps of the tiny model by which the stress test times the host's operations, before and after each of them."""
 FAILED = "error"
@@ -57,6 +57,10 @@ KINDS = ("allocated", "reserved", "requested", "active", "inactive_split")
 """Of the figures in bytes that torch's allocator keeps a peak of."""
 
 
+FEW = 1024
+"""Tokens of a step for which kernels are compiled."""
+SIZED = frozenset({"tier.context", "training.global_batch_tokens", "training.micro_batch", "executor.chunk"})
+"""What says how many tokens a configuration has."""
 SMALL = (
     "model=llama31_8b",
     "model.weights=random",
@@ -109,6 +113,12 @@ class Machine:
                 made.step()
         self._own_bytes = self.cleared()
 
+    def rehearse(self, drawn: Drawn, cache: str | None) -> None:
+        """Take a step of few tokens, for which kernels are compiled: what compilers take of host memory and keep is no configuration's."""
+        self.cleared()
+        with assembled(configured(at_few_tokens(drawn), cache)) as made:
+            made.step()
+
     def cleared(self) -> float:
         """Forget the last configuration; bytes that are still allocated on the device."""
         free_host_memory()
@@ -123,6 +133,13 @@ class Machine:
         torch.cuda.set_per_process_memory_fraction(1.0)
         self.driver.settle()
         return torch.cuda.memory_allocated() - self._own_bytes
+
+
+def at_few_tokens(drawn: Drawn) -> Drawn:
+    """The same configuration for one short row, in several chunks where it is streamed."""
+    kept = [line for line in drawn.overrides if line.partition("=")[0] not in SIZED]
+    chunk = (f"executor.chunk={FEW // 4}",) if "executor=streamed" in drawn.overrides else ()
+    return replace(drawn, overrides=(*kept, f"tier.context={FEW}", f"training.global_batch_tokens={FEW}", "training.micro_batch=1", *chunk))
 
 
 def _warm(half: torch.dtype) -> None:
@@ -195,8 +212,11 @@ def measured(drawn: Drawn, machine: Machine, cache: str | None = None) -> dict[s
     Args:
         cache: folder of converted models and kernel choices; unset: the usual one.
     """
-    row: dict[str, Any] = drawn.to_dict() | {"allocated_before_bytes": machine.cleared()}
+    row: dict[str, Any] = drawn.to_dict()
     with ended(row):
+        if machine.driver is not None:
+            machine.rehearse(drawn, cache)
+        row["allocated_before_bytes"] = machine.cleared()
         with ResidentMemory() as resident, ready(configured(drawn, cache), machine, row) as (made, watch):
             taken: dict[str, Any] = {}
             steps: list[dict[str, Any]] = []
@@ -227,7 +247,7 @@ def timed(made: Assembled, machine: Machine) -> list[dict[str, float]]:
     cores that others share lose and regain their speed within seconds, and steps that wait for the host with them."""
     began, found, retries = time.perf_counter(), list[dict[str, float]](), _retries(made)
     before = machine.operations.seconds(TRIES)
-    while not found or (not are_alike(found) and time.perf_counter() - began < LONGEST_S):
+    while not found or ((not are_alike(found) or _disturbed(made, found)) and time.perf_counter() - began < LONGEST_S):
         with machine.cores.chosen():
             if machine.driver is not None:
                 # A CPU computes on all of its cores.
@@ -237,6 +257,14 @@ def timed(made: Assembled, machine: Machine) -> list[dict[str, float]]:
         found.append({"step_s": seconds, "operation_s": (before + after) / 2, "alloc_retries": _retries(made) - retries})
         before, retries = after, _retries(made)
     return found
+
+
+def _disturbed(made: Assembled, steps: list[dict[str, float]]) -> bool:
+    """Whether somebody slows the host, as far as it matters to this step. A CPU's own speed is a guess where nothing was measured."""
+    if made.ranks.device.type == "cpu":
+        return False
+    operation_s = median(step["operation_s"] for step in counted(steps))
+    return step_here_s(made, operation_s) > (1 + SPREAD) * made.plan.step_s
 
 
 def are_alike(steps: list[dict[str, float]]) -> bool:
