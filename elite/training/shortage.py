@@ -17,6 +17,8 @@ from elite.plan.words import gib
 
 SIGNS = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 """Libraries say it in their own words, in a plain RuntimeError."""
+UNMADE = "could not create a primitive"
+"""All that oneDNN says where the system refuses it memory; what it does not know at all it names further."""
 REQUEST = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
 UNITS = {"bytes": 1, "KiB": 1024, "MiB": 1024**2, "GiB": GIB}
 RESIDENT = ("linear_weights", "other_weights", "trainable_copy")
@@ -31,7 +33,8 @@ class MemoryShortage(EliteError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory, of a device or of the host, ran out."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in SIGNS)
+    said = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or said == UNMADE or any(sign in said for sign in SIGNS)
 
 
 @dataclass(frozen=True)

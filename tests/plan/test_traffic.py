@@ -7,7 +7,7 @@ import pytest
 
 from elite.facts import Facts
 from elite.optimizations import decide
-from elite.plan.traffic import EAGER, FP32_WIDTH, FUSED, PER_UNIT, layer
+from elite.plan.traffic import EAGER, FP32_WIDTH, FUSED, PER_UNIT, adapters, layer
 from elite.report.measurement import MEASUREMENTS
 from tests.plan.helpers import device, phi2, switches
 
@@ -48,6 +48,17 @@ def test_what_autocast_keeps_in_fp32_is_converted_by_every_reader(on: tuple[str,
     if not on:
         more = layer(full, decide(switches("mixed_precision"), full)) + layer(full, decide(switches(), full)) * (-1 / FP32_WIDTH)
         assert more.forward == pytest.approx(6 * 3 * model.hidden_size, abs=1)
+
+
+def test_adapters_beside_packed_maps_move_more() -> None:
+    """Fused or not: a further product adds to what the packed map gives. Nothing moves for adapters where there are none."""
+    model = phi2()
+    facts = Facts(model, device("h100"), 4096, 1, model.lora_params(8), "lora")
+    for more in ((), ("fused_lora",)):
+        plain, packed = (adapters(facts, decide(switches("mixed_precision", *more, *on), facts)) for on in ((), ("qlora",)))
+        assert packed.forward > plain.forward > 0 and packed.backward > plain.backward
+    full = replace(facts, adapter="full", trainable_params=model.total_params)
+    assert adapters(full, decide(switches("mixed_precision"), full)).forward == 0
 
 
 @pytest.mark.parametrize(("kind", "op", "model"), list(UNITS), ids=lambda part: str(part))
