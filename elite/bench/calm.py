@@ -1,7 +1,7 @@
 """Cores that nobody else uses just now.
 
-Machines that are lent share their cores: what runs beside one takes up to half of its speed, for a second or for minutes, and each core by
-itself. Whoever times the host's work moves to a core that is fast at the moment, and looks again afterwards.
+Machines that are lent share their cores: what runs beside one takes much of its speed, for a second or for minutes, and each core by itself
+(`host_pace` in calibration_sixth.json). Whoever times the host's work moves to a core that is fast at the moment.
 """
 
 import os
@@ -34,20 +34,21 @@ class CalmCores:
             if self._cores:
                 os.sched_setaffinity(0, self._cores)
 
-    def settle(self) -> bool:
-        """Move to a calm core: the present one if it still is. False where there is none."""
+    def settle(self) -> None:
+        """Move to a calm core, the present one if it still is; where there is none, to the least busy."""
+        taken = dict[int, float]()
         for core in [*(c for c in self._cores if c == self._here), *(c for c in self._cores if c != self._here)]:
-            os.sched_setaffinity(0, {core})
-            self._here = core
-            if self.calm():
-                return True
-        return not self._cores and self.calm()
+            self._move(core)
+            taken[core] = min(_loop_s() for _ in range(TRIES))
+            self._shortest = min(self._shortest, taken[core])
+            if taken[core] <= CALM * self._shortest:
+                return
+        if taken:
+            self._move(min(taken, key=lambda core: taken[core]))
 
-    def calm(self) -> bool:
-        """Whether nobody else slows this core."""
-        taken = min(_loop_s() for _ in range(TRIES))
-        self._shortest = min(self._shortest, taken)
-        return taken <= CALM * self._shortest
+    def _move(self, core: int) -> None:
+        os.sched_setaffinity(0, {core})
+        self._here = core
 
 
 def _loop_s() -> float:

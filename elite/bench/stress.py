@@ -92,7 +92,7 @@ def stress(machine: Machine, device: torch.device, dtype: torch.dtype, cache: Pa
     with Progress(*columns, console=screen, transient=True) as progress:
         bar = progress.add_task("", total=len(steps))
         for name, measure in steps:
-            progress.update(bar, description=name)
+            progress.update(bar, description=name, refresh=True)
             found |= measure()
             progress.advance(bar)
     now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -7,9 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from elite import geometry, hardware
 from elite.bench.calm import CalmCores
-from elite.config import HardwareConfig, ModelConfig
-from elite.facts import Facts
-from elite.plan.launches import operations
+from elite.config import ModelConfig
 
 TINY = ModelConfig(
     name="tiny",
@@ -24,6 +22,8 @@ TINY = ModelConfig(
 )
 """So small that its steps wait for the host alone."""
 TOKENS = 16
+OPERATIONS = 1275
+"""Of its step under autocast, by torch's dispatcher: a unit that no fitted figure of the planner's moves."""
 STEPS = 60
 TOGETHER = 5
 """Steps on a core before another look at it, which what is at hand there does not outlive."""
@@ -56,9 +56,7 @@ class Operations:
 
     def __init__(self, device: torch.device, dtype: torch.dtype, cores: CalmCores | None = None) -> None:
         self._cores = cores or CalmCores()
-        shape = geometry.shape(TINY)
-        counted = operations(Facts(shape, hardware.device(HardwareConfig(name="cpu")), TOKENS, 1, shape.total_params, "full"), (), None)
-        self._device, self._dtype, self._count = device, dtype, counted.forward + counted.backward
+        self._device, self._dtype = device, dtype
         with torch.random.fork_rng(devices=[]), torch.device(device):
             self._model = AutoModelForCausalLM.from_config(geometry.hf_config(TINY), dtype=torch.float32, attn_implementation="sdpa")
             self._ids = torch.zeros(1, TOKENS, dtype=torch.int64)
@@ -79,7 +77,7 @@ class Operations:
                 found.append(time.perf_counter() - began)
         torch.set_num_threads(threads)
         self._model.zero_grad(set_to_none=True)
-        return min(found) / self._count
+        return min(found) / OPERATIONS
 
     def _step(self) -> None:
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype != torch.float32):

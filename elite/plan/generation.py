@@ -24,6 +24,7 @@ from elite.facts import Facts
 from elite.optimizations.contract import Decision, Estimate
 from elite.optimizations.shapes import mlp_width
 from elite.plan.memory import folded
+from elite.plan.traffic import named
 
 HIDDEN_COPIES = 4
 """Hidden states at once: a layer's input, its norm, a sum, an output."""
@@ -44,7 +45,7 @@ class _Sizes:
 
 def _sizes(facts: Facts, decisions: tuple[Decision, ...]) -> _Sizes:
     model, full = facts.model, facts.adapter == "full"
-    half = any(decision.active and decision.name == "mixed_precision" for decision in decisions)
+    half = named("mixed_precision", decisions)
     # Pages have the dtype of the weights, and so does everything that reads them.
     value = 2 if half and not (full and pages(decisions)) else 4
     hidden = 4 if full else value

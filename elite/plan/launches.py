@@ -12,7 +12,7 @@ from math import ceil
 from elite.facts import FORMULA_GELU, Facts
 from elite.optimizations.contract import Decision, Site
 from elite.plan.across import passes
-from elite.plan.traffic import Cost, active
+from elite.plan.traffic import Cost, active, named
 from elite.streaming import Place, Streaming
 
 PLAIN = {"gated": Cost(55, 88), "phi": Cost(57, 80)}
@@ -69,7 +69,7 @@ def operations(facts: Facts, decisions: tuple[Decision, ...], layout: Streaming 
     kind = "phi" if facts.model.model_type in FORMULA_GELU else "gated"
     layer = PLAIN[kind] + _maps(facts, decisions)
     if active(decisions, Site.ELEMENTWISE):
-        layer += (LIGER_KERNELS if _named("liger_kernels", decisions) else KERNELS)[kind]
+        layer += (LIGER_KERNELS if named("liger_kernels", decisions) else KERNELS)[kind]
     if layout is not None:
         layer += STREAMED
         if layout.boundaries is not Place.device and facts.device.kind == "cuda":
@@ -111,12 +111,8 @@ def recomputing(facts: Facts, decisions: tuple[Decision, ...]) -> Cost:
     """What it takes the whole executor to compute its layers again, besides their forwards."""
     if not active(decisions, Site.LAYER_ACTIVATIONS):
         return Cost(0, 0)
-    each = OFFLOADED if _named("checkpoint_offload", decisions) else CHECKPOINTED
+    each = OFFLOADED if named("checkpoint_offload", decisions) else CHECKPOINTED
     return each * (facts.model.num_hidden_layers * (FEWER_SAVED if active(decisions, Site.LORA_FORWARD) else 1.0))
-
-
-def _named(name: str, decisions: tuple[Decision, ...]) -> bool:
-    return any(decision.active and decision.name == name for decision in decisions)
 
 
 def updates(facts: Facts, *, in_8_bits: bool) -> float:

@@ -238,7 +238,7 @@ class _Clock:
         value, divided = 2 if self._half else 4, parts(self._facts, self._decisions, self.rates, sweeps)
         if self._layout is not None:
             return streamed(self._facts, self.rates, self._layout, value, sweeps).beside(divided)
-        off = any(d.active and d.name == "checkpoint_offload" for d in self._decisions)
+        off = traffic.named("checkpoint_offload", self._decisions)
         return offloaded(self._facts, self.rates, value).beside(divided) if off else divided
 
     def update(self) -> float:

@@ -130,6 +130,11 @@ def _width(decisions: tuple[Decision, ...]) -> float:
     return 1.0 if active(decisions, Site.COMPUTE_DTYPE) else FP32_WIDTH
 
 
+def named(name: str, decisions: tuple[Decision, ...]) -> bool:
+    """Whether this optimization acts."""
+    return any(decision.active and decision.name == name for decision in decisions)
+
+
 def active(decisions: tuple[Decision, ...], site: Site) -> bool:
     """Whether something acts at this place."""
     return any(decision.active and site in decision.optimization.claims for decision in decisions)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from elite import compose, geometry, modes
+from elite import compose, geometry, hardware, modes
 from elite.bench.assemble import assembled
 from elite.bench.calibrate import host, measure
 from elite.bench.calibrate.__main__ import main
@@ -25,7 +25,7 @@ from elite.bench.calibrate.sample import CPU, Drawn, draw, stand_in
 from elite.errors import ConfigError
 from elite.facts import GIB, NO_CORPUS
 from elite.plan import make_plan
-from elite.plan.rates import CPU_OPERATION_S
+from elite.plan.rates import CPU_OPERATION_S, rates_of
 from elite.report.calibration import Row, errors
 
 WHOLE = (
@@ -113,6 +113,20 @@ def test_a_rehearsal_is_the_same_configuration_at_few_tokens(executor: str, chun
     config = compose.from_overrides(*drawn.overrides).config
     assert (drawn.name, config.tier.context, config.training.micro_batch, config.executor.chunk) == ("00", measure.FEW, 1, chunk)
     assert set(others) <= set(drawn.overrides) and not set(sized) & set(drawn.overrides)
+
+
+@pytest.mark.parametrize(("slower", "longer"), [(1.0, False), (1000.0, True)])
+def test_steps_are_timed_on_while_the_host_is_slower_than_was_measured(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, slower: float, longer: bool
+) -> None:
+    """Where nothing was measured nobody knows how fast it is."""
+    config = compose.from_overrides(*WHOLE, f"output.cache={cache}").config
+    with assembled(config) as made:
+        steps = [{"step_s": 1.0, "operation_s": slower * CPU_OPERATION_S}] * measure.ALIKE
+        assert not measure._disturbed(made, steps)
+        device = hardware.device(made.config.hardware)
+        monkeypatch.setattr(measure, "_device", lambda _: replace(device, measured=rates_of(device)))
+        assert measure._disturbed(made, steps) is longer
 
 
 def test_a_step_is_planned_for_the_host_as_it_was(cache: Path) -> None:

@@ -13,19 +13,23 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or len(os.s
 def test_a_thread_moves_to_a_core_that_is_calm_and_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     everywhere = os.sched_getaffinity(0)
     first, second, *_ = sorted(everywhere)
-    slow: set[int] = set()
-    monkeypatch.setattr(calm, "_loop_s", lambda: 2 * CALM if os.sched_getaffinity(0) <= slow else 1.0)
+    slow: dict[int, float] = {}
+    monkeypatch.setattr(calm, "_loop_s", lambda: slow.get(min(os.sched_getaffinity(0)), 1.0))
     cores = CalmCores()
     with cores.chosen():
-        assert cores.settle() and os.sched_getaffinity(0) == {first}
-        slow.add(first)
-        assert not cores.calm()
-        assert cores.settle() and os.sched_getaffinity(0) == {second}
+        cores.settle()
+        assert os.sched_getaffinity(0) == {first}
+        slow[first] = 2 * CALM
+        cores.settle()
+        assert os.sched_getaffinity(0) == {second}
         # It stays as long as it can.
         slow.clear()
-        assert cores.settle() and os.sched_getaffinity(0) == {second}
-        slow.update(everywhere)
-        assert not cores.settle()
+        cores.settle()
+        assert os.sched_getaffinity(0) == {second}
+        # None is calm: the least busy.
+        slow.update(dict.fromkeys(everywhere, 3 * CALM) | {first: 2 * CALM})
+        cores.settle()
+        assert os.sched_getaffinity(0) == {first}
     assert os.sched_getaffinity(0) == everywhere
 
 

@@ -10,12 +10,13 @@ from rich.console import Console
 from elite import hardware
 from elite.bench.stress import HEAD_DIMS, Sizes, stress
 from elite.bench.stress_disk import disk
-from elite.bench.stress_host import Operations
+from elite.bench.stress_host import OPERATIONS, Operations
 from elite.config import HardwareConfig
 from elite.hardware.profiles import machine_of, read, write
 from elite.plan.rates import rates_of
 from elite.report.profile_table import render
 from tests.conftest import Program
+from tests.plan.test_launches import WITHIN, Count
 
 LITTLE = Sizes(tokens=32, square=64, copy_bytes=2**22, disk_bytes=2**22, seconds=0.02, warm_s=0.0)
 
@@ -38,6 +39,15 @@ def test_every_figure_is_measured_kept_and_shown(tmp_path: Path) -> None:
         assert words in shown.getvalue()
     # The test's file is gone.
     assert {path.name for path in tmp_path.iterdir()} == {"hardware"}
+
+
+def test_operations_of_the_tiny_model_are_counted() -> None:
+    """In half precision, as on a GPU."""
+    tiny = Operations(torch.device("cpu"), torch.bfloat16)
+    tiny._step()
+    with Count() as counted:
+        tiny._step()
+    assert pytest.approx(counted.number, rel=WITHIN) == OPERATIONS
 
 
 def test_threads_are_left_as_they_were() -> None:

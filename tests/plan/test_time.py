@@ -81,6 +81,9 @@ def test_short_steps_wait_for_the_host_and_long_ones_do_not() -> None:
         step_time(one, decide(switches("mixed_precision", "flash_attention"), one), (0, 0), 1) for one in (facts(32), facts(65536))
     )
     assert short.waiting_for_host > 0.7 * short.total
+    middle = facts(128)
+    waited = step_time(middle, decide(switches("mixed_precision", "flash_attention"), middle), (0, 0), 1)
+    assert waited.waiting_for_host > 0.5 * waited.total
     assert long.waiting_for_host < 0.01 * long.total
     # Its floor is the host's: half the tokens take as long.
     shorter = facts(16)

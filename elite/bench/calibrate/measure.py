@@ -29,6 +29,7 @@ from elite.data.batches import Batch
 from elite.executor.contract import Executor
 from elite.executor.streamed.choose import error as kernel_error
 from elite.executor.streamed.kernels import KERNELS, AttentionShape
+from elite.facts import Device
 from elite.hardware import profiles
 from elite.optimizations import decide
 from elite.plan import facts_of, streamed
@@ -223,7 +224,7 @@ def measured(drawn: Drawn, machine: Machine, cache: str | None = None) -> dict[s
             row["steps"] = steps
             with Sampled(machine.driver.read) if machine.driver else nullcontext() as driver:
                 with resident.aside():
-                    # Kernels are compiled, by a compiler that takes more host memory than a small configuration.
+                    # Whatever few tokens did not need is compiled, by a compiler that takes more host memory than a small configuration.
                     steps.append(stepped(made, watch))
                 while len(steps) < WATCHED:
                     steps.append(stepped(made, watch))
@@ -260,8 +261,8 @@ def timed(made: Assembled, machine: Machine) -> list[dict[str, float]]:
 
 
 def _disturbed(made: Assembled, steps: list[dict[str, float]]) -> bool:
-    """Whether somebody slows the host, as far as it matters to this step. A CPU's own speed is a guess where nothing was measured."""
-    if made.ranks.device.type == "cpu":
+    """Whether somebody slows the host, as far as it matters to this step. Its own speed is a guess where nothing was measured."""
+    if _device(made).measured is None:
         return False
     operation_s = median(step["operation_s"] for step in counted(steps))
     return step_here_s(made, operation_s) > (1 + SPREAD) * made.plan.step_s
@@ -280,13 +281,17 @@ def counted(steps: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def step_here_s(made: Assembled, operation_s: float) -> float:
     """The plan's step on a host that takes so long for an operation of the stress test; all other rates as they were for the plan."""
-    config, shape = made.config, geometry.shape(made.config.model)
-    device = hardware.device(config.hardware, cache=Path(config.output.cache).expanduser())
+    config, shape, device = made.config, geometry.shape(made.config.model), _device(made)
     rates = replace(rates_of(device), operation_s=profiles.in_runs(operation_s, on_gpu=device.kind == "cuda"))
     facts = facts_of(config, replace(device, measured=rates), shape, made.plan.executor)
     decisions, layout = decide(config.optimizations, facts), Streaming.from_dict(made.plan.layout) if made.plan.layout else None
     again = recomputed(decisions) if layout is None else streamed.recomputed(facts, layout)
     return step_time(facts, decisions, again, made.plan.accumulation, layout).total
+
+
+def _device(made: Assembled) -> Device:
+    """As its plan knew it."""
+    return hardware.device(made.config.hardware, cache=Path(made.config.output.cache).expanduser())
 
 
 @contextmanager
