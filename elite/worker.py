@@ -177,7 +177,7 @@ def _assemble(run: Run, loaded: LoadedModel, store: TokenStore, meter: Meter, be
     scheduler = schedule(optimizer, config.schedule, steps)
     hooks, of_loop = loop_hooks(
         *(config, run.decisions, executors.training, optimizer, loaded.trainable, steps, ranks.device),
-        taking=Taking.of(*(run.plan[name] for name in ("ahead_bytes", "reserved_bytes", "memory"))),
+        taking=Taking.of(*(run.plan[name] for name in ("ahead_bytes", "memory"))),
         # Under DDP a rank that fails would leave the others waiting.
         rehearse=lambda: rehearsal.warm(run, loaded, executors),
     )

@@ -123,7 +123,7 @@ def assembled(config: RunConfig) -> Iterator[Assembled]:
         if executors.attached is not None:
             undone.callback(executors.attached.undo)
         parts = (config, decisions, executors.training, optimizer, loaded.trainable, STEPS, ranks.device)
-        taking = Taking.of(plan.ahead_bytes, plan.reserved_bytes, plan.memory)
+        taking = Taking.of(plan.ahead_bytes, plan.memory)
         vocab = int(loaded.core.config.get_text_config().vocab_size)
         subject = Subject(executors.training, dtype, loaded.trainable, vocab, plan.context, ranks.device, plan.usable_bytes, 0.0)
         hooks, of_loop = loop_hooks(*parts, taking, rehearse=lambda: rehearse(subject, plan.micro_batch))

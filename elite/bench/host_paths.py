@@ -39,6 +39,8 @@ PLACES = {
     "whole": ("executor=whole",),
     "streamed": ("executor=streamed", "executor.boundaries=device"),
     "staged": ("executor=streamed", "executor.boundaries=host"),
+    "layers": ("executor=streamed", "executor.boundaries=device", "executor.keep=layers"),
+    "sqrt": ("executor=streamed", "executor.boundaries=device", "executor.keep=sqrt"),
 }
 WAYS: dict[str, tuple[str, ...]] = {
     "full": (),

@@ -70,7 +70,7 @@ def _swept(run: Run, store: TokenStore) -> tuple[Run, Sweep]:
 
     hooks, _ = loop_hooks(
         *(config, run.decisions, executors.training, optimizer, loaded.trainable, config.lr_range.steps, ranks.device),
-        taking=Taking.of(*(run.plan[name] for name in ("ahead_bytes", "reserved_bytes", "memory"))),
+        taking=Taking.of(*(run.plan[name] for name in ("ahead_bytes", "memory"))),
         rehearse=lambda: rehearsal.warm(run, loaded, executors),
     )
     for hook in hooks:

@@ -5,7 +5,7 @@
                  else what torch's allocator comes to by itself:
                      allocated · (1 + slack) + left behind + rounding, at most what the device grants: torch gives cached memory back
                      before it gives up
-                 near the device's limit what is taken ahead, or a little more than what is allocated (`SPARE`)
+                 near the device's limit less: what leaves the headroom, or if gaps need more (`GAPS`), all that they do
     needed       allocated · (1 + least) + rounding: gaps that torch's allocator cannot give back are not there for tensors
     device use   reserved + context
 
@@ -24,9 +24,9 @@ from elite.optimizations.contract import Decision, Site
 from elite.optimizations.parts import FP32
 from elite.plan.memory import folded
 
-SPARE = 0.02
-"""Share of what is planned by which gaps may extend what is reserved, where that is held to the plan (elite/training/ahead.py). Small, for
-the plan is off by as much then; not nothing, for what is allocated is planned to within about as much."""
+GAPS = 0.07
+"""Share of what is allocated that is taken for gaps in any case, as far as the device has it: as much as a step that had less came to
+(calibration_eleventh.json, no. 19)."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,9 @@ def peaks(allocated_bytes: float, facts: Facts, decisions: tuple[Decision, ...],
     if asked.take_ahead:
         share = known.ahead.whole if executor is Executor.whole else known.ahead.streamed
         enough = allocated_bytes * (1 + share) + left
-        # The headroom is for what is not modelled.
-        ahead = min(enough, usable * (1 - asked.headroom_fraction))
-        # Held to that, a step has the gaps' pages first.
-        reserved = max(ahead, min(enough, allocated_bytes * (1 + SPARE)))
+        # The headroom is for what is not modelled, and gaps are.
+        free = usable * (1 - asked.headroom_fraction)
+        ahead = reserved = min(enough, max(free, min(usable, allocated_bytes * (1 + GAPS))))
     else:
         slack = known.pages if _paged(decisions) else known.blocks
         reserved = allocated_bytes * (1 + slack.share) + left + slack.rounding_bytes

@@ -35,13 +35,13 @@ ATTENTION_SHARES_EMULATED = {64: (0.09, 0.085, 1000.0, 1000.0), 128: (0.09, 0.08
 """The memory-efficient kernel on a Hopper card that stands in for an older one (probe_phi2_emulated_32k.json)."""
 ATTENTION_SHARE_CPU = (0.5, 0.5, 1.0, 1.0)
 """Of a CPU's matrix rate (assumption)."""
-WIDE = 2048
-"""Hidden size from which on products reach more in steps than in the stress test."""
-WHOLE_PRODUCTS = {False: 1.0, True: 1.14}
-STREAMED_PRODUCTS = {False: 0.94, True: 0.95}
-"""Whether wide, and the rate of matrix products in steps over the planned one: whole micro-batches are more rows than the stress test's,
-and chunks have copies and sums beside them (fitted to the device-bound steps of the grids of calibration, Qwen's at 1,536 and Phi's and
-Llama's at 2,560 and 4,096)."""
+PRODUCTS = {
+    False: {3072: 1.09, 2048: 1.12, 0: 1.02},
+    True: {3072: 1.01, 2048: 0.92, 0: 0.94},
+}
+"""Whether streamed, a hidden size, and from there on the rate of matrix products in steps over the planned one: whole micro-batches are
+more rows than the stress test's, and chunks have copies and sums beside them (fitted to the device-bound steps of the grids of the seeds 10
+to 12, Qwen's at 1,536, Phi's at 2,560 and Llama's at 4,096)."""
 OPERATION_S = 19.3e-6
 """Host time of an operation of a run, where nothing was measured (fused_steps.json, extreme_phi2.json and first_gpu.json: what steps of few
 tokens, which wait for the host, take over the operations of `launches.py`)."""
@@ -104,7 +104,7 @@ def _cpu(device: Device) -> Rates:
 
 def products_share(hidden_size: int, *, streamed: bool) -> float:
     """Rate of a step's matrix products over that of the stress test's or the data sheet's share."""
-    return (STREAMED_PRODUCTS if streamed else WHOLE_PRODUCTS)[hidden_size >= WIDE]
+    return next(share for least, share in PRODUCTS[streamed].items() if hidden_size >= least)
 
 
 def attention_of(rates: Rates, head_dim: int) -> AttentionRates:

@@ -38,9 +38,10 @@ ATTENTION_BACKWARD = 2.5
 UNFUSED_SCORE_VALUES = 30.0
 """Values read and written for a score of unfused attention, forward and backward: products, mask, softmax and dropout (fitted to
 ablation_smollm2_4k.json and ablation_smollm2_16k.json, which attend so in fp32 without `flash_attention`)."""
-OVERLAP = 2.5
-"""Exponent by which the device's and the host's time add up: 1 where they take turns, infinite where they overlap wholly (fused_steps.json
-and first_gpu.json: Phi-2 at 4,096 tokens, whose steps take longer than either; the grids of calibration agree)."""
+OVERLAP = {False: 2.5, True: 4.0}
+"""Whether streamed, and the exponent by which the device's and the host's time add up: 1 where they take turns, infinite where they overlap
+wholly (fused_steps.json and first_gpu.json: Phi-2 at 4,096 tokens, whose steps take longer than either). One chunk is like another, so that
+the host is ahead for longer (calibration_eleventh.json, whose host was calm for most steps)."""
 RESIDUAL_OUTPUTS = frozenset({"down_proj", "fc2"})
 """Maps whose output need not be computed again (elite/optimizations/functions/unread.py), by their last name."""
 
@@ -155,8 +156,9 @@ def step_time(
     # Rows of one chunk are under way behind another's computation; weights of a layer behind another layer's in any case.
     alone = layout is not None and launches.chunks(facts, layout) == 1
     rows = (copies.forward - copies.forward_ahead, copies.backward - copies.backward_ahead) if alone else (0.0, 0.0)
-    ahead = _wait(pass_s + swept + head, handed.forward * clock.rates.operation_s, copies.forward, rows[0])
-    behind = _wait(sum(backward.values()) + repeated, handed.backward * clock.rates.operation_s, copies.backward, rows[1])
+    overlap = OVERLAP[layout is not None]
+    ahead = _wait(overlap, pass_s + swept + head, handed.forward * clock.rates.operation_s, copies.forward, rows[0])
+    behind = _wait(overlap, sum(backward.values()) + repeated, handed.backward * clock.rates.operation_s, copies.backward, rows[1])
     found = {name: forward[name] + backward[name] for name in forward}
     found |= {"head_and_loss": head, "computed_again": swept + repeated}
     found |= {"exposed_copies": ahead[0] + behind[0] + copies.flushed, "waiting_for_host": ahead[1] + behind[1]}
@@ -165,13 +167,13 @@ def step_time(
     return StepTime(**{name: accumulation * seconds for name, seconds in found.items()}, optimizer=clock.update(), exchange=between)
 
 
-def _wait(device_s: float, host_s: float, copies_s: float, alone_s: float) -> tuple[float, float]:
+def _wait(overlap: float, device_s: float, host_s: float, copies_s: float, alone_s: float) -> tuple[float, float]:
     """Seconds that the device stands still in a phase: for copies, `alone_s` of which nothing hides, and for the host.
 
     Stretches in which the device waits for the host alternate with others in which the host is ahead, so the longer of both is too
     little and their sum too much (`OVERLAP`).
     """
-    busy = (device_s**OVERLAP + host_s**OVERLAP) ** (1 / OVERLAP)
+    busy = (device_s**overlap + host_s**overlap) ** (1 / overlap)
     return alone_s + max(0.0, copies_s - alone_s - busy), busy - device_s
 
 

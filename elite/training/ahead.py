@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from elite.optimizations.hooks import Hook
-from elite.plan.peaks import SPARE
 
 SMALL_BYTES = 1024**2
 """Up to here a tensor is small to torch's allocator, and lies apart: it is not cut from the piece (kSmallSize, c10/cuda)."""
@@ -24,6 +23,9 @@ PAGE_BYTES = 20 * 1024**2
 """By which a segment that grows does so (kLargeBuffer, c10/cuda)."""
 MOST_PIECES = 4
 """Taken one after the other."""
+SPARE = 0.02
+"""Share of what is planned by which gaps may extend what is reserved. Small, for the plan is off by as much then; not nothing, for what is
+allocated is planned to within about as much."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,13 @@ class Taking:
 
     reserved_bytes: float
     """All that is to be reserved then, weights included; 0: nothing is taken ahead."""
-    planned_bytes: float
-    """All that is reserved at the peak by the plan; near the device's limit more than is taken ahead."""
     optimizer_bytes: float
     """Of them, what the optimizer's state will take."""
 
     @classmethod
-    def of(cls, ahead_bytes: float, reserved_bytes: float | None, memory: dict[str, float]) -> "Taking":
-        """As a plan says it; where nothing is reserved there is nothing to take."""
-        return cls(ahead_bytes, reserved_bytes or 0.0, memory["optimizer_state"])
+    def of(cls, ahead_bytes: float, memory: dict[str, float]) -> "Taking":
+        """As a plan says it."""
+        return cls(ahead_bytes, memory["optimizer_state"])
 
 
 class Ahead(Hook):
@@ -72,7 +72,7 @@ class Ahead(Hook):
         target = int(self._taking.reserved_bytes - max(0.0, small - self._small_room()))
         if target > there and _take(target, self._device):
             self._taken = torch.cuda.memory_reserved(self._device) - there
-            self._held_bytes = self._taking.planned_bytes * (1 + SPARE)
+            self._held_bytes = self._taking.reserved_bytes * (1 + SPARE)
         torch.cuda.reset_peak_memory_stats(self._device)
         self._retries = self._retried()
 

@@ -15,12 +15,13 @@ import torch
 
 from elite import compose, geometry, hardware, modes
 from elite.bench.assemble import assembled
-from elite.bench.calibrate import host, measure
+from elite.bench.calibrate import clock, host, measure
 from elite.bench.calibrate.__main__ import main
 from elite.bench.calibrate.caps import CAPPED_STEPS, MARGINS, capped, margins
+from elite.bench.calibrate.clock import are_alike, counted, disturbed, host_s, step_here_s
 from elite.bench.calibrate.grid import Request, grid, left, one_of
 from elite.bench.calibrate.host import DriverMemory, ResidentMemory, Sampled
-from elite.bench.calibrate.measure import SMALL, WARM, WATCHED, Machine, are_alike, counted, in_gaps, measured, step_here_s
+from elite.bench.calibrate.measure import SMALL, WARM, WATCHED, Machine, in_gaps, measured, timed_again
 from elite.bench.calibrate.sample import CPU, Drawn, draw, stand_in
 from elite.errors import ConfigError
 from elite.facts import GIB, NO_CORPUS
@@ -49,7 +50,7 @@ WHOLE = (
 @pytest.fixture(autouse=True)
 def _a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its steps are never alike."""
-    monkeypatch.setattr(measure, "LONGEST_S", 0.2)
+    monkeypatch.setattr(clock, "LONGEST_S", 0.2)
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_a_grid_and_its_reruns(tmp_path: Path, cache: Path, capsys: pytest.Captu
     for run in found["runs"]:
         assert run["outcome"] == "ran" and len(run["steps"]) == WATCHED
         steps = run["timed"]
-        assert not are_alike(steps[:-1]) and (are_alike(steps) or run["seconds"] >= measure.LONGEST_S)
+        assert not are_alike(steps[:-1]) and (are_alike(steps) or run["seconds"] >= clock.LONGEST_S)
         assert all(run["measured"][name] == median(step[name] for step in counted(steps)) for name in ("step_s", "operation_s"))
         # Random tokens of a random model: a guess among 512.
         assert all(step["loss"] == pytest.approx(6.24, abs=0.5) and step["step_s"] > 0 for step in run["steps"])
@@ -122,11 +123,35 @@ def test_steps_are_timed_on_while_the_host_is_slower_than_was_measured(
     """Where nothing was measured nobody knows how fast it is."""
     config = compose.from_overrides(*WHOLE, f"output.cache={cache}").config
     with assembled(config) as made:
-        steps = [{"step_s": 1.0, "operation_s": slower * CPU_OPERATION_S}] * measure.ALIKE
-        assert not measure._disturbed(made, steps)
+        steps = [{"step_s": 1.0, "operation_s": slower * CPU_OPERATION_S}] * clock.ALIKE
+        assert not disturbed(made, steps)
         device = hardware.device(made.config.hardware)
-        monkeypatch.setattr(measure, "_device", lambda _: replace(device, measured=rates_of(device)))
-        assert measure._disturbed(made, steps) is longer
+        monkeypatch.setattr(clock, "_device", lambda _: replace(device, measured=rates_of(device)))
+        assert disturbed(made, steps) is longer
+
+
+def test_the_host_decides_which_of_two_timings_counts(machine: Machine, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its pace alone: neither a step that was faster nor one that was slower is kept for that."""
+    row = measured(Drawn("00", WHOLE), machine, str(cache))
+    assert row["disturbed"] is False and "timed_before" not in row
+    for operation_s, again in ((1.0, True), (0.0, False)):
+        first = [{"step_s": 1e-6, "operation_s": operation_s, "alloc_retries": 0}]
+        row |= {"timed": first, "timed_before": [], "measured": row["measured"] | {"step_s": 1e-6}}
+        timed_again(row, machine, str(cache))
+        assert (row["timed"] != first, row["timed_before"] == [first]) == (again, again)
+        assert row["measured"]["step_s"] == median(step["step_s"] for step in counted(row["timed"]))
+        assert not again or row["measured"]["operation_s"] == host_s(row["timed"]) < operation_s
+
+
+def test_a_grid_times_anew_what_others_slowed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = Request(tmp_path / "grid.json", seed=3, count=2, space="cpu", cache=str(cache))
+    found = grid(request)
+    for run, slowed in zip(found["runs"], (True, False), strict=True):
+        run["disturbed"], run["timed"] = slowed, [{"step_s": 1.0, "operation_s": 1.0}]
+    request.file.write_text(json.dumps(found))
+    runs = grid(request)["runs"]
+    assert ["timed_before" in run for run in runs] == [True, False] and not any(run["disturbed"] for run in runs)
+    assert json.loads(request.file.read_text())["runs"] == json.loads(json.dumps(runs))
 
 
 def test_a_step_is_planned_for_the_host_as_it_was(cache: Path) -> None:

@@ -63,8 +63,9 @@ def test_linear_maps_take_their_operations_over_the_rate() -> None:
 
 
 def test_wide_layers_reach_more_and_chunks_less() -> None:
-    narrow, wide = ([products_share(width, streamed=on) for on in (False, True)] for width in (1536, 2560))
-    assert wide[0] > narrow[0] == 1 and wide[1] >= narrow[1] and all(streamed < whole for whole, streamed in (narrow, wide))
+    narrow, wide, wider = ([products_share(width, streamed=on) for on in (False, True)] for width in (1536, 2560, 4096))
+    assert min(wide[0], wider[0]) > narrow[0] > 1 and wider[1] > max(narrow[1], wide[1])
+    assert all(streamed < whole for whole, streamed in (narrow, wide, wider))
 
 
 def test_fused_kernels_spare_traffic_and_nothing_else() -> None:

@@ -12,8 +12,7 @@ from elite.executor.whole import WholeExecutor
 from elite.facts import Facts
 from elite.optimizations import decide
 from elite.optimizations.memory_pool import MemoryPool
-from elite.plan.peaks import SPARE
-from elite.training.ahead import PAGE_BYTES, Ahead, Taking, small_to_come
+from elite.training.ahead import PAGE_BYTES, SPARE, Ahead, Taking, small_to_come
 from elite.training.around import loop_hooks
 from tests.plan.helpers import device, phi2, switches
 from tests.training.rig import adapted
@@ -50,7 +49,7 @@ def test_small_tensors_come_besides(sizes: tuple[int, ...], state_share: float, 
 @pytest.mark.parametrize("ahead", [0.0, 7.0])
 def test_it_comes_before_all_else_where_the_plan_says_so(ahead: float) -> None:
     loaded = adapted("llama")
-    taking = Taking.of(ahead, ahead, {"optimizer_state": 3.0})
+    taking = Taking.of(ahead, {"optimizer_state": 3.0})
     config = RunConfig(optimizations=switches("ema"))
     facts = Facts(phi2(), device("cpu"), 4096, 1, 2**20, "lora")
     executor, optimizer = WholeExecutor(loaded.model, torch.float32), torch.optim.AdamW(loaded.trainable)
@@ -76,7 +75,7 @@ def growing() -> Iterator[None]:
 def test_the_step_is_cut_from_what_was_taken() -> None:
     weights = [nn.Parameter(torch.zeros(64 * MIB, device=CUDA))]
     target = torch.cuda.memory_reserved() + 512 * MIB
-    hook = Ahead(Taking(target, target, 0.0), torch.optim.AdamW(weights), weights, CUDA)
+    hook = Ahead(Taking(target, 0.0), torch.optim.AdamW(weights), weights, CUDA)
     hook.begin()
     assert abs(torch.cuda.memory_reserved() - target) <= PAGE_BYTES
     assert abs(hook.counts()["ahead_bytes"] - 512 * MIB) <= PAGE_BYTES
@@ -96,7 +95,7 @@ def test_room_that_loading_left_counts() -> None:
     del free[0], free[1:-1:2]
     weights = [nn.Parameter(torch.zeros(MIB // 4, device=CUDA)) for _ in range(8)]
     target = torch.cuda.memory_reserved() + 512 * MIB
-    hook = Ahead(Taking(target, target, 16.0 * MIB), torch.optim.AdamW(weights), weights, CUDA)
+    hook = Ahead(Taking(target, 16.0 * MIB), torch.optim.AdamW(weights), weights, CUDA)
     hook.begin()
     optimizer = torch.optim.AdamW(weights)
     for weight in weights:
@@ -113,7 +112,7 @@ def test_room_that_loading_left_counts() -> None:
 def test_what_the_device_does_not_have_is_not_taken() -> None:
     weights = [nn.Parameter(torch.zeros(MIB, device=CUDA))]
     before = torch.cuda.memory_reserved()
-    hook = Ahead(Taking(2.0**50, 2.0**50, 0.0), torch.optim.AdamW(weights), weights, CUDA)
+    hook = Ahead(Taking(2.0**50, 0.0), torch.optim.AdamW(weights), weights, CUDA)
     hook.begin()
     assert hook.counts()["ahead_bytes"] == 0 and torch.cuda.memory_reserved() <= before
 
@@ -122,7 +121,7 @@ def taken(mib: int) -> tuple[Ahead, float]:
     """What has taken so much beyond what is reserved now, and all that is planned."""
     weights = [nn.Parameter(torch.zeros(MIB, device=CUDA))]
     planned = float(torch.cuda.memory_reserved() + mib * MIB)
-    hook = Ahead(Taking(planned, planned, 0.0), torch.optim.AdamW(weights), weights, CUDA)
+    hook = Ahead(Taking(planned, 0.0), torch.optim.AdamW(weights), weights, CUDA)
     hook.begin()
     return hook, planned
 
@@ -179,7 +178,7 @@ def test_the_piece_grows_unless_the_environment_says_how(monkeypatch: pytest.Mon
         facts = Facts(phi2(), device("cpu"), 4096, 1, 2**20, "lora")
         executor, optimizer = WholeExecutor(loaded.model, torch.float32), torch.optim.AdamW(loaded.trainable)
         parts = (RunConfig(), decide(switches(), facts), executor, optimizer, loaded.trainable, 5, torch.device("cuda"))
-        _, applied = loop_hooks(*parts, Taking(7.0, 7.0, 3.0), rehearse=lambda: 0.0)
+        _, applied = loop_hooks(*parts, Taking(7.0, 3.0), rehearse=lambda: 0.0)
         assert ("take_ahead" in applied) is (said is None)
         for act in applied.values():
             assert act.undo is not None

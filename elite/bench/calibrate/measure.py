@@ -9,15 +9,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elite import geometry, hardware
 from elite.bench.assemble import Assembled, assembled, described
+from elite.bench.calibrate.clock import clock, host_s, retries, timed
 from elite.bench.calibrate.host import DriverMemory, ResidentMemory, Sampled, free_host_memory
 from elite.bench.calibrate.sample import Drawn
 from elite.bench.calm import CalmCores
@@ -29,26 +27,13 @@ from elite.data.batches import Batch
 from elite.executor.contract import Executor
 from elite.executor.streamed.choose import error as kernel_error
 from elite.executor.streamed.kernels import KERNELS, AttentionShape
-from elite.facts import Device
-from elite.hardware import profiles
-from elite.optimizations import decide
-from elite.plan import facts_of, streamed
-from elite.plan.rates import rates_of
-from elite.plan.time import recomputed, step_time
 from elite.report.calibration import OUT_OF_MEMORY, RAN
-from elite.streaming import Streaming
 from elite.training.live_bytes import LiveBytes
 from elite.training.shortage import is_out_of_memory
 from elite.training.telemetry import pinned_bytes
 
 WATCHED = 2
 """Steps, of which the first warms up, while threads read what has no peak of its own."""
-ALIKE, SPREAD = 3, 0.05
-"""Steps are timed, nobody watching, until the fastest so many differ by no more than this share …"""
-LONGEST_S = 6.0
-"""… and the host is no slower than planned, as far as that matters; or until they have taken this long in all."""
-TRIES = 3
-"""Steps of the tiny model by which the stress test times the host's operations, before and after each of them."""
 FAILED = "error"
 """How a configuration ended that neither ran nor was short of memory."""
 IN_GAPS = re.compile(r"and ([\d.]+) (\w+) is reserved by PyTorch but unallocated")
@@ -236,62 +221,22 @@ def measured(drawn: Drawn, machine: Machine, cache: str | None = None) -> dict[s
             attached = made.executors.attached
             taken["host_pinned_bytes"] = pinned_bytes(attached.runner.host_bytes() if attached else 0, machine.device)
             taken |= {"host_rss_bytes": resident.growth, "host_rss_by_kernel": resident.by_kernel}
-            row["timed"] = timed(made, machine)
-            taken |= {name: median(step[name] for step in counted(row["timed"])) for name in ("step_s", "operation_s")}
-            row["predicted"]["step_here_s"] = step_here_s(made, taken["operation_s"])
-        row["measured"] = taken
+            row["measured"] = taken
+            clock(row, made, timed(made, machine))
     return row
 
 
-def timed(made: Assembled, machine: Machine) -> list[dict[str, float]]:
-    """Steps one after another, each on a core that was calm when it began, and beside each what an operation took the host just then:
-    cores that others share lose and regain their speed within seconds, and steps that wait for the host with them."""
-    began, found, retries = time.perf_counter(), list[dict[str, float]](), _retries(made)
-    before = machine.operations.seconds(TRIES)
-    while not found or ((not are_alike(found) or _disturbed(made, found)) and time.perf_counter() - began < LONGEST_S):
-        with machine.cores.chosen():
-            if machine.driver is not None:
-                # A CPU computes on all of its cores.
-                machine.cores.settle()
-            seconds = made.step()["step_s"]
-        after = machine.operations.seconds(TRIES)
-        found.append({"step_s": seconds, "operation_s": (before + after) / 2, "alloc_retries": _retries(made) - retries})
-        before, retries = after, _retries(made)
-    return found
-
-
-def _disturbed(made: Assembled, steps: list[dict[str, float]]) -> bool:
-    """Whether somebody slows the host, as far as it matters to this step. Its own speed is a guess where nothing was measured."""
-    if _device(made).measured is None:
-        return False
-    operation_s = median(step["operation_s"] for step in counted(steps))
-    return step_here_s(made, operation_s) > (1 + SPREAD) * made.plan.step_s
-
-
-def are_alike(steps: list[dict[str, float]]) -> bool:
-    """Whether the fastest ones took the same time."""
-    fastest = [step["step_s"] for step in counted(steps)]
-    return len(fastest) == ALIKE and fastest[-1] <= (1 + SPREAD) * fastest[0]
-
-
-def counted(steps: list[dict[str, float]]) -> list[dict[str, float]]:
-    """Those whose median is a step's time, the fastest: whoever shares the machine only adds to it."""
-    return sorted(steps, key=lambda step: step["step_s"])[:ALIKE]
-
-
-def step_here_s(made: Assembled, operation_s: float) -> float:
-    """The plan's step on a host that takes so long for an operation of the stress test; all other rates as they were for the plan."""
-    config, shape, device = made.config, geometry.shape(made.config.model), _device(made)
-    rates = replace(rates_of(device), operation_s=profiles.in_runs(operation_s, on_gpu=device.kind == "cuda"))
-    facts = facts_of(config, replace(device, measured=rates), shape, made.plan.executor)
-    decisions, layout = decide(config.optimizations, facts), Streaming.from_dict(made.plan.layout) if made.plan.layout else None
-    again = recomputed(decisions) if layout is None else streamed.recomputed(facts, layout)
-    return step_time(facts, decisions, again, made.plan.accumulation, layout).total
-
-
-def _device(made: Assembled) -> Device:
-    """As its plan knew it."""
-    return hardware.device(made.config.hardware, cache=Path(made.config.output.cache).expanduser())
+def timed_again(row: dict[str, Any], machine: Machine, cache: str | None = None) -> None:
+    """The row with steps timed anew, if the host is faster now than it was then; how fast the steps themselves are decides nothing."""
+    config = configured(Drawn(row["name"], tuple(row["overrides"])), cache)
+    machine.cleared()
+    with assembled(config) as made:
+        for _ in range(WATCHED):
+            made.step()
+        steps = timed(made, machine)
+        if host_s(steps) < host_s(row["timed"]):
+            row.setdefault("timed_before", []).append(row["timed"])
+            clock(row, made, steps)
 
 
 @contextmanager
@@ -331,18 +276,13 @@ def ready(config: RunConfig, machine: Machine, row: dict[str, Any]) -> Iterator[
 
 def stepped(made: Assembled, watch: Watch) -> dict[str, Any]:
     """One optimizer step: seconds, loss, peaks, those of its forward and of what follows, and retries of the allocator."""
-    before = _retries(made)
+    before = retries(made)
     watch.begin()
     done = made.step()
     watch.end("backward")
     parts = {part: peaks["allocated_peak_bytes"] for part, peaks in watch.found.items()}
     found = {name: done[name] for name in ("step_s", "tokens_per_s", "loss")} | watch.highest() | {"allocated_by_part": parts}
-    return found | {"alloc_retries": _retries(made) - before}
-
-
-def _retries(made: Assembled) -> int:
-    """Times that torch's allocator has given back all gaps."""
-    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0)) if made.ranks.device.type == "cuda" else 0
+    return found | {"alloc_retries": retries(made) - before}
 
 
 def predicted(made: Assembled) -> dict[str, Any]:
