@@ -141,6 +141,9 @@ def test_the_host_decides_which_of_two_timings_counts(machine: Machine, cache: P
         assert (row["timed"] != first, row["timed_before"] == [first]) == (again, again)
         assert row["measured"]["step_s"] == median(step["step_s"] for step in counted(row["timed"]))
         assert not again or row["measured"]["operation_s"] == host_s(row["timed"]) < operation_s
+    lost = row | {"overrides": [*WHOLE, "tier.context=100"]}
+    timed_again(lost, machine, str(cache))
+    assert (row["outcome"], lost["outcome"]) == ("ran", "error")
 
 
 def test_a_grid_times_anew_what_others_slowed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

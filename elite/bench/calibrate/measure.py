@@ -227,10 +227,10 @@ def measured(drawn: Drawn, machine: Machine, cache: str | None = None) -> dict[s
 
 
 def timed_again(row: dict[str, Any], machine: Machine, cache: str | None = None) -> None:
-    """The row with steps timed anew, if the host is faster now than it was then; how fast the steps themselves are decides nothing."""
-    config = configured(Drawn(row["name"], tuple(row["overrides"])), cache)
+    """The row with steps timed anew, if the host is faster now than it was then; how fast the steps themselves are decides nothing. If it
+    fails now, it is a miss as it would have been before."""
     machine.cleared()
-    with assembled(config) as made:
+    with ended(row), assembled(configured(Drawn(row["name"], tuple(row["overrides"])), cache)) as made:
         for _ in range(WATCHED):
             made.step()
         steps = timed(made, machine)
