@@ -13,8 +13,10 @@ from elite.hardware.presets import is_preset, presets, rates
 
 CPU_FLOPS_PER_CORE_S = 50e9
 """fp32 matrix products on one core with AVX2 (assumption, not measured on this machine)."""
-CPU_BF16_FLOPS_PER_CORE_S = {"_is_amx_tile_supported": 250e9, "_is_avx512_bf16_supported": 100e9}
-"""The same in bf16, by what torch says the core has, the fastest first (AMX: quickstart_cpu.json, a small model; AVX-512: assumption)."""
+CPU_BF16_FLOPS_PER_CORE_S = 250e9
+CPU_BF16 = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+"""The same in bf16, where torch says that the core has one of these (AMX: quickstart_cpu.json, AVX-512: quickstart_cpu_avx512.json; a small
+model, whose products reach less than large ones)."""
 CPU_MEMORY_BYTES_PER_S = 20e9
 """Host memory bandwidth (assumption)."""
 BEFORE_AMPERE = ("efficient", "math")
@@ -119,8 +121,8 @@ def _cpu_bf16() -> float | None:
     """Rate of one core where matrix products in bf16 are faster than in fp32: with AMX or AVX-512 BF16. None without."""
     import torch
 
-    found = (rate for probe, rate in CPU_BF16_FLOPS_PER_CORE_S.items() if getattr(torch.cpu, probe, lambda: False)())
-    return next(found, None)
+    has = any(getattr(torch.cpu, probe, lambda: False)() for probe in CPU_BF16)
+    return CPU_BF16_FLOPS_PER_CORE_S if has else None
 
 
 def context_bytes() -> int:

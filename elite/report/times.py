@@ -27,7 +27,7 @@ GPUS = (
 )
 """What benchmarks ran on."""
 BENCHMARKS = ("streamed_peers", "fused_steps")
-TRAININGS = ("first_gpu", "extreme_phi2", "streamed_training", "quickstart_cpu")
+TRAININGS = ("first_gpu", "extreme_phi2", "streamed_training", "quickstart_cpu", "quickstart_cpu_avx512")
 OWN_MAPS = (0, 7, 4)
 """Version from which a kernel of ours makes four-bit maps whole."""
 OWN_THREAD = (0, 7, 1)
