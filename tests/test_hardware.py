@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from elite import hardware
 from elite.config import Cap, HardwareConfig
@@ -10,6 +11,7 @@ from elite.errors import ConfigError, PlanError
 from elite.facts import GIB
 from elite.hardware import Gpu
 from elite.hardware.detect import link_rate
+from elite.hardware.resolve import CPU_BF16, CPU_BF16_FLOPS_PER_CORE_S, CPU_FLOPS_PER_CORE_S
 from tests.plan.helpers import hardware_config, hardware_names
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 85_520_809_984, 85_000_000_000, (9, 0))
@@ -41,6 +43,15 @@ def test_auto_without_a_gpu_is_the_cpu() -> None:
 
 def test_cpu_ignores_gpus() -> None:
     assert hardware.device(hardware_config("cpu"), lambda: [H100]).kind == "cpu"
+
+
+@pytest.mark.parametrize("has", [(), ("_is_amx_tile_supported",), ("_is_avx512_bf16_supported",)], ids=["AVX2", "AMX", "AVX-512"])
+def test_a_cpu_computes_in_bf16_where_that_is_faster(has: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    for probe in CPU_BF16:
+        monkeypatch.setattr(torch.cpu, probe, lambda probe=probe: probe in has, raising=False)
+    device = hardware.device(hardware_config("cpu"), lambda: [])
+    assert device.supports_bf16 == bool(has)
+    assert device.matmul_flops_per_s == device.cores * (CPU_BF16_FLOPS_PER_CORE_S if has else CPU_FLOPS_PER_CORE_S)
 
 
 def test_auto_takes_all_gpus_and_their_free_memory() -> None:
