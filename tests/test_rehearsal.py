@@ -147,7 +147,7 @@ def test_a_process_whose_memory_is_limited_ends_with_the_breakdown(prepare: Prep
     folder = prepare(*TINY, "model.vocab_size=65536", "adapter.method=full", "training.micro_batch=2", "training.val_every=9")
     program = (
         "import sys, resource, psutil, torch\n"
-        # Which of torch and oneDNN is refused first is chance, and only torch says how much.
+        # Which of torch and oneDNN is refused first is chance; only torch says how much, and oneDNN may end the process there.
         "torch.backends.mkldnn.set_flags(False)\n"
         "from elite import worker\n"
         "def limited(*_):\n"

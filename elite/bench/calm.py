@@ -1,6 +1,6 @@
 """Cores that nobody else uses just now.
 
-Machines that are lent share their cores: what runs beside one takes much of its speed, for a second or for minutes, and each core by itself
+Rented machines share their cores: what runs beside one takes much of its speed, for a second or for minutes, and each core by itself
 (`host_pace` in calibration_sixth.json). Whoever times the host's work moves to a core that is fast at the moment.
 """
 

@@ -39,8 +39,6 @@ PLACES = {
     "whole": ("executor=whole",),
     "streamed": ("executor=streamed", "executor.boundaries=device"),
     "staged": ("executor=streamed", "executor.boundaries=host"),
-    "layers": ("executor=streamed", "executor.boundaries=device", "executor.keep=layers"),
-    "sqrt": ("executor=streamed", "executor.boundaries=device", "executor.keep=sqrt"),
 }
 WAYS: dict[str, tuple[str, ...]] = {
     "full": (),
@@ -115,7 +113,7 @@ def timed(made: Assembled, machine: Machine, steps: int = STEPS) -> dict[str, fl
         forward, backward = training.handed - began[0], began[1] - training.handed
         if number:
             # The first one compiles.
-            operation_s = machine.operations.seconds(3)
+            operation_s = machine.operations.seconds(BESIDE)
             found.append(
                 {"forward_s": forward, "backward_s": backward, "update_s": seconds - forward - backward, "operation_s": operation_s}
             )

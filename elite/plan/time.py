@@ -246,10 +246,8 @@ class _Clock:
     def update(self) -> float:
         """The optimizer's step, of a rank's part where parameters are divided; in host memory with what comes back from there."""
         facts, zero = self._facts, active_zero(self._decisions)
-        own, in_8_bits = (
-            facts.trainable_params / (1 if zero is None else facts.device.count),
-            traffic.active(self._decisions, Site.OPTIMIZER_STATE),
-        )
+        own = facts.trainable_params / (1 if zero is None else facts.device.count)
+        in_8_bits = traffic.active(self._decisions, Site.OPTIMIZER_STATE)
         handed = 0.0 if facts.device.kind == "cpu" else launches.updates(facts, in_8_bits=in_8_bits) * self.rates.operation_s
         if in_8_bits:
             return max(handed, UPDATE_8BIT_FLOPS * own / self.rates.fp32_flops_per_s)

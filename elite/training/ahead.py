@@ -74,7 +74,7 @@ class Ahead(Hook):
             self._taken = torch.cuda.memory_reserved(self._device) - there
             self._held_bytes = self._taking.reserved_bytes * (1 + SPARE)
         torch.cuda.reset_peak_memory_stats(self._device)
-        self._retries = self._retried()
+        self._retries = alloc_retries(self._device)
 
     @contextmanager
     def accumulating(self) -> Iterator[None]:
@@ -95,16 +95,17 @@ class Ahead(Hook):
         return held > 0
 
     def counts(self) -> dict[str, float]:
-        return {"ahead_bytes": float(self._taken), "alloc_retries": float(self._retried() - self._retries)}
+        return {"ahead_bytes": float(self._taken), "alloc_retries": float(alloc_retries(self._device) - self._retries)}
 
     def _small_room(self) -> float:
         """Bytes that are reserved for small tensors already and that none has."""
         stats = torch.cuda.memory_stats(self._device)
         return float(stats.get("reserved_bytes.small_pool.current", 0) - stats.get("allocated_bytes.small_pool.current", 0))
 
-    def _retried(self) -> int:
-        """Times that torch's allocator has given back all gaps."""
-        return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0)) if self._device.type == "cuda" else 0
+
+def alloc_retries(device: torch.device) -> int:
+    """Times that torch's allocator has given back all gaps so far; on a CPU there are none."""
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0)) if device.type == "cuda" else 0
 
 
 def small_to_come(parameters: Iterable[nn.Parameter], state_bytes: float, *, roots: bool) -> float:

@@ -130,7 +130,7 @@ def test_steps_are_timed_on_while_the_host_is_slower_than_was_measured(
         assert disturbed(made, steps) is longer
 
 
-def test_the_host_decides_which_of_two_timings_counts(machine: Machine, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_decides_which_of_two_timings_counts(machine: Machine, cache: Path) -> None:
     """And its pace alone: neither a step that was faster nor one that was slower is kept for that."""
     row = measured(Drawn("00", WHOLE), machine, str(cache))
     assert row["disturbed"] is False and "timed_before" not in row
@@ -146,7 +146,7 @@ def test_the_host_decides_which_of_two_timings_counts(machine: Machine, cache: P
     assert (row["outcome"], lost["outcome"]) == ("ran", "error")
 
 
-def test_a_grid_times_anew_what_others_slowed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grid_times_anew_what_others_slowed(tmp_path: Path, cache: Path) -> None:
     request = Request(tmp_path / "grid.json", seed=3, count=2, space="cpu", cache=str(cache))
     found = grid(request)
     for run, slowed in zip(found["runs"], (True, False), strict=True):

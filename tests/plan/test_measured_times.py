@@ -9,9 +9,10 @@ from elite.report.measurement import MEASUREMENTS
 from elite.report.times import Measured, measured_steps
 
 TOLERANCE = 0.12
-"""The largest error is 11.6 %: Phi-2 at 4,096 tokens by an early version, whose host was slower by one factor for all runs."""
+"""Of each; docs/time_model.md has them. The largest is Phi-2's at 4,096 tokens by an early version, whose host was slower by one factor for
+all runs."""
 TYPICAL = 0.05
-"""The median of all errors is 1.9 %."""
+"""Of half of them."""
 PROBE_RATIOS = (0.99, 1.25)
 """Planned over probed: a probe lasts seconds, and real steps were up to 1.17 times as long (docs/streamed_executor.md)."""
 

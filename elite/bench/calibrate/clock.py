@@ -1,6 +1,6 @@
 """How long a step takes, and whether others slowed the host meanwhile.
 
-Machines that are lent share their cores, which lose and regain their speed within seconds or minutes, and steps that wait for the host with
+Rented machines share their cores, which lose and regain their speed within seconds or minutes, and steps that wait for the host with
 them. The stress test's operations, timed beside the steps, tell.
 """
 
@@ -9,8 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from elite import geometry, hardware
 from elite.bench.assemble import Assembled
@@ -21,6 +19,7 @@ from elite.plan import facts_of, streamed
 from elite.plan.rates import rates_of
 from elite.plan.time import recomputed, step_time
 from elite.streaming import Streaming
+from elite.training.ahead import alloc_retries
 
 if TYPE_CHECKING:
     from elite.bench.calibrate.measure import Machine
@@ -36,7 +35,7 @@ TRIES = 5
 def timed(made: Assembled, machine: "Machine") -> list[dict[str, float]]:
     """Steps one after another, each on a core that was calm when it began, and beside each what an operation took the host just then:
     cores that others share lose and regain their speed within seconds, and steps that wait for the host with them."""
-    began, found, retried = time.perf_counter(), list[dict[str, float]](), retries(made)
+    began, found, retried = time.perf_counter(), list[dict[str, float]](), alloc_retries(made.ranks.device)
     before = machine.operations.seconds(TRIES)
     while not found or ((not are_alike(found) or disturbed(made, found)) and time.perf_counter() - began < LONGEST_S):
         with machine.cores.chosen():
@@ -45,8 +44,8 @@ def timed(made: Assembled, machine: "Machine") -> list[dict[str, float]]:
                 machine.cores.settle()
             seconds = made.step()["step_s"]
         after = machine.operations.seconds(TRIES)
-        found.append({"step_s": seconds, "operation_s": (before + after) / 2, "alloc_retries": retries(made) - retried})
-        before, retried = after, retries(made)
+        found.append({"step_s": seconds, "operation_s": (before + after) / 2, "alloc_retries": alloc_retries(made.ranks.device) - retried})
+        before, retried = after, alloc_retries(made.ranks.device)
     return found
 
 
@@ -93,8 +92,3 @@ def step_here_s(made: Assembled, operation_s: float) -> float:
 def _device(made: Assembled) -> Device:
     """As its plan knew it."""
     return hardware.device(made.config.hardware, cache=Path(made.config.output.cache).expanduser())
-
-
-def retries(made: Assembled) -> int:
-    """Times that torch's allocator has given back all gaps."""
-    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0)) if made.ranks.device.type == "cuda" else 0

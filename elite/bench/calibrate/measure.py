@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from elite.bench.assemble import Assembled, assembled, described
-from elite.bench.calibrate.clock import clock, host_s, retries, timed
+from elite.bench.calibrate.clock import clock, host_s, timed
 from elite.bench.calibrate.host import DriverMemory, ResidentMemory, Sampled, free_host_memory
 from elite.bench.calibrate.sample import Drawn
 from elite.bench.calm import CalmCores
@@ -28,6 +28,7 @@ from elite.executor.contract import Executor
 from elite.executor.streamed.choose import error as kernel_error
 from elite.executor.streamed.kernels import KERNELS, AttentionShape
 from elite.report.calibration import OUT_OF_MEMORY, RAN
+from elite.training.ahead import alloc_retries
 from elite.training.live_bytes import LiveBytes
 from elite.training.shortage import is_out_of_memory
 from elite.training.telemetry import pinned_bytes
@@ -276,13 +277,13 @@ def ready(config: RunConfig, machine: Machine, row: dict[str, Any]) -> Iterator[
 
 def stepped(made: Assembled, watch: Watch) -> dict[str, Any]:
     """One optimizer step: seconds, loss, peaks, those of its forward and of what follows, and retries of the allocator."""
-    before = retries(made)
+    before = alloc_retries(made.ranks.device)
     watch.begin()
     done = made.step()
     watch.end("backward")
     parts = {part: peaks["allocated_peak_bytes"] for part, peaks in watch.found.items()}
     found = {name: done[name] for name in ("step_s", "tokens_per_s", "loss")} | watch.highest() | {"allocated_by_part": parts}
-    return found | {"alloc_retries": retries(made) - before}
+    return found | {"alloc_retries": alloc_retries(made.ranks.device) - before}
 
 
 def predicted(made: Assembled) -> dict[str, Any]:
